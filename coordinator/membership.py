@@ -1,0 +1,121 @@
+"""Who is here: what each peer last said of itself, and who is lost.
+
+Nothing is concluded from one message: a peer is what its newest `Report` says, and it is lost when it has been silent
+for `silence_s` or when the network says that nobody answers there. A lost peer that speaks again is back.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from dugnad.coordinator.ledger import Head
+from dugnad.coordinator.messages import Report
+from dugnad.dht.identity import PeerId
+
+
+class Stage(StrEnum):
+    """What a member says it is doing, in the order in which a round passes through it."""
+
+    SYNCING = "syncing"
+    """It has no shared model of the head yet."""
+    WAITING = "waiting"
+    """It stands at the head and has no work."""
+    TRAINING = "training"
+    CONTRIBUTED = "contributed"
+    """Its parts are promised and on their way."""
+    REDUCING = "reducing"
+    """It knows the frozen set."""
+    VOTED = "voted"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Who takes part in the next round, or why there is none yet."""
+
+    members: tuple[PeerId, ...]
+    reason: str
+
+
+@dataclass(slots=True)
+class _Presence:
+    report: Report
+    heard_at: float
+    lost: str | None = None
+
+
+class Membership:
+    """What the leader knows of everyone who reports to it; `silence_s` without a word means lost."""
+
+    def __init__(self, silence_s: float) -> None:
+        self._silence_s = silence_s
+        self._peers: dict[PeerId, _Presence] = {}
+
+    def heard(self, peer: PeerId, report: Report, *, now: float) -> None:
+        """`peer` said `report`."""
+        self._peers[peer] = _Presence(report, now)
+
+    def lose(self, peer: PeerId, why: str) -> None:
+        """The network says that `peer` does not answer; it is back with its next report."""
+        if peer in self._peers and self._peers[peer].lost is None:
+            self._peers[peer].lost = why
+
+    def tick(self, *, now: float) -> None:
+        """Lose those who have been silent too long, and forget those long gone."""
+        for peer, presence in list(self._peers.items()):
+            silent_s = now - presence.heard_at
+            if presence.lost is None and silent_s >= self._silence_s:
+                presence.lost = f"silent for {silent_s:.0f} s"
+            if silent_s > 10 * self._silence_s + 60:
+                del self._peers[peer]
+
+    def wake_at(self) -> float:
+        """When the next peer would be lost by silence."""
+        return min((p.heard_at + self._silence_s for p in self._peers.values() if p.lost is None), default=float("inf"))
+
+    def report(self, peer: PeerId) -> Report | None:
+        """The newest report of `peer`."""
+        presence = self._peers.get(peer)
+        return presence.report if presence else None
+
+    def live(self) -> tuple[PeerId, ...]:
+        """Everyone who is here, in peer-id order."""
+        return tuple(sorted(peer for peer, presence in self._peers.items() if presence.lost is None))
+
+    def is_live(self, peer: PeerId) -> bool:
+        """Whether `peer` is here."""
+        presence = self._peers.get(peer)
+        return presence is not None and presence.lost is None
+
+    def why_lost(self, peer: PeerId) -> str:
+        """Why `peer` counts as lost, in words."""
+        presence = self._peers.get(peer)
+        return "never heard of" if presence is None else presence.lost or "here"
+
+    def leaving(self) -> frozenset[PeerId]:
+        """Those who said that they want to leave."""
+        return frozenset(peer for peer, presence in self._peers.items() if presence.report.leaving)
+
+    def ready(self, head: Head) -> tuple[PeerId, ...]:
+        """Those who stand at the head, are here and want to stay, in peer-id order."""
+        return tuple(
+            peer
+            for peer in self.live()
+            if (report := self._peers[peer].report).head == head.hash
+            and report.stage != Stage.SYNCING
+            and not report.leaving
+        )
+
+    def decide(self, head: Head, *, min_peers: int, awaited: Iterable[PeerId]) -> Decision:
+        """Who takes part in the round after `head`.
+
+        awaited: peers worth a short wait (those of the last round, still applying it); empty once the wait is over.
+        """
+        ready = self.ready(head)
+        applying = [p for p in awaited if self.is_live(p) and p not in ready and p not in self.leaving()]
+        if applying:
+            return Decision((), f"waiting for {len(applying)} to apply round {head.round}")
+        if len(ready) < min_peers:
+            missing = min_peers - len(ready)
+            syncing = sum(1 for p in self.live() if p not in ready and p not in self.leaving())
+            return Decision((), f"waiting for {missing} more peer{'s' * (missing > 1)} ({syncing} syncing)")
+        return Decision(ready, f"{len(ready)} peers are ready")

@@ -1,0 +1,505 @@
+"""The half of a round that only the leader runs: plan, freeze, propose, commit.
+
+    IDLE     who is ready?            -> Plan to the members                                    -> GATHER
+    GATHER   Contribution, Have       -> everyone here is held whole, or the deadline: Freeze   -> REDUCE
+    REDUCE   result bytes arrive      -> every part is here: Proposal to the committee          -> VOTE
+    VOTE     Vote                     -> a quorum: Commit, durable before it is said            -> IDLE
+
+A member that is lost is no longer waited for. A lost *owner* of parts, or one that does not deliver by the deadline,
+costs a view: the same round is planned again with other owners, and every contribution that is still held whole
+counts. Nothing is undone by a failed attempt, since nothing was done: the model moves by commits alone.
+
+Reports say what each member last saw, so what was lost on the way is said again; Standing does the same for the leader.
+The lead itself is a seat that one peer holds, by the organizer's delegation, for a term.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from dugnad.configs.recipe import Recipe
+from dugnad.coordinator import ranges
+from dugnad.coordinator.follower import Cost, Effect, Follower, Refused, Send, Store
+from dugnad.coordinator.membership import Membership, Stage
+from dugnad.coordinator.messages import (
+    Applied,
+    Ballot,
+    Block,
+    Commit,
+    Contribution,
+    Delegation,
+    Entry,
+    Freeze,
+    Have,
+    Message,
+    Plan,
+    Proposal,
+    Report,
+    Seat,
+    Standing,
+    Vote,
+    applied_payload,
+    vote_payload,
+)
+from dugnad.coordinator.votes import Signer, committee_of, has_quorum, weight_of, quorum_weight
+from dugnad.dht.identity import PeerId
+
+SETTLE_S = 5.0
+"""How long the members of a round are awaited, after its commit, to apply it before the next is planned."""
+KEPT_ROUNDS = 8
+"""Of how many rounds the signed model digests are kept to show to joiners."""
+
+Assign = Callable[[int, Sequence[tuple[PeerId, float]], tuple[PeerId, ...] | None], tuple[PeerId, ...]]
+"""(number of parts, members with uplink in bytes/s, owners before) -> owner of each part."""
+
+
+class Phase(StrEnum):
+    """Where the leader is in a round."""
+
+    IDLE = "idle"
+    GATHER = "gather"
+    REDUCE = "reduce"
+    VOTE = "vote"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True)
+class _Round:
+    """One round in the making; `seats` holds everyone who was ever given work in it, for the data ranges' sake."""
+
+    redo: ranges.Ranges
+    cursor: int
+    steps: int
+    plan: Plan
+    deadline: float
+    seats: dict[PeerId, Seat] = field(default_factory=dict)
+    contributions: dict[PeerId, Contribution] = field(default_factory=dict)
+    held: set[tuple[PeerId, PeerId, bytes]] = field(default_factory=set)
+    """(owner, contributor, root) of this view."""
+    slow: set[PeerId] = field(default_factory=set)
+    """Owners that were here and did not deliver."""
+    freeze: Freeze | None = None
+    results: dict[int, bytes] = field(default_factory=dict)
+    proposal: Proposal | None = None
+    ballots: dict[PeerId, Ballot] = field(default_factory=dict)
+
+
+class Leader:
+    """Leads the run for one term; `follower` is this peer's own voting half."""
+
+    def __init__(
+        self, follower: Follower, signer: Signer, recipe: Recipe, delegation: Delegation, num_parts: int, assign: Assign
+    ) -> None:
+        self.phase = Phase.IDLE
+        self.reason = "starting"
+        self.membership = Membership(recipe.rounds.silence_s)
+        self.follower = follower
+        self.validation: tuple[int, float | None] = (0, None)
+        """The newest (round, validation loss) that the shell measured."""
+        self.digests: dict[int, dict[PeerId, Applied]] = {}
+        """round -> peer -> what it said it applied, of the newest rounds."""
+        self._signer = signer
+        self._recipe = recipe
+        self._delegation = delegation
+        self._num_parts = num_parts
+        self._assign = assign
+        self._round: _Round | None = None
+        self._next_view = 0
+        self._awaited: tuple[PeerId, ...] = ()
+        self._settle_until = 0.0
+        self._report_at = 0.0
+        self._told_at: dict[PeerId, float] = {}
+        self._handlers: dict[type[Message], Callable[..., list[Effect]]] = {
+            Report: self._on_report,
+            Contribution: self._on_contribution,
+            Have: self._on_have,
+            Vote: self._on_vote,
+            Applied: self._on_applied,
+        }
+        follower.receive(signer.peer_id, delegation, now=0.0)
+
+    # -- what happens to the leader
+
+    def receive(self, sender: PeerId, message: Message, *, now: float) -> list[Effect]:
+        """Take any message of a round; effects in the order in which they must happen."""
+        handler = self._handlers.get(type(message))
+        if handler is not None:
+            out = handler(sender, message, now)
+        elif self.follower.handles(message):
+            out = self.follower.receive(sender, message, now=now)
+        else:
+            out = [Refused(sender, "not a member", f"{type(message).__name__} is a leader's word")]
+        return self._settle(out, now)
+
+    def result(self, owner: PeerId, term: int, view: int, parts: dict[int, bytes], *, now: float) -> list[Effect]:
+        """`owner` sent the bytes of encoded averages, {part: digest}; they are checked and on disk here."""
+        out = self.follower.holds(tuple(parts.values()), now=now)
+        work = self._round
+        if work is not None and self.phase is Phase.REDUCE and (term, view) == (work.plan.term, work.plan.view):
+            work.results.update((p, d) for p, d in parts.items() if 0 <= p < self._num_parts and work.plan.owners[p] == owner)
+        return self._settle(out, now)
+
+    def holds(self, digests: tuple[bytes, ...], *, now: float) -> list[Effect]:
+        """Blobs that were fetched are checked and on disk."""
+        return self._settle(self.follower.holds(digests, now=now), now)
+
+    def applied(self, round_: int, model: bytes, cost: Cost, *, now: float) -> list[Effect]:
+        """The coordinator's own copy of the model has taken `round_`."""
+        return self._settle(self.follower.applied(round_, model, cost, now=now), now)
+
+    def lost(self, peer: PeerId, why: str, *, now: float) -> list[Effect]:
+        """The network says that `peer` does not answer."""
+        self.membership.lose(peer, why)
+        return self._settle([], now)
+
+    def tick(self, *, now: float) -> list[Effect]:
+        """Let time pass: silences, deadlines, and the leader's own standing."""
+        self.membership.tick(now=now)
+        out = self.follower.tick(now=now)
+        out = self._settle(out, now)
+        if now >= self._report_at:
+            self._report_at = now + self._recipe.rounds.report_s
+            out.append(Send(self.membership.live(), self.standing()))
+        return out
+
+    def wake_at(self) -> float:
+        """When `tick` has something to do next."""
+        settled = self._settle_until if self._awaited else float("inf")
+        deadline = self._round.deadline if self._round else settled
+        return min(self._report_at, self.membership.wake_at(), self.follower.wake_at(), deadline)
+
+    # -- what others may ask
+
+    def standing(self) -> Standing:
+        """Where the run stands, in words."""
+        head = self.follower.ledger.head
+        finished = self.phase is Phase.FINISHED
+        val_round, val_loss = self.validation
+        term = self._delegation.term
+        return Standing(term, head.round, head.hash, self.phase, self.reason[:200], finished, val_round, val_loss)
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the round under way."""
+        return self._round.plan if self._round and self._round.plan.seats else None
+
+    def state_ballots(self, round_: int, model: bytes) -> tuple[Ballot, ...]:
+        """Who signed that `model` is the digest after `round_`."""
+        said = self.digests.get(round_, {})
+        return tuple(Ballot(peer, applied.signature) for peer, applied in said.items() if applied.model == model)
+
+    # -- messages
+
+    def _on_report(self, sender: PeerId, said: Report, now: float) -> list[Effect]:
+        self.membership.heard(sender, said, now=now)
+        if said.term < self._delegation.term:
+            return [Send((sender,), self._delegation)]
+        if now < self._told_at.get(sender, 0.0) + self._recipe.rounds.report_s:
+            return []
+        again = self._unheard(sender, said)
+        return self._tell((sender,), again, now) if again is not None else []
+
+    def _unheard(self, peer: PeerId, said: Report) -> Message | None:
+        """What `peer`, by its own report, has not heard yet."""
+        ledger, work = self.follower.ledger, self._round
+        if said.head_round < ledger.head.round:
+            return ledger.tip if said.head_round == ledger.head.round - 1 else None
+        if work is None:
+            return None
+        if self.phase is Phase.VOTE:
+            votes = any(voter.peer == peer for voter in ledger.head.committee)
+            return work.proposal if votes and peer not in work.ballots else None
+        if (said.round, said.view) != (work.plan.round, work.plan.view):
+            return work.plan if work.plan.seat_of(peer) else None
+        return work.freeze if said.stage in (Stage.TRAINING, Stage.CONTRIBUTED) else None
+
+    def _on_contribution(self, sender: PeerId, said: Contribution, now: float) -> list[Effect]:
+        work, head = self._round, self.follower.ledger.head
+        if work is None or (said.epoch, said.round, said.head) != (head.epoch, head.round + 1, head.hash):
+            return [Refused(sender, "stale contribution", f"round {said.round}; this is round {head.round + 1}")]
+        seat = work.seats.get(sender)
+        if seat is None:
+            return [Refused(sender, "no seat", f"no work was given in round {said.round}")]
+        samples = ranges.count(seat.ranges)
+        if not 0 < said.samples <= samples or said.tokens != said.samples * self._recipe.model.context:
+            return [Refused(sender, "bad contribution", f"{said.samples} of {samples} samples, {said.tokens} tokens")]
+        if not abs(said.loss) < float("inf"):
+            return [Refused(sender, "non-finite", "its loss is not a finite number")]
+        work.contributions[sender] = said
+        return []
+
+    def _on_have(self, sender: PeerId, said: Have, now: float) -> list[Effect]:
+        work = self._round
+        if work is not None and (said.round, said.term, said.view) == work.plan.order:
+            work.held.add((sender, said.contributor, said.root))
+        return []
+
+    def _on_vote(self, sender: PeerId, said: Vote, now: float) -> list[Effect]:
+        work = self._round
+        if work is None or work.proposal is None or said.block != work.proposal.block.hash:
+            return []
+        payload = vote_payload(self.follower.ledger.run, said.epoch, said.round, said.term, said.view, said.block)
+        if not self._signer.verify(sender, payload, said.signature):
+            return [Refused(sender, "bad signature", f"vote on round {said.round}")]
+        work.ballots[sender] = Ballot(sender, said.signature)
+        return []
+
+    def _on_applied(self, sender: PeerId, said: Applied, now: float) -> list[Effect]:
+        payload = applied_payload(self.follower.ledger.run, said.round, said.block, said.model)
+        if not self._signer.verify(sender, payload, said.signature):
+            return [Refused(sender, "bad signature", f"model digest after round {said.round}")]
+        if said.round > self.follower.ledger.head.round - KEPT_ROUNDS:
+            self.digests.setdefault(said.round, {})[sender] = said
+        for old in [r for r in self.digests if r <= self.follower.ledger.head.round - KEPT_ROUNDS]:
+            del self.digests[old]
+        return []
+
+    # -- decisions
+
+    def _settle(self, out: list[Effect], now: float) -> list[Effect]:
+        """Hand our own messages to ourselves and take every step that is now possible, until nothing changes."""
+        done: list[Effect] = []
+        pending = out
+        while True:
+            for effect in pending:
+                if isinstance(effect, Send) and self._signer.peer_id in effect.to:
+                    others = tuple(peer for peer in effect.to if peer != self._signer.peer_id)
+                    if others:
+                        done.append(Send(others, effect.message))
+                    self_said = self._loop_back(effect.message, now)
+                    done.extend(self._settle(self_said, now) if self_said else [])
+                else:
+                    done.append(effect)
+            pending = self._step(now)
+            if not pending:
+                return done
+
+    def _loop_back(self, message: Message, now: float) -> list[Effect]:
+        handler = self._handlers.get(type(message))
+        me = self._signer.peer_id
+        return handler(me, message, now) if handler else self.follower.receive(me, message, now=now)
+
+    def _step(self, now: float) -> list[Effect]:
+        if self.phase is Phase.GATHER:
+            return self._gather(now)
+        if self.phase is Phase.REDUCE:
+            return self._reduce(now)
+        if self.phase is Phase.VOTE:
+            return self._count_votes(now)
+        return self._idle(now)
+
+    def _idle(self, now: float) -> list[Effect]:
+        head = self.follower.ledger.head
+        steps = self._recipe.rounds.steps_at(head.global_step)
+        if steps == 0:
+            self.phase, self.reason = Phase.FINISHED, f"finished: all {head.global_step} steps are done"
+            return []
+        if now >= self._settle_until:
+            self._awaited = ()
+        decision = self.membership.decide(head, min_peers=self._recipe.rounds.min_peers, awaited=self._awaited)
+        self.reason = decision.reason
+        if decision.members:
+            return self._open(decision.members, steps, now)
+        return self._propose_departures(now)
+
+    def _open(self, members: Sequence[PeerId], steps: int, now: float) -> list[Effect]:
+        head = self.follower.ledger.head
+        deadline = now + self._recipe.rounds.train_s + self._recipe.rounds.exchange_s
+        work = _Round(head.redo, head.cursor, steps, self._empty_plan(), deadline)
+        for peer in sorted(members):
+            work.seats[peer] = self._seat(work, peer)
+        self._round = work
+        return self._plan_view(work, now)
+
+    def _seat(self, work: _Round, peer: PeerId) -> Seat:
+        """Allot samples to `peer`: first those that others left undone, then new ones."""
+        samples = work.steps * self._recipe.inner.batch_sequences
+        allotted, work.redo = ranges.take(work.redo, samples)
+        fresh = samples - ranges.count(allotted)
+        if fresh:
+            allotted = (*allotted, (work.cursor, work.cursor + fresh))
+            work.cursor += fresh
+        report = self.membership.report(peer)
+        return Seat(peer, work.steps, allotted, report.addresses if report else ())
+
+    def _empty_plan(self) -> Plan:
+        head, rounds = self.follower.ledger.head, self._recipe.rounds
+        return Plan(
+            head.epoch, head.round + 1, self._delegation.term, self._next_view, head.hash, head.global_step,
+            (), (), rounds.train_s, rounds.exchange_s,
+        )  # fmt: skip
+
+    def _plan_view(self, work: _Round, now: float) -> list[Effect]:
+        """Plan the round, first or again, for those who are here; their data ranges stay as they were."""
+        seats = tuple(seat for peer, seat in sorted(work.seats.items()) if self._may_reduce(peer))
+        if not seats:
+            return self._abandon("everyone who had work is gone")
+        blank = self._empty_plan()
+        owners = self._owners(work, tuple(seat.peer for seat in seats))
+        work.plan = Plan(
+            blank.epoch, blank.round, blank.term, blank.view, blank.head, blank.global_step,
+            seats, owners, blank.train_s, blank.exchange_s,
+        )  # fmt: skip
+        self._next_view += 1
+        work.deadline = max(work.deadline, now + self._recipe.rounds.exchange_s)
+        work.freeze, work.proposal = None, None
+        work.held.clear()
+        work.results.clear()
+        self.phase = Phase.GATHER
+        self.reason = f"round {work.plan.round}: {len(seats)} peers work, {len(set(owners))} reduce"
+        return self._tell(work.plan.members, work.plan, now)
+
+    def _owners(self, work: _Round, members: tuple[PeerId, ...]) -> tuple[PeerId, ...]:
+        reports = {peer: report for peer in members if (report := self.membership.report(peer))}
+        able = [peer for peer in members if reports[peer].accepts and peer not in work.slow]
+        if not able:
+            work.slow.clear()
+            able = list(members)
+        weighed = [(peer, reports[peer].uplink) for peer in able]
+        return self._assign(self._num_parts, weighed, work.plan.owners or None)
+
+    def _abandon(self, reason: str) -> list[Effect]:
+        self._round, self.phase, self.reason = None, Phase.IDLE, reason
+        return []
+
+    def _lost_owners(self, work: _Round) -> list[PeerId]:
+        return [peer for peer in sorted(set(work.plan.owners)) if not self._may_reduce(peer)]
+
+    def _may_reduce(self, peer: PeerId) -> bool:
+        """Whether `peer` is here and has not started anew, its bytes forgotten."""
+        said = self.membership.report(peer)
+        return said is not None and said.stage != Stage.SYNCING and self.membership.is_live(peer)
+
+    def _whole(self, work: _Round) -> dict[PeerId, Contribution]:
+        """Contributions of which every owner holds all its parts, in peer-id order."""
+        owners = set(work.plan.owners)
+        return {
+            peer: said
+            for peer, said in sorted(work.contributions.items())
+            if all((owner, peer, said.root) in work.held for owner in owners)
+        }
+
+    def _declined(self, work: _Round, peer: PeerId) -> bool:
+        """Whether `peer` knows this plan and says that it has nothing to contribute to it."""
+        said = self.membership.report(peer)
+        order = (work.plan.round, work.plan.term, work.plan.view)
+        return said is not None and said.stage == Stage.WAITING and (said.round, said.term, said.view) == order
+
+    def _gather(self, now: float) -> list[Effect]:
+        work = self._round
+        assert work is not None
+        if self._lost_owners(work):
+            return self._plan_view(work, now)
+        whole = self._whole(work)
+        here = [p for p in work.plan.members if self.membership.is_live(p) and not self._declined(work, p)]
+        waiting = [peer for peer in here if peer not in whole]
+        self.reason = f"round {work.plan.round}: {len(whole)} of {len(work.plan.seats)} contributions held"
+        if waiting and now < work.deadline:
+            return []
+        if whole:
+            return self._freeze(work, now)
+        if not waiting:
+            return self._abandon("nobody's work could be gathered")
+        self._mark_slow(work, {owner for owner in work.plan.owners if self._holds_nothing(work, owner)})
+        return self._plan_view(work, now)
+
+    def _holds_nothing(self, work: _Round, owner: PeerId) -> bool:
+        promised = {(owner, peer, said.root) for peer, said in work.contributions.items() if peer != owner}
+        return bool(promised) and not promised & work.held
+
+    @staticmethod
+    def _mark_slow(work: _Round, owners: set[PeerId]) -> None:
+        if owners != set(work.plan.owners):
+            work.slow |= owners
+
+    def _freeze(self, work: _Round, now: float) -> list[Effect]:
+        entries = tuple(
+            Entry(peer, said.root, said.tokens, said.loss, ranges.take(work.seats[peer].ranges, said.samples)[0])
+            for peer, said in self._whole(work).items()
+        )
+        work.freeze = Freeze(work.plan.round, work.plan.term, work.plan.view, entries)
+        work.deadline = now + self._recipe.rounds.exchange_s
+        self.phase = Phase.REDUCE
+        return self._tell(work.plan.members, work.freeze, now)
+
+    def _reduce(self, now: float) -> list[Effect]:
+        work = self._round
+        assert work is not None and work.freeze is not None
+        if self._lost_owners(work):
+            return self._plan_view(work, now)
+        missing = [part for part in range(self._num_parts) if part not in work.results]
+        self.reason = f"round {work.plan.round}: {self._num_parts - len(missing)} of {self._num_parts} parts reduced"
+        if missing and now >= work.deadline:
+            self._mark_slow(work, {work.plan.owners[part] for part in missing})
+            return self._plan_view(work, now)
+        if missing or not self.follower.at_head or self.follower.model is None:
+            return []
+        parts = tuple(work.results[part] for part in range(self._num_parts))
+        return self._propose(work, work.freeze.entries, parts, now)
+
+    def _propose_departures(self, now: float) -> list[Effect]:
+        """Between rounds, let those who want to leave go: a block that changes nothing but the committee."""
+        committee = self.follower.ledger.head.committee
+        leaving = self.membership.leaving() & {voter.peer for voter in committee}
+        if not leaving or not self.follower.at_head or self.follower.model is None:
+            return []
+        head = self.follower.ledger.head
+        self._round = _Round(head.redo, head.cursor, 0, self._empty_plan(), float("inf"))
+        self._next_view += 1
+        return self._propose(self._round, (), (), now)
+
+    def _propose(
+        self, work: _Round, entries: tuple[Entry, ...], parts: tuple[bytes, ...], now: float
+    ) -> list[Effect]:
+        head, plan = self.follower.ledger.head, work.plan
+        assert self.follower.model is not None
+        allotted = [r for seat in work.seats.values() for r in seat.ranges]
+        done = [r for entry in entries for r in entry.ranges]
+        stay = {e.peer for e in entries} if entries else {voter.peer for voter in head.committee}
+        committee = committee_of(self._signer.peer_id, stay - self.membership.leaving())
+        block = Block(
+            epoch=head.epoch,
+            round=plan.round,
+            term=plan.term,
+            view=plan.view,
+            parent=head.hash,
+            model_before=self.follower.model,
+            global_step=head.global_step + work.steps,
+            steps=work.steps,
+            entries=entries,
+            parts=parts,
+            redo=ranges.minus((*work.redo, *allotted), done),
+            cursor=work.cursor,
+            committee=committee,
+        )
+        work.proposal = Proposal(block)
+        work.deadline = float("inf")
+        self.phase = Phase.VOTE
+        voters = {voter.peer for voter in head.committee if self.membership.is_live(voter.peer)}
+        # members without a vote get it too: they hold its parts and may apply it without asking for them
+        to = tuple(sorted(voters | set(plan.members) | {self._signer.peer_id}))
+        return self._tell(to, work.proposal, now)
+
+    def _count_votes(self, now: float) -> list[Effect]:
+        work = self._round
+        assert work is not None and work.proposal is not None
+        committee = self.follower.ledger.head.committee
+        if not has_quorum(committee, work.ballots):
+            have, need = weight_of(committee, work.ballots), quorum_weight(committee)
+            absent = [v.peer for v in committee if v.peer not in work.ballots and not self.membership.is_live(v.peer)]
+            gone = f"; {len(absent)} of its voters are gone" if absent else ""
+            self.reason = f"round {work.plan.round}: {have} of {need} votes{gone}"
+            return []
+        voters = {voter.peer for voter in committee}
+        ballots = tuple(ballot for peer, ballot in sorted(work.ballots.items()) if peer in voters)
+        commit = Commit(work.proposal.block, ballots)
+        self._round, self.phase, self._next_view = None, Phase.IDLE, 0
+        self._awaited, self._settle_until = work.plan.members, now + SETTLE_S
+        followed = self.follower.receive(self._signer.peer_id, commit, now=now)
+        assert isinstance(followed[0], Store), "a commit is durable before anyone hears of it"
+        return [followed[0], *self._tell(self.membership.live(), commit, now), *followed[1:]]
+
+    def _tell(self, to: tuple[PeerId, ...], message: Message, now: float) -> list[Effect]:
+        for peer in to:
+            self._told_at[peer] = now
+        return [Send(to, message)]

@@ -1,0 +1,204 @@
+"""One member's part in the all-reduce of one round, as a machine over part ids: no tensors, no network.
+
+    contribute   own parts are encoded        -> Upload each owner its parts            (again after a failure)
+    received     others' parts, checked       -> Holds, once all of ours of one peer are here
+    freeze       the one set that counts      -> Fold each of our parts from exactly that set
+    folded       our averages are encoded     -> Deliver the same bytes to everyone     (again after a failure)
+    plan         owners changed (a new view)  -> upload only what the new owners lack; what is held stays held
+
+Contributors keep their bytes until the round is committed, so that any new owner can ask for them.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dugnad.dht.identity import PeerId
+
+RETRY_S = 1.0
+"""How long after a failure an upload or a delivery is tried again, and how often a Holds is said again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """Send `parts` of our own contribution to their `owner`, and say `uploaded` or `upload_failed`."""
+
+    owner: PeerId
+    parts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Holds:
+    """Tell the leader that all our parts of `contributor`'s vector are here."""
+
+    contributor: PeerId
+    root: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """A contribution in the frozen set: its fold weight is `tokens`."""
+
+    peer: PeerId
+    root: bytes
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """Average `parts` over exactly `entries`, in that order, encode each once, and say `folded`."""
+
+    parts: tuple[int, ...]
+    entries: tuple[Weighed, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """Send our averages, {part: digest}, to `to`, and say `delivered` or `deliver_failed`."""
+
+    to: PeerId
+    parts: Mapping[int, bytes]
+
+
+Effect = Upload | Holds | Fold | Deliver
+
+
+class Reducer:
+    """The all-reduce of one round as `me` sees it; parts are numbered from 0."""
+
+    def __init__(self, me: PeerId) -> None:
+        self._me = me
+        self._root: bytes | None = None
+        self._owners: tuple[PeerId, ...] = ()
+        self._receivers: tuple[PeerId, ...] = ()
+        self._sent: dict[PeerId, set[int]] = defaultdict(set)
+        """Own parts that an owner has acknowledged."""
+        self._uploading: dict[PeerId, tuple[int, ...]] = {}
+        self._held: dict[tuple[PeerId, bytes], set[int]] = defaultdict(set)
+        self._entries: tuple[Weighed, ...] | None = None
+        self._folding = False
+        self._results: dict[int, bytes] = {}
+        self._undelivered: set[PeerId] = set()
+        self._retry_at: dict[PeerId, float] = {}
+        self._holds_at = float("inf")
+
+    @property
+    def contributed(self) -> bool:
+        """Whether our own work is encoded and promised."""
+        return self._root is not None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the set of this view is known."""
+        return self._entries is not None
+
+    @property
+    def own_parts(self) -> tuple[int, ...]:
+        """The parts that we reduce."""
+        return tuple(part for part, owner in enumerate(self._owners) if owner == self._me)
+
+    def plan(self, owners: tuple[PeerId, ...], receivers: tuple[PeerId, ...], *, now: float) -> list[Effect]:
+        """A view begins: `owners[k]` reduces part k, and `receivers` get our averages."""
+        for newcomer in set(owners) - set(self._owners):
+            self._sent[newcomer].clear()  # it may have restarted, and lost what it once acknowledged
+        self._owners, self._receivers = owners, tuple(peer for peer in receivers if peer != self._me)
+        self._entries, self._folding = None, False
+        self._results.clear()
+        self._undelivered.clear()
+        self._uploading.clear()
+        self._retry_at.clear()
+        return [*self._upload(now), *self._holds(now)]
+
+    def contribute(self, root: bytes, *, now: float) -> list[Effect]:
+        """Our own parts are encoded; their digests hash to `root`."""
+        self._root = root
+        self._held[self._me, root].update(range(len(self._owners)))
+        return [*self._upload(now), *self._holds(now)]
+
+    def uploaded(self, owner: PeerId, parts: tuple[int, ...], *, now: float) -> list[Effect]:
+        """`owner` has acknowledged `parts` of ours."""
+        self._sent[owner].update(parts)
+        if self._uploading.get(owner) == parts:
+            del self._uploading[owner]
+        return self._upload(now)
+
+    def upload_failed(self, owner: PeerId, parts: tuple[int, ...], *, now: float) -> list[Effect]:
+        """The upload of `parts` to `owner` broke; it is tried again while the plan says so."""
+        if self._uploading.get(owner) == parts:
+            del self._uploading[owner]
+            self._retry_at[owner] = now + RETRY_S
+        return []
+
+    def received(self, contributor: PeerId, root: bytes, parts: tuple[int, ...], *, now: float) -> list[Effect]:
+        """`parts` of `contributor` are here, checked against the digests that hash to `root`."""
+        held = self._held[contributor, root]
+        before = self._holds_all(held)
+        held.update(parts)
+        out: list[Effect] = [] if before or not self._holds_all(held) else [Holds(contributor, root)]
+        return [*out, *self._fold()]
+
+    def freeze(self, entries: tuple[Weighed, ...], *, now: float) -> list[Effect]:
+        """The leader froze the set that every part of this view is folded from."""
+        if self._entries is None:
+            self._entries = entries
+            self._holds_at = float("inf")
+        return self._fold()
+
+    def folded(self, results: Mapping[int, bytes], *, now: float) -> list[Effect]:
+        """Our parts are averaged and encoded: {part: digest}."""
+        if not self._folding or set(results) != set(self.own_parts):
+            return []  # of a view that is over
+        self._folding = False
+        self._results = dict(results)
+        self._undelivered = set(self._receivers)
+        return [Deliver(peer, self._results) for peer in self._receivers]
+
+    def delivered(self, to: PeerId) -> None:
+        """`to` has acknowledged our averages."""
+        self._undelivered.discard(to)
+
+    def deliver_failed(self, to: PeerId, *, now: float) -> None:
+        """The delivery to `to` broke; it is tried again until the round is over."""
+        if to in self._undelivered:
+            self._retry_at[to] = now + RETRY_S
+
+    def tick(self, *, now: float) -> list[Effect]:
+        """Try again what failed, and repeat what may have been lost."""
+        due = sorted(peer for peer, at in self._retry_at.items() if now >= at)
+        for peer in due:
+            del self._retry_at[peer]
+        out: list[Effect] = [Deliver(peer, self._results) for peer in due if peer in self._undelivered]
+        return [*out, *self._upload(now), *(self._holds(now) if now >= self._holds_at else [])]
+
+    def wake_at(self) -> float:
+        """When `tick` has something to do."""
+        return min(self._holds_at, *self._retry_at.values(), float("inf"))
+
+    def _upload(self, now: float) -> list[Effect]:
+        if self._root is None:
+            return []
+        out: list[Effect] = []
+        for owner in sorted(set(self._owners) - {self._me}):
+            if owner in self._uploading or now < self._retry_at.get(owner, 0.0):
+                continue
+            theirs = (part for part, who in enumerate(self._owners) if who == owner)
+            parts = tuple(part for part in theirs if part not in self._sent[owner])
+            if parts:
+                self._uploading[owner] = parts
+                out.append(Upload(owner, parts))
+        return out
+
+    def _holds_all(self, held: set[int]) -> bool:
+        return bool(self.own_parts) and held.issuperset(self.own_parts)
+
+    def _holds(self, now: float) -> list[Effect]:
+        self._holds_at = float("inf") if self.frozen or not self.own_parts else now + RETRY_S
+        return [Holds(peer, root) for (peer, root), held in sorted(self._held.items()) if self._holds_all(held)]
+
+    def _fold(self) -> list[Effect]:
+        if self._entries is None or self._folding or self._results or not self.own_parts:
+            return []
+        if not all(self._holds_all(self._held[entry.peer, entry.root]) for entry in self._entries):
+            return []
+        self._folding = True
+        return [Fold(self.own_parts, self._entries)]

@@ -1,0 +1,374 @@
+"""A volunteer's life in a run, as a machine: sync, wait, train, reduce, vote, leave.
+
+    SYNC ──synced──> WAIT ──Plan with a seat──> TRAIN ──trained──> REDUCE ──Commit, applied──> WAIT
+      ^               │                           │ nothing finite: back to WAIT, the round goes on without us
+      └── Resync ─────┴── (from anywhere)         └ a new view with the same seat: keep the work, send it to the new owners
+
+It joins two machines that do not know each other: the `Follower` that votes and follows the chain, and the `Reducer`
+of the round under way. Effects of all three come out in the order in which they must happen.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from dugnad.coordinator import follower as following
+from dugnad.coordinator.follower import CatchUp, Cost, Follower, Refused, Resync, Send
+from dugnad.coordinator.membership import Stage
+from dugnad.coordinator.messages import Contribution, Freeze, Have, Message, Plan, Report, Seat, Standing
+from dugnad.dht.identity import PeerId
+from dugnad.optim import reduce as reducing
+from dugnad.optim.reduce import Reducer, Weighed
+
+
+class State(StrEnum):
+    """What a volunteer is doing."""
+
+    SYNC = "sync"
+    WAIT = "wait"
+    TRAIN = "train"
+    REDUCE = "reduce"
+    LEFT = "left"
+
+
+@dataclass(frozen=True, slots=True)
+class Train:
+    """Train on `seat` from the model at the plan's head, and say `trained` or `not_trained`; stop any other training."""
+
+    plan: Plan
+    seat: Seat
+
+
+@dataclass(frozen=True, slots=True)
+class StopTraining:
+    """Come to the end after the step under way: what is done is contributed, or, if not `keep`, forgotten."""
+
+    keep: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """It is safe to go: nothing of ours is awaited any more."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reduce:
+    """An effect of the round's all-reduce; `plan` says of which view."""
+
+    plan: Plan
+    effect: reducing.Upload | reducing.Fold | reducing.Deliver
+
+
+Effect = following.Effect | Train | StopTraining | Leave | Reduce
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A finished interval: the parts' digests hash to `root`; `loss` is the mean over its `samples`."""
+
+    root: bytes
+    samples: int
+    tokens: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What a volunteer says of itself: sending rate in bytes/s (0: unknown) and where it can be dialled."""
+
+    addresses: tuple[str, ...]
+    accepts: bool
+    uplink: float
+
+
+class Volunteer:
+    """One volunteer in one run; `follower` is its voting half, `report_s` how often it reports."""
+
+    def __init__(self, me: PeerId, follower: Follower, abilities: Abilities, *, report_s: float, silence_s: float) -> None:
+        self.state = State.SYNC
+        self.reason = "no model yet"
+        self.leaving = False
+        self.standing: Standing | None = None
+        self.heard_at: float | None = None
+        """When the leader was last heard of."""
+        self.plan: Plan | None = None
+        """The newest plan of the round under way."""
+        self.step = 0
+        """Inner steps done in the round under way; kept by the shell."""
+        self.follower = follower
+        self._me = me
+        self._abilities = abilities
+        self._report_s = report_s
+        self._silence_s = silence_s
+        self._reducer = Reducer(me)
+        self._promise: Contribution | None = None
+        self._train_until = float("inf")
+        self._report_at = 0.0
+        self._reported: tuple[object, ...] = ()
+        self._resync_at = 0.0
+        self._handlers: dict[type[Message], Callable[..., list[Effect]]] = {
+            Plan: self._on_plan,
+            Freeze: self._on_freeze,
+            Standing: self._on_standing,
+        }
+
+    # -- what happens to it
+
+    def receive(self, sender: PeerId, message: Message, *, now: float) -> list[Effect]:
+        """Take any message of a round."""
+        if sender == self.follower.leader:
+            self.heard_at = now
+        if type(message) in self._handlers:
+            if sender != self.follower.leader:
+                return [Refused(sender, "not leader", f"{type(message).__name__} from one who does not lead")]
+            return self._settle(self._handlers[type(message)](sender, message, now), now)
+        if self.follower.handles(message):
+            return self._settle(self.follower.receive(sender, message, now=now), now)
+        return [Refused(sender, "not the leader", f"{type(message).__name__} is said to leaders")]
+
+    def synced(self, round_: int, model: bytes, *, now: float) -> list[Effect]:
+        """The model after `round_` is here."""
+        self._turn(State.WAIT, f"in sync with round {round_}")
+        return self._settle(self.follower.synced(round_, model, now=now), now)
+
+    def sync_failed(self, why: str, *, now: float) -> list[Effect]:
+        """The state could not be had; it is tried again."""
+        self.reason = why
+        self._resync_at = now + following.RETRY_S
+        return []
+
+    def trained(self, plan: Plan, work: Work, *, now: float) -> list[Effect]:
+        """The interval of `plan` is done and encoded."""
+        if self.state is not State.TRAIN or self.plan is None or plan.round != self.plan.round:
+            return []
+        self._turn(State.REDUCE, f"round {plan.round}: sending our work to its owners")
+        self._train_until = float("inf")
+        self._promise = Contribution(
+            plan.epoch, plan.round, plan.head, work.root, work.samples, work.tokens, work.loss
+        )
+        return self._settle([*self._promised(), *self._reduced(self._reducer.contribute(work.root, now=now))], now)
+
+    def not_trained(self, plan: Plan, why: str, *, now: float) -> list[Effect]:
+        """Nothing of the interval can be contributed; the round goes on without us."""
+        if self.state is State.TRAIN and self.plan is not None and plan.round == self.plan.round:
+            self._turn(State.WAIT, why)
+            self._train_until = float("inf")
+        return self._settle([], now)
+
+    def received(self, contributor: PeerId, root: bytes, parts: tuple[int, ...], *, now: float) -> list[Effect]:
+        """Checked part bytes of `contributor` are here."""
+        return self._settle(self._reduced(self._reducer.received(contributor, root, parts, now=now)), now)
+
+    def uploaded(self, owner: PeerId, parts: tuple[int, ...], *, now: float) -> list[Effect]:
+        """`owner` has our `parts`."""
+        return self._settle(self._reduced(self._reducer.uploaded(owner, parts, now=now)), now)
+
+    def upload_failed(self, owner: PeerId, parts: tuple[int, ...], *, now: float) -> list[Effect]:
+        """An upload broke."""
+        return self._settle(self._reduced(self._reducer.upload_failed(owner, parts, now=now)), now)
+
+    def folded(self, plan: Plan, results: dict[int, bytes], *, now: float) -> list[Effect]:
+        """Our averages of this view are encoded and on disk: {part: digest}."""
+        if self.plan is None or plan.order != self.plan.order:
+            return []
+        out: list[Effect] = self._reduced(self._reducer.folded(results, now=now))
+        return self._settle([*out, *self.follower.holds(tuple(results.values()), now=now)], now)
+
+    def delivered(self, to: PeerId, *, error: str | None, now: float) -> list[Effect]:
+        """`to` has our averages, or did not take them."""
+        if error is None:
+            self._reducer.delivered(to)
+        else:
+            self._reducer.deliver_failed(to, now=now)
+        return []
+
+    def holds(self, digests: tuple[bytes, ...], *, now: float) -> list[Effect]:
+        """Averages from others are checked and on disk."""
+        return self._settle(self.follower.holds(digests, now=now), now)
+
+    def applied(self, round_: int, model: bytes, cost: Cost, *, now: float) -> list[Effect]:
+        """The model after `round_` is in place."""
+        self._turn(State.WAIT, f"round {round_} applied; waiting for the next plan")
+        return self._settle(self.follower.applied(round_, model, cost, now=now), now)
+
+    def leave(self, *, now: float) -> list[Effect]:
+        """The user wants to go: finish what others count on, then `Leave`."""
+        self.leaving = True
+        return self._settle([], now)
+
+    def tick(self, *, now: float) -> list[Effect]:
+        """Let time pass."""
+        out: list[Effect] = []
+        if self.state is State.SYNC and now >= self._resync_at and self.follower.leader is not None:
+            self._resync_at = float("inf")
+            out.append(Resync(self.reason))
+        if now >= self._train_until:
+            self._train_until = float("inf")
+            out.append(StopTraining(keep=True))
+        out += self._reduced(self._reducer.tick(now=now)) if self.plan is not None else []
+        return self._settle([*out, *self.follower.tick(now=now)], now)
+
+    def wake_at(self) -> float:
+        """When `tick` has something to do."""
+        resync_at = self._resync_at if self.state is State.SYNC and self.follower.leader is not None else float("inf")
+        return min(self._report_at, self._train_until, resync_at, self._reducer.wake_at(), self.follower.wake_at())
+
+    # -- what it says of itself
+
+    @property
+    def stage(self) -> Stage:
+        """What it is doing, in the words of a report."""
+        if self.state is State.SYNC or self.follower.model is None:
+            return Stage.SYNCING
+        if self.state is State.TRAIN:
+            return Stage.TRAINING
+        if self.state is State.REDUCE:
+            return Stage.REDUCING if self._reducer.frozen else Stage.CONTRIBUTED
+        return Stage.WAITING
+
+    def coordinator_silent_s(self, *, now: float) -> float | None:
+        """For how long the leader has not been heard, if that is worth a word; else None."""
+        if self.heard_at is None or now - self.heard_at < self._silence_s:
+            return None
+        return now - self.heard_at
+
+    # -- messages
+
+    def _on_plan(self, sender: PeerId, plan: Plan, now: float) -> list[Effect]:
+        head = self.follower.ledger.head
+        if plan.term != self.follower.term or plan.round <= head.round:
+            return []
+        if plan.round > head.round + 1:
+            return list(self.follower.behind(plan.round - 1, sender, now=now))
+        if plan.head != head.hash:
+            return [Refused(sender, "foreign chain", f"plan of round {plan.round} stands on another head")]
+        if not self.follower.at_head or (self.plan is not None and plan.order <= self.plan.order):
+            return []  # the leader says it again when our report shows that we stand at the head
+        before, self.plan = self.plan, plan
+        seat = plan.seat_of(self._me)
+        if seat is None:
+            return self._without_seat(plan)
+        receivers = (*plan.members, sender)
+        if before is not None and before.round == plan.round and before.seat_of(self._me) == seat and self._working:
+            return [*self._promised(), *self._reduced(self._reducer.plan(plan.owners, receivers, now=now))]
+        self._reducer, self._promise = Reducer(self._me), None
+        self._reducer.plan(plan.owners, receivers, now=now)
+        self._turn(State.TRAIN, f"round {plan.round}: training {seat.steps} steps with {len(plan.seats)} peers")
+        self._train_until = now + plan.train_s
+        return [Train(plan, seat)]
+
+    @property
+    def _working(self) -> bool:
+        return self.state in (State.TRAIN, State.REDUCE)
+
+    def _without_seat(self, plan: Plan) -> list[Effect]:
+        was = self.state
+        self._reducer, self._promise = Reducer(self._me), None
+        self._train_until = float("inf")
+        self._turn(State.WAIT, f"round {plan.round} goes on without us")
+        return [StopTraining(keep=False)] if was is State.TRAIN else []
+
+    def _on_freeze(self, sender: PeerId, said: Freeze, now: float) -> list[Effect]:
+        if self.plan is None or (said.round, said.term, said.view) != self.plan.order:
+            return []
+        entries = tuple(Weighed(entry.peer, entry.root, entry.tokens) for entry in said.entries)
+        counted = any(entry.peer == self._me for entry in entries)
+        if self.state is State.REDUCE:
+            self.reason = f"round {said.round}: {'averaging' if counted else 'our work came too late'}"
+        return self._reduced(self._reducer.freeze(entries, now=now))
+
+    def _on_standing(self, sender: PeerId, said: Standing, now: float) -> list[Effect]:
+        self.standing = said
+        return list(self.follower.behind(said.head_round, sender, now=now))
+
+    # -- inside
+
+    def _turn(self, state: State, reason: str) -> None:
+        if self.state is not State.LEFT:
+            self.state, self.reason = state, reason
+
+    def _promised(self) -> list[Effect]:
+        leader = self.follower.leader
+        return [Send((leader,), self._promise)] if self._promise is not None and leader is not None else []
+
+    def _reduced(self, effects: list[reducing.Effect]) -> list[Effect]:
+        """The reducer's effects, with the view they belong to."""
+        if self.plan is None or self.follower.leader is None:
+            return []
+        round_, term, view = self.plan.order
+        out: list[Effect] = []
+        for effect in effects:
+            if isinstance(effect, reducing.Holds):
+                said = Have(round_, term, view, effect.contributor, effect.root)
+                out.append(Send((self.follower.leader,), said))
+            else:
+                out.append(Reduce(self.plan, effect))
+        return out
+
+    def _settle(self, out: list[Effect], now: float) -> list[Effect]:
+        """Follow up on what just happened: a round that is over, a resync, a report that is due, a wish to leave."""
+        if self.state is State.LEFT:
+            return []
+        head = self.follower.ledger.head
+        if self.plan is not None and self.plan.round <= head.round:
+            out = [*out, *self._round_is_over()]
+        if any(isinstance(effect, Resync) for effect in out):
+            self.state, self._resync_at = State.SYNC, float("inf")
+        reported = (self.stage, head.round, self.plan.order if self.plan else (), self.leaving, self.follower.term)
+        if now >= self._report_at or reported != self._reported:
+            self._report_at, self._reported = now + self._report_s, reported
+            out = [*out, *self._report(), *(self._promised() if not self._reducer.frozen else [])]
+        reason = self._may_leave(now)
+        if reason is not None:
+            self.state, self.reason = State.LEFT, reason
+            out = [*out, StopTraining(keep=False), Leave(reason)]
+        return out
+
+    def _round_is_over(self) -> list[Effect]:
+        """The round of our plan is committed: what we still did for it is of no use."""
+        was, self.plan, self._promise = self.state, None, None
+        self._reducer = Reducer(self._me)
+        self._train_until = float("inf")
+        if self._working:
+            self._turn(State.WAIT, "the round is committed")
+        return [StopTraining(keep=False)] if was is State.TRAIN else []
+
+    def _report(self) -> list[Effect]:
+        if self.follower.leader is None:
+            return []
+        head, plan, seat = self.follower.ledger.head, self.plan, self.plan.seat_of(self._me) if self.plan else None
+        said = Report(
+            term=self.follower.term,
+            head_round=head.round,
+            head=head.hash,
+            stage=self.stage,
+            round=plan.round if plan else 0,
+            view=plan.view if plan else 0,
+            step=self.step if seat else 0,
+            of_steps=seat.steps if seat else 0,
+            leaving=self.leaving,
+            accepts=self._abilities.accepts,
+            uplink=self._abilities.uplink,
+            addresses=self._abilities.addresses,
+        )
+        return [Send((self.follower.leader,), said)]
+
+    def _may_leave(self, now: float) -> str | None:
+        """Why it is safe to leave now, or None."""
+        follower = self.follower
+        if self.standing is not None and self.standing.finished and follower.at_head:
+            if self.standing.head_round == follower.ledger.head.round:
+                return "the run is finished"
+        if not self.leaving:
+            return None
+        if follower.leader is None or self.coordinator_silent_s(now=now) is not None:
+            return "left without a goodbye: the coordinator does not answer"
+        votes = any(voter.peer == self._me for voter in follower.ledger.head.committee)
+        if not votes and not self._working and follower.model_round in (-1, follower.ledger.head.round):
+            return "left in order"
+        return None
+
+
+__all__ = ["Abilities", "CatchUp", "Effect", "Leave", "Reduce", "State", "StopTraining", "Train", "Volunteer", "Work"]

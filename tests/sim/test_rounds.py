@@ -1,0 +1,262 @@
+"""Whole runs in virtual time, with scripted and random faults; the rules are checked by the world at every step."""
+
+import dataclasses
+
+import pytest
+
+from dugnad.configs.recipe import load
+from dugnad.coordinator.rounds import Phase
+from tests.sim.world import COORDINATOR, Network, VolunteerNode, World
+
+RECIPE = load("tiny-books")
+
+
+def start(world: World, volunteers: int) -> list[str]:
+    names = [f"p{k:02}" for k in range(volunteers)]
+    world.start_coordinator()
+    for k, name in enumerate(names):
+        world.at(0.2 + 0.01 * k, lambda name=name: world.start_volunteer(name))
+    return names
+
+
+def rounds(world: World) -> int:
+    return len(world.disks[COORDINATOR].commits)
+
+
+def committed(world: World, at_least: int):
+    return lambda: rounds(world) >= at_least
+
+
+def assert_clean(world: World) -> None:
+    found = world.audit()
+    assert found.clean, found
+    assert found.rounds == rounds(world)
+
+
+def test_a_quiet_run_finishes_and_everyone_leaves_with_the_same_model() -> None:
+    world = World(1, RECIPE)
+    names = start(world, 4)
+    world.run(3600, until=lambda: len(world.left) == 4)
+    assert set(world.left.values()) == {"the run is finished"}
+    last = rounds(world)
+    assert world.disks[COORDINATOR].commits[-1].block.global_step == RECIPE.rounds.total_steps
+    assert {world.disks[name].model for name in names} == {world.models[last]}
+    assert_clean(world)
+
+
+def test_fifty_volunteers_commit_rounds_with_everyone_counted() -> None:
+    world = World(2, RECIPE, num_parts=50)
+    start(world, 50)
+    world.run(600, until=committed(world, 6))
+    assert rounds(world) >= 6
+    assert len(world.disks[COORDINATOR].commits[-1].block.entries) == 50
+    assert_clean(world)
+
+
+@pytest.mark.parametrize("moment", ["training", "gathering", "reducing", "voting"])
+def test_a_volunteer_killed_in_the_middle_of_a_round_costs_only_its_own_work(moment: str) -> None:
+    world = World(3, RECIPE)
+    names = start(world, 4)
+    world.run(600, until=committed(world, 3))
+    leader = world.nodes[COORDINATOR].machine
+    phases = {"training": Phase.GATHER, "gathering": Phase.GATHER, "reducing": Phase.REDUCE, "voting": Phase.VOTE}
+
+    def ripe() -> bool:
+        if leader.phase is not phases[moment]:
+            return False
+        return moment != "gathering" or len(leader._round.contributions) >= 2
+
+    world.when(ripe, lambda: world.crash("p01"), every_s=0.001)
+    before = rounds(world)
+    world.run(world.now + 200, until=committed(world, before + 4))
+    assert rounds(world) >= before + 4
+    assert "p01" not in {entry.peer for entry in world.disks[COORDINATOR].commits[-1].block.entries}
+    assert len(world.disks[COORDINATOR].commits[-1].block.entries) == len(names) - 1
+    assert_clean(world)
+
+
+def test_work_of_a_peer_that_died_after_its_bytes_were_held_still_counts() -> None:
+    world = World(4, RECIPE)
+    start(world, 4)
+    world.run(600, until=committed(world, 3))
+    leader = world.nodes[COORDINATOR].machine
+    world.when(lambda: leader.phase is Phase.VOTE, lambda: world.crash("p02"), every_s=0.0005)
+    before = rounds(world)
+    world.run(world.now + 200, until=committed(world, before + 1))
+    assert "p02" in {entry.peer for entry in world.disks[COORDINATOR].commits[before].block.entries}
+    assert_clean(world)
+
+
+def test_a_joiner_is_counted_by_the_second_round_after_it_came() -> None:
+    world = World(5, RECIPE)
+    start(world, 3)
+    world.run(600, until=committed(world, 4))
+    before = rounds(world)
+    world.start_volunteer("late")
+    world.run(world.now + 300, until=committed(world, before + 3))
+    counted = [e.peer for commit in world.disks[COORDINATOR].commits[before : before + 3] for e in commit.block.entries]
+    assert "late" in counted
+    assert_clean(world)
+
+
+def test_leaving_in_order_shrinks_the_committee_until_the_coordinator_is_alone() -> None:
+    world = World(6, RECIPE)
+    names = start(world, 3)
+    world.run(600, until=committed(world, 3))
+    for name in names:
+        node = world.nodes[name]
+        node.do(lambda node: node.perform(node.machine.leave(now=world.now)))
+    world.run(world.now + 120, until=lambda: len(world.left) == 3)
+    assert set(world.left.values()) == {"left in order"}
+    committee = world.disks[COORDINATOR].commits[-1].block.committee
+    assert [voter.peer for voter in committee] == [COORDINATOR]
+    assert_clean(world)
+
+
+def test_a_frozen_peer_costs_its_silence_and_is_counted_again_when_it_thaws() -> None:
+    world = World(7, RECIPE)
+    start(world, 4)
+    world.run(600, until=committed(world, 3))
+    world.freeze("p03")
+    before, since = rounds(world), world.now
+    world.run(world.now + 100, until=committed(world, before + 2))
+    assert world.now - since < RECIPE.rounds.silence_s + 20
+    world.thaw("p03")
+    before = rounds(world)
+    world.run(world.now + 100, until=committed(world, before + 3))
+    assert "p03" in {entry.peer for entry in world.disks[COORDINATOR].commits[-1].block.entries}
+    assert_clean(world)
+
+
+def test_a_straggler_contributes_what_it_did_by_the_deadline_and_the_rest_is_redone() -> None:
+    rounds_ = dataclasses.replace(RECIPE.rounds, train_s=5.0)
+    world = World(8, dataclasses.replace(RECIPE, rounds=rounds_))
+    start(world, 3)
+    world.at(0.5, lambda: setattr(world.nodes["p02"], "step_s", 2.0))
+    world.run(600, until=committed(world, 3))
+    first = world.disks[COORDINATOR].commits[0].block
+    assert [entry.peer for entry in first.entries] == ["p00", "p01", "p02"]
+    assert first.entries[2].tokens < first.entries[0].tokens
+    assert first.redo
+    assert not set(first.redo) & set(world.disks[COORDINATOR].commits[2].block.redo)
+    assert_clean(world)
+
+
+def test_a_peer_with_nothing_finite_to_give_does_not_hold_up_the_others() -> None:
+    world = World(9, RECIPE)
+    start(world, 4)
+    world.run(600, until=committed(world, 2))
+    node = world.nodes["p00"]
+    assert isinstance(node, VolunteerNode)
+    node._finish = lambda effect, steps: node.perform(  # type: ignore[method-assign]
+        node.machine.not_trained(effect.plan, "non-finite values", now=world.now)
+    )
+    before, since = rounds(world), world.now
+    world.run(world.now + 60, until=committed(world, before + 2))
+    assert world.now - since < 30
+    assert "p00" not in {entry.peer for entry in world.disks[COORDINATOR].commits[-1].block.entries}
+    assert_clean(world)
+
+
+def test_a_coordinator_killed_and_restarted_from_its_disk_goes_on_at_the_next_round() -> None:
+    world = World(10, RECIPE)
+    start(world, 3)
+    world.run(600, until=committed(world, 4))
+    world.crash(COORDINATOR)
+    world.run(world.now + 20)
+    stood_at = rounds(world)
+    world.start_coordinator()
+    world.run(world.now + 120, until=committed(world, stood_at + 3))
+    assert rounds(world) >= stood_at + 3
+    assert_clean(world)
+
+
+def test_all_killed_at_once_go_on_from_their_disks_at_the_newest_committed_round() -> None:
+    world = World(11, RECIPE)
+    names = start(world, 3)
+    world.run(600, until=committed(world, 5))
+    for name in (COORDINATOR, *names):
+        world.crash(name)
+    stood_at = rounds(world)
+    world.start_coordinator()
+    for name in names:
+        world.start_volunteer(name)
+    world.run(world.now + 120, until=committed(world, stood_at + 3))
+    assert rounds(world) >= stood_at + 3
+    assert_clean(world)
+
+
+def test_without_a_quorum_nothing_is_committed_and_the_reason_says_who_is_missing() -> None:
+    world = World(12, RECIPE)
+    start(world, 4)
+    world.run(600, until=committed(world, 3))
+    others = [COORDINATOR, "p00"]
+    world.partition(others, ["p01", "p02", "p03"])
+    before = rounds(world)
+    world.run(world.now + 120)
+    assert rounds(world) <= before + 1
+    assert "votes" in world.nodes[COORDINATOR].machine.reason
+    world.heal()
+    world.run(world.now + 120, until=committed(world, before + 3))
+    assert rounds(world) >= before + 3
+    assert_clean(world)
+
+
+def chaos(seed: int, volunteers: int) -> World:
+    """Random faults from one seed: loss, duplicates, crashes, freezes, partitions, a coordinator that restarts."""
+    network = Network(loss_rate=0.03, duplicate_rate=0.02, jitter_s=0.2)
+    world = World(seed, RECIPE, network=network)
+    names = start(world, volunteers)
+    rng = world.rng
+
+    def trouble() -> None:
+        up = [name for name in names if name in world.nodes]
+        kind = rng.choice(["crash", "freeze", "partition", "coordinator", "join", "nothing"])
+        if kind == "crash" and up:
+            victim = rng.choice(up)
+            world.crash(victim)
+            world.after(rng.uniform(1, 30), lambda: victim in world.nodes or world.start_volunteer(victim))
+        elif kind == "freeze" and up:
+            victim = rng.choice(up)
+            world.freeze(victim)
+            world.after(rng.uniform(1, 30), lambda: victim in world.nodes and world.thaw(victim))
+        elif kind == "partition":
+            one = [name for name in (*names, COORDINATOR) if rng.random() < 0.5]
+            world.partition(one, [name for name in (*names, COORDINATOR) if name not in one])
+            world.after(rng.uniform(1, 20), world.heal)
+        elif kind == "coordinator" and COORDINATOR in world.nodes:
+            world.crash(COORDINATOR)
+            world.after(rng.uniform(1, 10), world.start_coordinator)
+        world.after(rng.expovariate(1 / 20), trouble)
+
+    world.after(5, trouble)
+    return world
+
+
+def run_chaos(seed: int, volunteers: int) -> World:
+    world = chaos(seed, volunteers)
+    for minute in range(1, 61):
+        world.run(60.0 * minute)
+    world.heal()
+    for name in (COORDINATOR, *(f"p{k:02}" for k in range(volunteers))):
+        if name not in world.nodes and PeerLeft.get(world, name) is None:
+            world.start_coordinator() if name == COORDINATOR else world.start_volunteer(name)
+        elif name in world.nodes and world.nodes[name].frozen:
+            world.thaw(name)
+    assert_clean(world)
+    return world
+
+
+class PeerLeft:
+    """Why a peer left, if it did."""
+
+    @staticmethod
+    def get(world: World, name: str) -> str | None:
+        return next((why for peer, why in world.left.items() if peer == name), None)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("volunteers", [3, 7])
+def test_no_rule_breaks_under_random_faults(seed: int, volunteers: int) -> None:
+    world = run_chaos(seed, volunteers)
+    assert rounds(world) >= 5, f"seed {seed}: no progress: {world.nodes[COORDINATOR].machine.reason}"
