@@ -1,20 +1,27 @@
-"""The chain on disk: every commit, and the model digests that peers signed, in one SQLite file."""
+"""What a role keeps of its run, in one SQLite file: the genesis, every commit, and what peers say they applied.
+
+Everything else folds out of these: head, credit, data ranges, the audit, the history of rounds.
+"""
 
 import sqlite3
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
+from msgspec import Struct
 
-from dugnad.coordinator.messages import Applied, Commit
+from dugnad.coordinator.messages import Applied, Commit, Genesis
 from dugnad.dht.identity import PeerId
 
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS commits (round INTEGER PRIMARY KEY, hash BLOB NOT NULL, body BLOB NOT NULL) STRICT;
-CREATE TABLE IF NOT EXISTS applied (round INTEGER, peer TEXT, model BLOB NOT NULL, PRIMARY KEY (round, peer)) STRICT;
-CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS genesis (one INTEGER PRIMARY KEY CHECK (one = 1), body BLOB NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS commits (round INTEGER PRIMARY KEY, body BLOB NOT NULL, at_s REAL NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS applied (round INTEGER, peer TEXT, body BLOB NOT NULL, PRIMARY KEY (round, peer)) STRICT;
+CREATE TABLE IF NOT EXISTS terms (term INTEGER PRIMARY KEY) STRICT;
+CREATE TABLE IF NOT EXISTS validation (round INTEGER PRIMARY KEY, loss REAL NOT NULL) STRICT;
 """
-_COMMIT = msgspec.msgpack.Decoder(Commit)
+T = TypeVar("T", bound=Struct)
 
 
 class ChainError(Exception):
@@ -22,7 +29,7 @@ class ChainError(Exception):
 
 
 class Chain:
-    """The commits that this peer has proven, in order; `append` returns once they are on disk."""
+    """The commits that this peer has proven, in order; each write returns once it is on disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -32,51 +39,83 @@ class Chain:
             self._db.execute("PRAGMA synchronous = FULL")  # a commit must survive the power cut after its Send
             self._db.executescript(_SCHEMA)
         except sqlite3.Error as error:
-            raise ChainError(f"{path}: {error}. Move the file away to start from the peers' copy.") from error
+            raise ChainError(f"{path}: {error}. Free some space, or move the file away to start anew.") from error
 
     def close(self) -> None:
         """Release the file."""
         self._db.close()
 
-    def append(self, commit: Commit) -> None:
-        """Store one commit durably. Raises ChainError, and stores nothing, on a full or broken disk."""
-        block = commit.block
-        row = (block.round, block.hash, msgspec.msgpack.encode(commit))
-        self._write("INSERT INTO commits VALUES (?, ?, ?)", row)
+    def found(self, genesis: Genesis) -> None:
+        """Store what run this is; of another run than before it is a ChainError."""
+        known = self.genesis()
+        if known is None:
+            self._write("INSERT INTO genesis VALUES (1, ?)", (msgspec.msgpack.encode(genesis),))
+        elif known != genesis:
+            raise ChainError(
+                f"{self.path}: this folder belongs to run {known.run.hex()[:8]}, not to {genesis.run.hex()[:8]}. "
+                "Give the other run a folder of its own with --dir."
+            )
+
+    def genesis(self) -> Genesis | None:
+        """What run this is, or None in a new file."""
+        row = self._read("SELECT body FROM genesis").fetchone()
+        return None if row is None else self._decode(row[0], Genesis, "the genesis")
+
+    def append(self, commit: Commit, *, at_s: float) -> None:
+        """Store one commit durably; at_s is the wall clock, for people. Raises ChainError, and stores nothing."""
+        self._write("INSERT INTO commits VALUES (?, ?, ?)", (commit.block.round, msgspec.msgpack.encode(commit), at_s))
 
     def applied(self, peer: PeerId, said: Applied) -> None:
-        """Keep what `peer` says its model is after a round."""
-        self._write("INSERT OR REPLACE INTO applied VALUES (?, ?, ?)", (said.round, peer, said.model))
+        """Keep what `peer` says it has applied; what it said first of a model stays."""
+        row = (said.round, peer, msgspec.msgpack.encode(said))
+        self._write("INSERT OR IGNORE INTO applied VALUES (?, ?, ?)", row)
 
-    def keep(self, name: str, value: bytes) -> None:
-        """Store one named fact durably."""
-        self._write("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+    def validated(self, round_: int, loss: float) -> None:
+        """Keep the loss on held-out data after a round, in nats per token."""
+        self._write("INSERT OR REPLACE INTO validation VALUES (?, ?)", (round_, loss))
 
-    def fact(self, name: str) -> bytes | None:
-        """The fact kept under `name`."""
-        row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
-        return None if row is None else bytes(row[0])
+    def next_term(self) -> int:
+        """Take the next term of leading, durably: no two starts of a coordinator may share one."""
+        term = 1 + int(self._read("SELECT coalesce(max(term), 0) FROM terms").fetchone()[0])
+        self._write("INSERT INTO terms VALUES (?)", (term,))
+        return term
 
     def commits(self, *, after_round: int = 0, limit: int = -1) -> Iterator[Commit]:
         """The commits of later rounds, oldest first. Raises ChainError at a damaged one."""
-        rows = self._db.execute(
-            "SELECT round, body FROM commits WHERE round > ? ORDER BY round LIMIT ?", (after_round, limit)
-        )
+        rows = self._read("SELECT round, body FROM commits WHERE round > ? ORDER BY round LIMIT ?", after_round, limit)
         for round_, body in rows:
-            try:
-                yield _COMMIT.decode(body)
-            except msgspec.DecodeError as error:
-                raise ChainError(f"{self.path}: round {round_} is damaged ({error}).") from error
+            yield self._decode(body, Commit, f"round {round_}")
 
-    def digests(self) -> Mapping[int, Mapping[PeerId, bytes]]:
-        """round -> peer -> the model digest that the peer signed."""
-        out: dict[int, dict[PeerId, bytes]] = {}
-        for round_, peer, model in self._db.execute("SELECT round, peer, model FROM applied"):
-            out.setdefault(round_, {})[PeerId(peer)] = bytes(model)
+    def committed_at(self) -> Mapping[int, float]:
+        """round -> wall-clock time of its commit here, in seconds since 1970."""
+        return dict(self._read("SELECT round, at_s FROM commits"))
+
+    def applieds(self, *, after_round: int = 0) -> Mapping[int, Mapping[PeerId, Applied]]:
+        """round -> peer -> what it said it applied."""
+        out: dict[int, dict[PeerId, Applied]] = {}
+        rows = self._read("SELECT round, peer, body FROM applied WHERE round > ? ORDER BY round, peer", after_round)
+        for round_, peer, body in rows:
+            out.setdefault(round_, {})[PeerId(peer)] = self._decode(body, Applied, f"what {peer} applied")
         return out
+
+    def validation(self) -> Mapping[int, float]:
+        """round -> loss on held-out data, in nats per token."""
+        return dict(self._read("SELECT round, loss FROM validation"))
+
+    def _read(self, statement: str, *values: object) -> sqlite3.Cursor:
+        try:
+            return self._db.execute(statement, values)
+        except sqlite3.Error as error:
+            raise ChainError(f"{self.path}: {error}. It can't be read; restore it from a copy.") from error
 
     def _write(self, statement: str, row: tuple[object, ...]) -> None:
         try:
             self._db.execute(statement, row)
         except sqlite3.Error as error:
             raise ChainError(f"{self.path}: {error}. Nothing was lost; free some space and start again.") from error
+
+    def _decode(self, body: bytes, kind: type[T], what: str) -> T:
+        try:
+            return msgspec.msgpack.decode(body, type=kind)
+        except msgspec.DecodeError as error:
+            raise ChainError(f"{self.path}: {what} is damaged ({error}). Restore the file from a copy.") from error

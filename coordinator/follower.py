@@ -53,9 +53,9 @@ class Store:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Get the blobs `digests` from any of `donors`, store them, and say `holds`."""
+    """Get these parts, (part, digest), from any of `donors`, store them, and say `holds`."""
 
-    digests: tuple[bytes, ...]
+    wanted: tuple[tuple[int, bytes], ...]
     donors: tuple[PeerId, ...]
 
 
@@ -119,7 +119,9 @@ class Follower:
         self._organizer = organizer
         self._held: set[bytes] = set()
         self._proposal: Block | None = None
-        self._voted: tuple[int, int, bytes] = (0, 0, b"")
+        self._voted: tuple[tuple[int, int, int], bytes] = ((0, 0, 0), b"")
+        """(round, term, view) of the newest vote, and for which block."""
+        self._said: Applied | None = None
         self._unapplied: deque[Commit] = deque(maxlen=REPLAY_ROUNDS)
         self._applying = False
         self._act_at = float("inf")
@@ -167,11 +169,10 @@ class Follower:
         self._held.difference_update(commit.block.parts)
         self._act_at = now if self._unapplied else float("inf")
         payload = applied_payload(self.ledger.run, round_, commit.block.hash, model)
-        said = Applied(
+        self._said = Applied(
             round_, commit.block.hash, model, self._signer.sign(payload), cost.train_s, cost.wall_s, cost.sent_bytes
         )
-        to = (self.leader,) if self.leader is not None else ()
-        return [Send(to, said), *self._advance(now)]
+        return [*self._say_applied(), *self._advance(now)]
 
     def behind(self, head_round: int, donor: PeerId, *, now: float) -> list[Effect]:
         """`donor` says that the chain has reached `head_round`: catch up if that is news."""
@@ -197,9 +198,10 @@ class Follower:
         payload = delegation_payload(self.ledger.run, said.coordinator, said.term)
         if said.term > self.term and not self._signer.verify(self._organizer, payload, said.signature):
             return [Refused(sender, "delegation", f"term {said.term} is not signed by the organizer")]
-        if said.term > self.term:
-            self.leader, self.term = said.coordinator, said.term
-        return []
+        if said.term <= self.term:
+            return []
+        self.leader, self.term = said.coordinator, said.term
+        return self._say_applied()  # the new leader may not have heard it, and vouches for the model with it
 
     def _on_proposal(self, sender: PeerId, said: Proposal, now: float) -> list[Effect]:
         block, head = said.block, self.ledger.head
@@ -237,6 +239,9 @@ class Follower:
             self._act_at = now + grace_s
         return [Store(said), *self._advance(now)]
 
+    def _say_applied(self) -> list[Effect]:
+        return [] if self._said is None or self.leader is None else [Send((self.leader,), self._said)]
+
     def _advance(self, now: float) -> list[Effect]:
         """Apply the next commit, or vote on the proposal, as soon as all of its bytes are held."""
         if self.model is None or self._applying:
@@ -252,8 +257,8 @@ class Follower:
             return [Resync(f"the committee's model after round {self.model_round} differs from ours")]
         if all(voter.peer != self._signer.peer_id for voter in self.ledger.head.committee):
             return []
-        vote = (block.term, block.view, block.hash)
-        if vote[:2] == self._voted[:2] and vote != self._voted:
+        vote = ((block.round, block.term, block.view), block.hash)
+        if vote[0] == self._voted[0] and vote != self._voted:
             assert self.leader is not None
             return [Refused(self.leader, "two proposals", f"two blocks in view {block.view} of round {block.round}")]
         self._voted = vote
@@ -274,8 +279,8 @@ class Follower:
         self._act_at = float("inf")
         return [Apply(commit)]
 
-    def _missing(self, block: Block) -> tuple[bytes, ...]:
-        return tuple(digest for digest in block.parts if digest not in self._held)
+    def _missing(self, block: Block) -> tuple[tuple[int, bytes], ...]:
+        return tuple((part, digest) for part, digest in enumerate(block.parts) if digest not in self._held)
 
     def _fetch_missing(self, now: float) -> list[Effect]:
         """Ask for the parts of the next commit, or of the proposal, that are not here."""

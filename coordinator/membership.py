@@ -108,7 +108,7 @@ class Membership:
     def decide(self, head: Head, *, min_peers: int, awaited: Iterable[PeerId]) -> Decision:
         """Who takes part in the round after `head`.
 
-        awaited: peers worth a short wait (those of the last round, still applying it); empty once the wait is over.
+        awaited: peers worth a short wait (those who still apply the last round); empty once the wait is over.
         """
         ready = self.ready(head)
         applying = [p for p in awaited if self.is_live(p) and p not in ready and p not in self.leaving()]

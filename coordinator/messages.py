@@ -254,22 +254,29 @@ class Standing(Message):
 
 
 class WelcomeRequest(Message):
-    """A stranger asks what this run is."""
+    """A stranger, who knows the run's id from an invite, asks what the run is."""
 
-    version: Count
+
+class Genesis(Message):
+    """What a run is, for ever: its hash is the run's id, which the invite pins."""
+
+    recipe: Annotated[bytes, Meta(max_length=256 * 1024)]
+    organizer: Member
+    """Who delegates the lead."""
+    founder: Member
+    """The first coordinator: the whole committee of round 1."""
+    first_model: Digest
+
+    @property
+    def run(self) -> bytes:
+        """The run's id, 32 bytes."""
+        return blake3(b"dugnad/genesis/1" + msgspec.msgpack.encode(self)).digest()
 
 
 class Welcome(Message):
-    """What a run is: everything whose hash is the run's id, and who leads it now.
+    """What the run is, and who leads it now."""
 
-    blake3(recipe, organizer, first_model) is the run id that the invite pins (`run_id`).
-    """
-
-    version: Count
-    recipe: Annotated[bytes, Meta(max_length=256 * 1024)]
-    organizer: Member
-    founder: Member
-    first_model: Digest
+    genesis: Genesis
     delegation: Delegation
 
 
@@ -322,13 +329,6 @@ SYNC_KINDS: tuple[Kind, ...] = (
     Kind("state", StateOffer, 1024 * 1024),
 )
 """Questions and answers of one who joins or catches up."""
-
-
-def run_id(recipe: bytes, organizer: PeerId, founder: PeerId, first_model: bytes) -> bytes:
-    """The run's id, 32 bytes: changes with any byte of the recipe, the organizer, the first coordinator or the model."""
-    return blake3(
-        b"dugnad/genesis/1" + msgspec.msgpack.encode((recipe, organizer, founder, first_model))
-    ).digest()
 
 
 def delegation_payload(run: bytes, coordinator: PeerId, term: int) -> bytes:

@@ -1,6 +1,7 @@
 """Sets of sample indices as sorted half-open ranges: what is to be trained on, what is done."""
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 Range = tuple[int, int]
 Ranges = tuple[Range, ...]
@@ -39,7 +40,7 @@ def take(ranges: Ranges, samples: int) -> tuple[Ranges, Ranges]:
 def disjoint(ranges: Iterable[Range]) -> bool:
     """Whether no index stands in two of the ranges."""
     ordered = sorted(r for r in ranges if r[0] < r[1])
-    return all(left[1] <= right[0] for left, right in zip(ordered, ordered[1:], strict=False))
+    return all(left[1] <= right[0] for left, right in pairwise(ordered))
 
 
 def minus(ranges: Iterable[Range], others: Iterable[Range]) -> Ranges:

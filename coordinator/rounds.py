@@ -16,6 +16,7 @@ The lead itself is a seat that one peer holds, by the organizer's delegation, fo
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Protocol
 
 from dugnad.configs.recipe import Recipe
 from dugnad.coordinator import ranges
@@ -41,16 +42,22 @@ from dugnad.coordinator.messages import (
     applied_payload,
     vote_payload,
 )
-from dugnad.coordinator.votes import Signer, committee_of, has_quorum, weight_of, quorum_weight
+from dugnad.coordinator.votes import Signer, committee_of, has_quorum, quorum_weight, weight_of
 from dugnad.dht.identity import PeerId
 
 SETTLE_S = 5.0
-"""How long the members of a round are awaited, after its commit, to apply it before the next is planned."""
+"""How long those who stood at the head are awaited, after a commit, to apply it before the next round is planned."""
 KEPT_ROUNDS = 8
 """Of how many rounds the signed model digests are kept to show to joiners."""
 
-Assign = Callable[[int, Sequence[tuple[PeerId, float]], tuple[PeerId, ...] | None], tuple[PeerId, ...]]
-"""(number of parts, members with uplink in bytes/s, owners before) -> owner of each part."""
+
+class Assign(Protocol):
+    """`optim.plan.assign_parts`, which this floor does not import."""
+
+    def __call__(
+        self, num_parts: int, members: Sequence[tuple[PeerId, float]], *, previous: tuple[PeerId, ...] | None
+    ) -> tuple[PeerId, ...]:
+        """Return the owner of each part."""
 
 
 class Phase(StrEnum):
@@ -136,7 +143,8 @@ class Leader:
         out = self.follower.holds(tuple(parts.values()), now=now)
         work = self._round
         if work is not None and self.phase is Phase.REDUCE and (term, view) == (work.plan.term, work.plan.view):
-            work.results.update((p, d) for p, d in parts.items() if 0 <= p < self._num_parts and work.plan.owners[p] == owner)
+            owned = {part for part, who in enumerate(work.plan.owners) if who == owner}
+            work.results.update((part, digest) for part, digest in parts.items() if part in owned)
         return self._settle(out, now)
 
     def holds(self, digests: tuple[bytes, ...], *, now: float) -> list[Effect]:
@@ -249,7 +257,9 @@ class Leader:
         if not self._signer.verify(sender, payload, said.signature):
             return [Refused(sender, "bad signature", f"model digest after round {said.round}")]
         if said.round > self.follower.ledger.head.round - KEPT_ROUNDS:
-            self.digests.setdefault(said.round, {})[sender] = said
+            known = self.digests.setdefault(said.round, {})
+            if sender not in known or known[sender].model != said.model:  # said again, it may have forgotten its cost
+                known[sender] = said
         for old in [r for r in self.digests if r <= self.follower.ledger.head.round - KEPT_ROUNDS]:
             del self.digests[old]
         return []
@@ -356,7 +366,7 @@ class Leader:
             work.slow.clear()
             able = list(members)
         weighed = [(peer, reports[peer].uplink) for peer in able]
-        return self._assign(self._num_parts, weighed, work.plan.owners or None)
+        return self._assign(self._num_parts, weighed, previous=work.plan.owners or None)
 
     def _abandon(self, reason: str) -> list[Effect]:
         self._round, self.phase, self.reason = None, Phase.IDLE, reason
@@ -424,7 +434,8 @@ class Leader:
 
     def _reduce(self, now: float) -> list[Effect]:
         work = self._round
-        assert work is not None and work.freeze is not None
+        assert work is not None
+        assert work.freeze is not None
         if self._lost_owners(work):
             return self._plan_view(work, now)
         missing = [part for part in range(self._num_parts) if part not in work.results]
@@ -448,9 +459,7 @@ class Leader:
         self._next_view += 1
         return self._propose(self._round, (), (), now)
 
-    def _propose(
-        self, work: _Round, entries: tuple[Entry, ...], parts: tuple[bytes, ...], now: float
-    ) -> list[Effect]:
+    def _propose(self, work: _Round, entries: tuple[Entry, ...], parts: tuple[bytes, ...], now: float) -> list[Effect]:
         head, plan = self.follower.ledger.head, work.plan
         assert self.follower.model is not None
         allotted = [r for seat in work.seats.values() for r in seat.ranges]
@@ -482,7 +491,8 @@ class Leader:
 
     def _count_votes(self, now: float) -> list[Effect]:
         work = self._round
-        assert work is not None and work.proposal is not None
+        assert work is not None
+        assert work.proposal is not None
         committee = self.follower.ledger.head.committee
         if not has_quorum(committee, work.ballots):
             have, need = weight_of(committee, work.ballots), quorum_weight(committee)
@@ -494,7 +504,7 @@ class Leader:
         ballots = tuple(ballot for peer, ballot in sorted(work.ballots.items()) if peer in voters)
         commit = Commit(work.proposal.block, ballots)
         self._round, self.phase, self._next_view = None, Phase.IDLE, 0
-        self._awaited, self._settle_until = work.plan.members, now + SETTLE_S
+        self._awaited, self._settle_until = self.membership.ready(self.follower.ledger.head), now + SETTLE_S
         followed = self.follower.receive(self._signer.peer_id, commit, now=now)
         assert isinstance(followed[0], Store), "a commit is durable before anyone hears of it"
         return [followed[0], *self._tell(self.membership.live(), commit, now), *followed[1:]]

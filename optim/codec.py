@@ -302,9 +302,7 @@ def _encode_loop(
     return -1
 
 
-def _accumulate_loop(
-    acc: Vector, scales: Vector, codes: NDArray[np.int8], weight: np.float32, block: int
-) -> None:
+def _accumulate_loop(acc: Vector, scales: Vector, codes: NDArray[np.int8], weight: np.float32, block: int) -> None:
     for index in range(scales.size):
         start = index * block
         block_acc = acc[start : start + block]

@@ -55,9 +55,7 @@ class Layout:
     parts: tuple[range, ...] = field(init=False, repr=False, compare=False)
     """The vector's elements of each part; the last part may be shorter."""
 
-    def __init__(
-        self, tensors: Sequence[tuple[str, Sequence[int]]], block_elements: int, part_elements: int
-    ) -> None:
+    def __init__(self, tensors: Sequence[tuple[str, Sequence[int]]], block_elements: int, part_elements: int) -> None:
         _check_sizes(block_elements, part_elements)
         # sorted: every peer must lay out the same vector, whatever order its framework lists parameters in
         ordered = tuple(sorted((name, tuple(shape)) for name, shape in tensors))

@@ -2,7 +2,7 @@
 
     SYNC ──synced──> WAIT ──Plan with a seat──> TRAIN ──trained──> REDUCE ──Commit, applied──> WAIT
       ^               │                           │ nothing finite: back to WAIT, the round goes on without us
-      └── Resync ─────┴── (from anywhere)         └ a new view with the same seat: keep the work, send it to the new owners
+      └── Resync ─────┴── (from anywhere)         └ a new view, the same seat: keep the work, send it to the new owners
 
 It joins two machines that do not know each other: the `Follower` that votes and follows the chain, and the `Reducer`
 of the round under way. Effects of all three come out in the order in which they must happen.
@@ -33,7 +33,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Train:
-    """Train on `seat` from the model at the plan's head, and say `trained` or `not_trained`; stop any other training."""
+    """Train on `seat` from the model at the plan's head, and say `trained` or `not_trained`."""
 
     plan: Plan
     seat: Seat
@@ -86,7 +86,9 @@ class Abilities:
 class Volunteer:
     """One volunteer in one run; `follower` is its voting half, `report_s` how often it reports."""
 
-    def __init__(self, me: PeerId, follower: Follower, abilities: Abilities, *, report_s: float, silence_s: float) -> None:
+    def __init__(
+        self, me: PeerId, follower: Follower, abilities: Abilities, *, report_s: float, silence_s: float
+    ) -> None:
         self.state = State.SYNC
         self.reason = "no model yet"
         self.leaving = False
@@ -145,9 +147,7 @@ class Volunteer:
             return []
         self._turn(State.REDUCE, f"round {plan.round}: sending our work to its owners")
         self._train_until = float("inf")
-        self._promise = Contribution(
-            plan.epoch, plan.round, plan.head, work.root, work.samples, work.tokens, work.loss
-        )
+        self._promise = Contribution(plan.epoch, plan.round, plan.head, work.root, work.samples, work.tokens, work.loss)
         return self._settle([*self._promised(), *self._reduced(self._reducer.contribute(work.root, now=now))], now)
 
     def not_trained(self, plan: Plan, why: str, *, now: float) -> list[Effect]:
@@ -220,7 +220,7 @@ class Volunteer:
     @property
     def stage(self) -> Stage:
         """What it is doing, in the words of a report."""
-        if self.state is State.SYNC or self.follower.model is None:
+        if self.state is State.SYNC or not self.follower.at_head:
             return Stage.SYNCING
         if self.state is State.TRAIN:
             return Stage.TRAINING
@@ -358,9 +358,9 @@ class Volunteer:
     def _may_leave(self, now: float) -> str | None:
         """Why it is safe to leave now, or None."""
         follower = self.follower
-        if self.standing is not None and self.standing.finished and follower.at_head:
-            if self.standing.head_round == follower.ledger.head.round:
-                return "the run is finished"
+        said = self.standing
+        if said is not None and said.finished and follower.at_head and said.head_round == follower.ledger.head.round:
+            return "the run is finished"
         if not self.leaving:
             return None
         if follower.leader is None or self.coordinator_silent_s(now=now) is not None:

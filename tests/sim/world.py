@@ -208,9 +208,14 @@ class World:
             self.nodes[sender].do(lambda node: node.unreachable(to))
 
     def transfer(
-        self, sender: "Node", to: PeerId, nbytes: int, arrived: Callable[["Node"], None], done: Callable[[str | None], None]
+        self,
+        sender: "Node",
+        to: PeerId,
+        nbytes: int,
+        arrived: Callable[["Node"], str | None],
+        done: Callable[[str | None], None],
     ) -> None:
-        """Move bulk bytes: `arrived` at the other end and `done(None)` here, or `done(error)`."""
+        """Move bulk bytes: `arrived` takes or refuses them at the other end, `done` hears here of an error or None."""
         duration_s = self.delay() + nbytes / self.network.bytes_per_s
 
         def finish() -> None:
@@ -220,8 +225,7 @@ class World:
             elif other.frozen:
                 self.after(5.0, lambda: sender.do(lambda _: done("no byte for 5 s")))
             else:
-                other.do(arrived)
-                sender.do(lambda _: done(None))
+                other.do(lambda node: sender.do(lambda _: done(arrived(node))))
 
         self.after(duration_s, finish)
 
@@ -248,8 +252,7 @@ class Node:
         self.signer = SimSigner(peer)
         self.follower = Follower(self.signer, Ledger(RUN, COORDINATOR), ORGANIZER)
         self._wake = 0
-        for commit in disk.commits:
-            self.follower.ledger.append(commit)
+        self.follower.restore(disk.commits, disk.blobs)
 
     def do(self, event: Callable[["Node"], object]) -> None:
         """Let something happen here, unless the process is dead; a frozen one does it when it thaws."""
@@ -303,7 +306,8 @@ class Node:
                 self.disk.commits.append(commit)
             case following.Apply(commit):
                 world.after(0.05, lambda: self.do(lambda node: node.apply(commit)))
-            case following.Fetch(digests, donors):
+            case following.Fetch(wanted, donors):
+                digests = tuple(digest for _, digest in wanted)
                 world.after(world.delay() * 2, lambda: self.do(lambda node: node.fetch(digests, donors)))
             case following.CatchUp(donor, after_round):
                 world.after(world.delay() * 2, lambda: self.do(lambda node: node.catch_up(donor, after_round)))
@@ -367,15 +371,8 @@ class CoordinatorNode(Node):
         self.machine = Leader(self.follower, self.signer, world.recipe, delegation, world.num_parts, assign_parts)
 
     def begin(self) -> None:
-        # restart: replay from disk what was committed and not yet applied, as the service does
-        for commit in self.disk.commits:
-            if commit.block.round == self.disk.model_round + 1:
-                self.disk.model = blake3(self.disk.model + b"".join(commit.block.parts)).digest()
-                self.disk.model_round += 1
         self.do(
-            lambda _: self.perform(
-                self.follower.synced(self.disk.model_round, self.disk.model, now=self.world.now)
-            )
+            lambda _: self.perform(self.follower.synced(self.disk.model_round, self.disk.model, now=self.world.now))
         )
 
     def take(self, sender: PeerId, message: Message) -> None:
@@ -409,9 +406,7 @@ class VolunteerNode(Node):
         super().__init__(world, peer, disk)
         rounds = world.recipe.rounds
         abilities = Abilities(addresses=(), accepts=True, uplink=world.network.bytes_per_s)
-        self.machine = Volunteer(
-            peer, self.follower, abilities, report_s=rounds.report_s, silence_s=rounds.silence_s
-        )
+        self.machine = Volunteer(peer, self.follower, abilities, report_s=rounds.report_s, silence_s=rounds.silence_s)
         self.step_s = world.network.step_s * (1 + world.network.step_spread * world.rng.random())
         self._training: tuple[Train, float] | None = None
         self._parts: dict[tuple[PeerId, bytes], set[int]] = defaultdict(set)
@@ -498,12 +493,15 @@ class VolunteerNode(Node):
 
     def _upload(self, owner: PeerId, parts: tuple[int, ...]) -> None:
         assert self.machine._promise is not None
-        root = self.machine._promise.root
+        root, round_ = self.machine._promise.root, self.machine._promise.round
 
-        def arrived(node: Node) -> None:
+        def arrived(node: Node) -> str | None:
             assert isinstance(node, VolunteerNode)
+            if node.machine.plan is None or node.machine.plan.round != round_:
+                return "that round is not under way here"
             node._parts[self.peer, root].update(parts)
             node.perform(node.machine.received(self.peer, root, parts, now=self.world.now))
+            return None
 
         def done(error: str | None) -> None:
             ended = self.machine.uploaded if error is None else self.machine.upload_failed
@@ -516,12 +514,15 @@ class VolunteerNode(Node):
         self.perform(self.machine.folded(plan, results, now=self.world.now))
 
     def _deliver(self, plan, to: PeerId, parts: dict[int, bytes]) -> None:  # type: ignore[no-untyped-def]
-        def arrived(node: Node) -> None:
+        def arrived(node: Node) -> str | None:
+            if node.follower.ledger.head.round >= plan.round:
+                return None
             node.disk.blobs.update(parts.values())
             if isinstance(node, CoordinatorNode):
                 node.result(self.peer, plan.term, plan.view, parts)
             else:
                 node.hold(tuple(parts.values()))
+            return None
 
         def done(error: str | None) -> None:
             self.perform(self.machine.delivered(to, error=error, now=self.world.now))

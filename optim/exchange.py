@@ -1,0 +1,142 @@
+"""The tensors that `reduce.py` speaks of: one member's encoded parts, and those that others sent it to fold.
+
+A contribution is encoded once, part by part; its root is the hash of the parts' digests. Every upload carries all the
+digests, so an owner checks the bytes it gets against what the contributor promised to everyone.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated
+
+import msgspec
+from blake3 import blake3
+from msgspec import Meta, Struct
+
+from dugnad.dht import bulk
+from dugnad.dht.identity import PeerId
+from dugnad.dht.transport import Transport
+from dugnad.optim.codec import CodecError, Int8Codec
+from dugnad.optim.layout import Layout, Vector
+from dugnad.optim.reduce import Weighed
+
+CHANNEL = "dugnad/parts/1"
+HEADER_BYTES = 512 * 1024
+SILENCE_S = 5.0
+"""How long an upload may stand still."""
+log = logging.getLogger(__name__)
+
+Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Received = Callable[[PeerId, bytes, tuple[int, ...]], None]
+"""(contributor, root, parts): checked and held."""
+
+
+class _Header(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    round: int
+    digests: Annotated[tuple[Digest, ...], Meta(max_length=8192)]
+    parts: Annotated[tuple[int, ...], Meta(max_length=8192)]
+
+
+_header = msgspec.msgpack.Decoder(_Header)
+
+
+def root_of(digests: Iterable[bytes]) -> bytes:
+    """The root that promises these part digests, in part order."""
+    return blake3(b"dugnad/parts/1" + b"".join(digests)).digest()
+
+
+class Exchange:
+    """The part bytes of one round at a time; `expects` says from whom bytes of a round are wanted, `received` hears."""
+
+    def __init__(
+        self, transport: Transport, layout: Layout, *, expects: Callable[[PeerId, int], bool], received: Received
+    ) -> None:
+        self.layout = layout
+        self.part_bytes = tuple(Int8Codec(layout.block_elements).part_bytes(len(part)) for part in layout.parts)
+        self._transport = transport
+        self._codec = Int8Codec(layout.block_elements)
+        self._expects = expects
+        self._received = received
+        self._round = 0
+        self._own: tuple[list[memoryview], tuple[bytes, ...]] = ([], ())
+        self._held: dict[tuple[PeerId, bytes], dict[int, bytes | bytearray | memoryview]] = {}
+
+    async def serve(self) -> None:
+        """Take uploads from now on."""
+        total_cap = sum(self.part_bytes)
+        await bulk.serve_push(
+            self._transport, CHANNEL, self._accept, self._done, header_cap=HEADER_BYTES, total_cap=total_cap
+        )
+
+    def begin(self, round_: int) -> None:
+        """A round begins: forget the bytes of the one before."""
+        self._round = round_
+        self._own = ([], ())
+        self._held.clear()
+
+    async def contribute(self, pseudo_gradient: Vector) -> bytes:
+        """Encode our work, float32 (layout.total_elements,), and return its root. Raises NonFinite."""
+        payloads = await asyncio.to_thread(self._encode, pseudo_gradient)
+        digests = tuple(blake3(payload).digest() for payload in payloads)
+        root = root_of(digests)
+        self._own = (payloads, digests)
+        self._held[self._transport.peer_id, root] = dict(enumerate(payloads))
+        return root
+
+    async def upload(self, owner: PeerId, parts: Sequence[int]) -> None:
+        """Send `parts` of our work to their owner. Raises TransportError."""
+        payloads, digests = self._own
+        header = msgspec.msgpack.encode(_Header(self._round, digests, tuple(parts)))
+        chosen = [payloads[part] for part in parts]
+        await bulk.push(self._transport, owner, CHANNEL, header, chosen, kind="upload", timeout_s=SILENCE_S)
+
+    async def fold(self, parts: Sequence[int], entries: Sequence[Weighed]) -> dict[int, memoryview]:
+        """The encoded average of `entries`, in that order, for each of `parts`, all of which we hold."""
+        sources = [self._held[entry.peer, entry.root] for entry in entries]
+        weights = [entry.tokens for entry in entries]
+        return await asyncio.to_thread(self._fold, parts, sources, weights)
+
+    def _encode(self, vector: Vector) -> list[memoryview]:
+        return [self._codec.encode(vector[part.start : part.stop]) for part in self.layout.parts]
+
+    def _fold(
+        self, parts: Sequence[int], sources: Sequence[dict[int, bytes | bytearray | memoryview]], weights: list[int]
+    ) -> dict[int, memoryview]:
+        sizes = {part: len(self.layout.parts[part]) for part in parts}
+        return {part: self._codec.fold([held[part] for held in sources], weights, sizes[part]) for part in parts}
+
+    def _accept(self, sender: PeerId, raw: bytes, sizes: tuple[int, ...]) -> str | None:
+        try:
+            header = _header.decode(raw)
+        except msgspec.DecodeError as error:
+            return f"malformed header: {error}"
+        if header.round != self._round or not self._expects(sender, header.round):
+            return f"round {header.round} is not under way here"
+        num_parts = len(self.part_bytes)
+        if len(header.digests) != num_parts or not all(0 <= part < num_parts for part in header.parts):
+            return f"the vector has {num_parts} parts"
+        if sizes != tuple(self.part_bytes[part] for part in header.parts):
+            return "a part has another size than the layout gives it"
+        return None
+
+    async def _done(self, sender: PeerId, raw: bytes, buffers: list[bytearray]) -> bytes:
+        header = _header.decode(raw)
+        why = await asyncio.to_thread(self._fault, header, buffers)
+        if why is not None:
+            log.warning("parts from %s refused: %s", sender, why)
+            raise bulk.Refused(sender, why)
+        if header.round == self._round:
+            root = root_of(header.digests)
+            self._held.setdefault((sender, root), {}).update(zip(header.parts, buffers, strict=True))
+            self._received(sender, root, header.parts)
+        return b""
+
+    def _fault(self, header: _Header, buffers: list[bytearray]) -> str | None:
+        for part, buffer in zip(header.parts, buffers, strict=True):
+            if blake3(buffer).digest() != header.digests[part]:
+                return f"part {part} is not what its digest promised"
+            try:
+                self._codec.check_scales(buffer)
+            except CodecError as error:
+                return f"part {part}: {error}"
+        return None
