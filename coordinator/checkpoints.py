@@ -45,7 +45,8 @@ class CheckpointMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
     run: str
     recipe: str
-    recipe_digest: str
+    recipe_json: str
+    """The whole recipe as `configs.recipe.encode` writes it, so that the weights can be used without the run."""
     model_digest: str
     global_step: int
     val_loss: float | None
@@ -99,7 +100,7 @@ class Checkpoints:
         The tensors are float32, by name. Blocks on the disk: call it in a thread. Raises CheckpointError if it cannot
         be written; then what was there before is still there and nothing of it is left.
         """
-        final = self.folder / f"round-{round_number:06d}"
+        final = self.folder / self.name_of(round_number)
         unfinished = self.folder / f"{_UNFINISHED}{final.name}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -116,11 +117,15 @@ class Checkpoints:
             self._sweep()
             raise CheckpointError(
                 f"checkpoint of round {round_number} could not be written to {self.folder}: {error}. "
-                f"Earlier checkpoints are intact. Free space there or check its permissions; "
-                f"the next checkpoint will try again."
+                "Earlier checkpoints and the chain are intact: free space there or check its permissions, then resume."
             ) from error
         self._rotate(newest=final)
         return final
+
+    @staticmethod
+    def name_of(round_number: int) -> str:
+        """The name of that round's folder."""
+        return f"round-{round_number:06d}"
 
     def latest(self) -> Path | None:
         """Return the folder of the newest checkpoint, unread, or None if there is none. Raises CheckpointError."""
@@ -135,8 +140,10 @@ class Checkpoints:
             return _load(path)
         except CheckpointError as error:
             intact = self._intact_before(path)
-            advice = f"Use the older {intact}." if intact else "There is no older intact checkpoint here."
-            raise CheckpointError(f"{error}. {advice}") from error
+            then = f"goes on from {intact.name}, which is intact" if intact else "starts from the first model again"
+            raise CheckpointError(
+                f"{error}. Move {path} away: the run then {then}, and replays what follows."
+            ) from error
 
     def _newest_first(self) -> list[Path]:
         try:

@@ -13,14 +13,15 @@ Reports say what each member last saw, so what was lost on the way is said again
 The lead itself is a seat that one peer holds, by the organizer's delegation, for a term.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
 from dugnad.configs.recipe import Recipe
+from dugnad.coordinator import follower as following
 from dugnad.coordinator import ranges
-from dugnad.coordinator.follower import Cost, Effect, Follower, Refused, Send, Store
+from dugnad.coordinator.follower import Cost, Follower, Refused, Send, Store
 from dugnad.coordinator.membership import Membership, Stage
 from dugnad.coordinator.messages import (
     Applied,
@@ -58,6 +59,17 @@ class Assign(Protocol):
         self, num_parts: int, members: Sequence[tuple[PeerId, float]], *, previous: tuple[PeerId, ...] | None
     ) -> tuple[PeerId, ...]:
         """Return the owner of each part."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Keep durably what `peer` signed to have applied; nothing waits for it."""
+
+    peer: PeerId
+    said: Applied
+
+
+Effect = following.Effect | Keep
 
 
 class Phase(StrEnum):
@@ -99,6 +111,7 @@ class Leader:
     ) -> None:
         self.phase = Phase.IDLE
         self.reason = "starting"
+        self.stopping = False
         self.membership = Membership(recipe.rounds.silence_s)
         self.follower = follower
         self.validation: tuple[int, float | None] = (0, None)
@@ -158,6 +171,20 @@ class Leader:
     def lost(self, peer: PeerId, why: str, *, now: float) -> list[Effect]:
         """The network says that `peer` does not answer."""
         self.membership.lose(peer, why)
+        return self._settle([], now)
+
+    def restore(self, digests: Mapping[int, Mapping[PeerId, Applied]], validation: tuple[int, float | None]) -> None:
+        """Take up what this peer's own disk kept of what others signed, and the newest validation loss."""
+        self.digests.update({round_: dict(said) for round_, said in digests.items()})
+        self.validation = validation
+
+    def synced(self, round_: int, model: bytes, *, now: float) -> list[Effect]:
+        """The shell holds the model after `round_`."""
+        return self._settle(list(self.follower.synced(round_, model, now=now)), now)
+
+    def stop(self, *, now: float) -> list[Effect]:
+        """Plan no further round; the one under way is finished. `phase` is IDLE when it is safe to go."""
+        self.stopping = True
         return self._settle([], now)
 
     def tick(self, *, now: float) -> list[Effect]:
@@ -256,13 +283,15 @@ class Leader:
         payload = applied_payload(self.follower.ledger.run, said.round, said.block, said.model)
         if not self._signer.verify(sender, payload, said.signature):
             return [Refused(sender, "bad signature", f"model digest after round {said.round}")]
+        kept: list[Effect] = []
         if said.round > self.follower.ledger.head.round - KEPT_ROUNDS:
             known = self.digests.setdefault(said.round, {})
             if sender not in known or known[sender].model != said.model:  # said again, it may have forgotten its cost
                 known[sender] = said
+                kept = [Keep(sender, said)]
         for old in [r for r in self.digests if r <= self.follower.ledger.head.round - KEPT_ROUNDS]:
             del self.digests[old]
-        return []
+        return kept
 
     # -- decisions
 
@@ -303,6 +332,9 @@ class Leader:
         steps = self._recipe.rounds.steps_at(head.global_step)
         if steps == 0:
             self.phase, self.reason = Phase.FINISHED, f"finished: all {head.global_step} steps are done"
+            return []
+        if self.stopping:
+            self.reason = "the coordinator is leaving"
             return []
         if now >= self._settle_until:
             self._awaited = ()

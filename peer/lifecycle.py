@@ -316,11 +316,12 @@ class Volunteer:
             out = [*out, *self._round_is_over()]
         if any(isinstance(effect, Resync) for effect in out):
             self.state, self._resync_at = State.SYNC, float("inf")
+        reason = self._may_leave(now)
+        self.leaving = self.leaving or reason is not None
         reported = (self.stage, head.round, self.plan.order if self.plan else (), self.leaving, self.follower.term)
         if now >= self._report_at or reported != self._reported:
             self._report_at, self._reported = now + self._report_s, reported
             out = [*out, *self._report(), *(self._promised() if not self._reducer.frozen else [])]
-        reason = self._may_leave(now)
         if reason is not None:
             self.state, self.reason = State.LEFT, reason
             out = [*out, StopTraining(keep=False), Leave(reason)]

@@ -20,7 +20,7 @@ from dugnad.coordinator.audit import Audit, audit
 from dugnad.coordinator.follower import NO_COST, Follower
 from dugnad.coordinator.ledger import Ledger
 from dugnad.coordinator.messages import Commit, Delegation, Message, Vote, delegation_payload
-from dugnad.coordinator.rounds import Leader
+from dugnad.coordinator.rounds import Keep, Leader
 from dugnad.dht.identity import PeerId
 from dugnad.optim import reduce as reducing
 from dugnad.optim.plan import assign_parts
@@ -311,6 +311,8 @@ class Node:
                 world.after(world.delay() * 2, lambda: self.do(lambda node: node.fetch(digests, donors)))
             case following.CatchUp(donor, after_round):
                 world.after(world.delay() * 2, lambda: self.do(lambda node: node.catch_up(donor, after_round)))
+            case Keep():
+                pass  # the world sees every model as it is applied
             case following.Refused():
                 world.refusals.append(effect)
             case _:
@@ -371,9 +373,8 @@ class CoordinatorNode(Node):
         self.machine = Leader(self.follower, self.signer, world.recipe, delegation, world.num_parts, assign_parts)
 
     def begin(self) -> None:
-        self.do(
-            lambda _: self.perform(self.follower.synced(self.disk.model_round, self.disk.model, now=self.world.now))
-        )
+        disk, now = self.disk, self.world.now
+        self.do(lambda _: self.perform(self.machine.synced(disk.model_round, disk.model, now=now)))
 
     def take(self, sender: PeerId, message: Message) -> None:
         self.perform(self.machine.receive(sender, message, now=self.world.now))

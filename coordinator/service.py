@@ -1,0 +1,284 @@
+"""The coordinator's process: it leads, follows without training, measures, and writes checkpoints.
+
+It holds nothing that the peers do not hold, but for the run key. What it keeps in its folder is enough to go on:
+
+    chain.sqlite   every commit        blobs/   the bytes of recent rounds        checkpoints/   the model now and then
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from dugnad.coordinator import history, sync
+from dugnad.coordinator.checkpoints import Checkpoint, CheckpointError, CheckpointMeta, Checkpoints, Tensors
+from dugnad.coordinator.follower import Cost, Resync
+from dugnad.coordinator.messages import (
+    Commit,
+    CommitsRequest,
+    Delegation,
+    Genesis,
+    Message,
+    StateOffer,
+    StateRequest,
+    Welcome,
+    WelcomeRequest,
+    delegation_payload,
+)
+from dugnad.coordinator.rounds import Assign, Keep, Leader, Phase
+from dugnad.coordinator.shell import Model, ResultsHeader, Shell
+from dugnad.coordinator.votes import has_quorum
+from dugnad.dht.identity import Identity, PeerId, nickname
+from dugnad.dht.transport import Transport
+from dugnad.monitoring.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+GOODBYE_S = 10.0
+"""How long members of a finished run are awaited to take note and leave."""
+
+
+class RestoreError(Exception):
+    """What the folder holds does not make a run that can go on; the message says what is wrong and what to do."""
+
+
+class Numerics(Protocol):
+    """What needs optim and torch, from above."""
+
+    part_bytes: tuple[int, ...]
+    """Bytes of each encoded part."""
+    assign_parts: Assign
+
+    def first_model(self) -> Model:
+        """The model before round 1, the same everywhere."""
+
+    def model_of(self, weights: Tensors, momentum: Tensors) -> Model:
+        """The model of these tensors. Raises ValueError where they do not fit the recipe."""
+
+    def validation_loss(self, model: Model) -> float:
+        """Nats per token on held-out data; takes a while."""
+
+
+class Coordinator(Shell):
+    """Leads one run from `directory` until its steps are done or `stop` is called."""
+
+    machine: Leader
+
+    def __init__(
+        self,
+        identity: Identity,
+        genesis: Genesis,
+        organizer: Identity,
+        numerics: Numerics,
+        *,
+        transport: Transport,
+        directory: Path,
+        metrics: Metrics,
+    ) -> None:
+        super().__init__(
+            identity,
+            genesis,
+            transport=transport,
+            directory=directory,
+            metrics=metrics,
+            part_bytes=numerics.part_bytes,
+        )
+        self.checkpoints = Checkpoints(directory / "checkpoints", self.recipe.checkpoints.keep)
+        self.checkpoint: Path | None = None
+        """The newest checkpoint."""
+        self._numerics = numerics
+        term = self.chain.next_term()
+        signature = organizer.sign(delegation_payload(self.run, identity.peer_id, term))
+        self.delegation = Delegation(identity.peer_id, term, signature)
+        self.machine = Leader(
+            self.follower,
+            self.signer,
+            self.recipe,
+            self.delegation,
+            len(numerics.part_bytes),
+            numerics.assign_parts,
+        )
+        self._aftermath: asyncio.Queue[tuple[Commit, Model]] = asyncio.Queue()
+        self._ending = False
+
+    def stop(self) -> None:
+        """Finish the round under way, write a checkpoint, and end."""
+        self.perform(self.machine.stop(now=self.now()))
+
+    # -- the role's part of the shell
+
+    async def begin(self) -> None:
+        """Take up what the folder holds."""
+        commits = list(self.chain.commits())
+        self.follower.restore(commits, self.blobs.digests())
+        measured = max(self.chain.validation().items(), default=(0, None))
+        self.machine.restore(self.chain.applieds(after_round=len(commits) - 8), measured)
+        round_, model = await asyncio.to_thread(self._newest_model, len(commits))
+        self.models.append((round_, model))
+        if round_ < len(commits):
+            log.info("replaying rounds %d to %d on the checkpoint of round %d", round_ + 1, len(commits), round_)
+        self.spawn(self._measure_and_save())
+        self.perform(self.machine.synced(round_, model.digest(), now=self.now()))
+
+    def _newest_model(self, head_round: int) -> tuple[int, Model]:
+        newest = self.checkpoints.latest()
+        if newest is None:
+            model = self._numerics.first_model()
+            if model.digest() != self.genesis.first_model:
+                raise RestoreError(
+                    "the first model that this machine computes is not the one that the run began with. "
+                    "Was it started with another version of dugnad? Use that one."
+                )
+            return 0, model
+        return self._model_of(self.checkpoints.load(newest), head_round)
+
+    def _model_of(self, saved: Checkpoint, head_round: int) -> tuple[int, Model]:
+        self.checkpoint = saved.path
+        try:
+            model = self._numerics.model_of(saved.weights, saved.momentum)
+        except ValueError as error:
+            raise CheckpointError(f"{saved.path} does not fit this run's recipe: {error}") from error
+        if saved.meta.run != self.run.hex() or model.digest().hex() != saved.meta.model_digest:
+            raise CheckpointError(f"{saved.path} is not a checkpoint of this run. Move it away and start again.")
+        if saved.round > head_round:
+            raise RestoreError(
+                f"{saved.path} is of round {saved.round}, but {self.chain.path} ends at round {head_round}: "
+                "an older copy of the chain? Put back the newer one."
+            )
+        return saved.round, model
+
+    def perform(self, effects: Sequence[object]) -> None:
+        """Do the effects, and see whether the run has come to its end."""
+        super().perform(effects)
+        leader = self.machine
+        over = leader.phase is Phase.FINISHED or (leader.stopping and leader.phase is Phase.IDLE)
+        if over and self.follower.at_head and not self._ending:
+            self._ending = True
+            self.spawn(self._end())
+
+    def perform_role(self, effect: object) -> None:
+        """Keep what peers sign; a model that the committee disowns ends the process."""
+        match effect:
+            case Keep(peer, said):
+                self.chain.applied(peer, said)
+            case Resync(reason):
+                raise RestoreError(
+                    f"this folder's model is of no use any more: {reason}. "
+                    "Move its newest checkpoint away and resume again."
+                )
+            case _:
+                super().perform_role(effect)
+
+    def unreachable(self, peer: PeerId, why: str) -> None:
+        """A member that takes no message is not waited for."""
+        log.info("%s is unreachable: %s", nickname(peer), why)
+        self.perform(self.machine.lost(peer, why, now=self.now()))
+
+    def expects_results(self, sender: PeerId, header: ResultsHeader) -> bool:
+        """Whether `sender` owns these parts in the plan under way."""
+        plan = self.machine.plan
+        if plan is None or plan.order != (header.round, header.term, header.view):
+            return False
+        return all(plan.owners[part] == sender for part, _ in header.parts)
+
+    def took_results(self, sender: PeerId, header: ResultsHeader) -> None:
+        """Averages are here: the leader counts them."""
+        now = self.now()
+        self.perform(self.machine.result(sender, header.term, header.view, dict(header.parts), now=now))
+
+    async def answer(self, sender: PeerId, question: Message) -> Message | None:
+        """Tell who joins what the run is, its chain, and its newest certified model."""
+        match question:
+            case WelcomeRequest():
+                return Welcome(self.genesis, self.delegation)
+            case StateRequest():
+                return await asyncio.to_thread(self._offer)
+            case CommitsRequest():
+                return await super().answer(sender, question)
+            case _:
+                return None
+
+    def _offer(self) -> StateOffer | None:
+        commits = {commit.block.round: commit for commit in self.chain.commits(after_round=max(0, self._oldest() - 1))}
+        for round_, model in reversed(list(self.models)):
+            ballots = self.machine.state_ballots(round_, model.digest())
+            commit = commits.get(round_)
+            signed = {ballot.peer for ballot in ballots}
+            if round_ == 0 or (commit is not None and has_quorum(sync.committee_after(commit), signed)):
+                return StateOffer(round_, model.manifest(), ballots)
+        return None
+
+    def _oldest(self) -> int:
+        return min((round_ for round_, _ in self.models), default=0)
+
+    def on_applied(self, commit: Commit, model: Model, cost: Cost) -> None:
+        """Measure and save beside; the next round does not wait for it."""
+        block = commit.block
+        self.metrics.round_committed(block.round, block.global_step, cost.wall_s)
+        self._aftermath.put_nowait((commit, model))
+
+    # -- what follows a round
+
+    async def _measure_and_save(self) -> None:
+        while True:
+            commit, model = await self._aftermath.get()
+            block = commit.block
+            if block.parts and block.round % self.recipe.evaluation.every_rounds == 0:
+                await self._measure(block.round, model)
+            if block.round % self.recipe.checkpoints.every_rounds == 0:
+                await self._save(block.round, block.global_step, model)
+            self._tell(block.round)
+            self._aftermath.task_done()
+
+    async def _measure(self, round_: int, model: Model) -> None:
+        loss = await asyncio.to_thread(self._numerics.validation_loss, model)
+        self.chain.validated(round_, loss)
+        self.machine.validation = (round_, loss)
+        self.metrics.validated(loss)
+
+    async def _save(self, round_: int, global_step: int, model: Model) -> None:
+        val_round, val_loss = self.machine.validation
+        meta = CheckpointMeta(
+            run=self.run.hex(),
+            recipe=self.recipe.name,
+            recipe_json=self.genesis.recipe.decode(),
+            model_digest=model.digest().hex(),
+            global_step=global_step,
+            val_loss=val_loss if val_round == round_ else None,
+        )
+        groups: dict[str, Tensors] = {"momentum": {}, "weights": {}}
+        for name, tensor in model.tensors().items():
+            group, _, rest = name.partition("/")
+            groups[group][rest] = tensor
+        since = self.now()
+        self.checkpoint = await asyncio.to_thread(
+            self.checkpoints.save, round_, groups["weights"], groups["momentum"], meta=meta
+        )
+        self.metrics.checkpoint_written(round_, self.now() - since)
+
+    def _tell(self, round_: int) -> None:
+        row = history.rows(self.chain, after_round=round_ - 1)[0]
+        if not row.roster:
+            log.info("round %d  the committee is %d strong", round_, len(self.follower.ledger.head.committee))
+            return
+        measured = f"validation {row.val_loss:.3f}" if row.val_loss is not None else ""
+        log.info(
+            "round %d  %d peers  %d tokens  loss %.3f  %s  %.1f s",
+            round_, len(row.roster), row.tokens, row.train_loss, measured, row.duration_s,
+        )  # fmt: skip
+
+    async def _end(self) -> None:
+        """Save the last model, and let members of a finished run see that it is finished."""
+        await self._aftermath.join()
+        round_, model = self.models[-1]
+        if round_ > 0 and (self.checkpoint is None or self.checkpoint.name != self.checkpoints.name_of(round_)):
+            await self._save(round_, self.follower.ledger.head.global_step, model)
+        if self.machine.phase is Phase.FINISHED:
+            await self._goodbye()
+        self.done.set()
+
+    async def _goodbye(self) -> None:
+        deadline = self.now() + GOODBYE_S
+        while set(self.machine.membership.live()) - self.machine.membership.leaving() and self.now() < deadline:
+            await asyncio.sleep(0.1)

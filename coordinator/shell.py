@@ -1,0 +1,390 @@
+"""What every role does around its machine: messages in and out, bytes in and out, disk, and the model that follows.
+
+A role (`coordinator.service`, `peer.session`) brings the machine; the shell brings the world. Machine calls and their
+effects run on the event loop, one at a time and in order; a Store is durable before the next effect is looked at, so
+nothing that depends on it can leave earlier. What takes long (applying, fetching, catching up) runs beside, and comes
+back as an event.
+"""
+
+import asyncio
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Protocol, Self
+
+import msgspec
+from blake3 import blake3
+from msgspec import Meta, Struct
+from numpy import float32
+from numpy.typing import NDArray
+
+from dugnad.configs.recipe import OuterSettings, decode
+from dugnad.coordinator import follower as following
+from dugnad.coordinator import sync
+from dugnad.coordinator.chain import Chain
+from dugnad.coordinator.follower import Cost, Follower
+from dugnad.coordinator.ledger import Ledger
+from dugnad.coordinator.mail import Mail
+from dugnad.coordinator.messages import ROUND_KINDS, Commit, Commits, CommitsRequest, Digest, Genesis, Message
+from dugnad.dht import bulk
+from dugnad.dht.blobs import Blobs
+from dugnad.dht.identity import Identity, PeerId, nickname, verify
+from dugnad.dht.transport import Transport, TransportError
+from dugnad.dht.wire import Codec, WireError, open_sealed, seal
+from dugnad.monitoring.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+ROUND_CHANNEL = "dugnad/round/1"
+RESULTS_CHANNEL = "dugnad/results/1"
+CODEC = Codec(ROUND_KINDS)
+KEPT_MODELS = 3
+"""How many of the newest models are served to joiners: the time that a download may take, in rounds."""
+KEPT_ROUNDS = following.REPLAY_ROUNDS
+"""For how many rounds their committed bytes are kept for those who come late."""
+COMMITS_BYTES = 512 * 1024
+"""How many bytes of commits one answer holds, about."""
+SILENCE_S = 5.0
+"""How long a transfer may stand still."""
+
+
+class Model(Protocol):
+    """The shared model, immutable; the outer step comes from above (this floor knows neither torch nor optim)."""
+
+    def apply(self, payloads: Sequence[bytes], outer: OuterSettings, *, global_step: int) -> Self:
+        """The model after a round that began at `global_step`, from its averages, part by part."""
+
+    def digest(self) -> bytes:
+        """The model digest."""
+
+    def manifest(self) -> bytes:
+        """What the digest is the hash of."""
+
+    def blob(self, digest: bytes) -> memoryview | None:
+        """The bytes of one tensor by hash."""
+
+    def tensors(self) -> dict[str, NDArray[float32]]:
+        """Every tensor, named "momentum/<name>" or "weights/<name>"."""
+
+
+class ResultsHeader(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What stands before the bytes of encoded averages: of which view, which parts, with which digests."""
+
+    round: int
+    term: int
+    view: int
+    parts: Annotated[tuple[tuple[int, Digest], ...], Meta(max_length=8192)]
+
+
+_results_header = msgspec.msgpack.Decoder(ResultsHeader)
+
+
+class KeySigner:
+    """`votes.Signer` with a real key."""
+
+    def __init__(self, identity: Identity) -> None:
+        self.peer_id = identity.peer_id
+        self.sign = identity.sign
+        self.verify = verify
+
+
+class Machine(Protocol):
+    """What the shell drives: a `Leader` or a `Volunteer`."""
+
+    def receive(self, sender: PeerId, message: Message, *, now: float) -> Sequence[object]:
+        """Take a message."""
+
+    def holds(self, digests: tuple[bytes, ...], *, now: float) -> Sequence[object]:
+        """Blobs are here."""
+
+    def applied(self, round_: int, model: bytes, cost: Cost, *, now: float) -> Sequence[object]:
+        """A round is applied."""
+
+    def tick(self, *, now: float) -> Sequence[object]:
+        """Time has passed."""
+
+    def wake_at(self) -> float:
+        """When to tick next."""
+
+
+class Shell:
+    """The world around one machine in one run; a role derives from it and says what only the role knows."""
+
+    machine: Machine
+
+    def __init__(
+        self,
+        identity: Identity,
+        genesis: Genesis,
+        *,
+        transport: Transport,
+        directory: Path,
+        metrics: Metrics,
+        part_bytes: Sequence[int],
+    ) -> None:
+        self.identity, self.genesis, self.run = identity, genesis, genesis.run
+        self.recipe = decode(genesis.recipe)
+        self.transport, self.metrics = transport, metrics
+        self.chain = Chain(directory / "chain.sqlite")
+        self.chain.found(genesis)
+        self.blobs = Blobs(directory / "blobs")
+        self.signer = KeySigner(identity)
+        self.follower = Follower(self.signer, Ledger(self.run, genesis.founder), genesis.organizer)
+        self.asker = sync.Asker(transport, identity, self.run)
+        self.done = asyncio.Event()
+        """Set when the role has nothing more to do."""
+        self.models: deque[tuple[int, Model]] = deque(maxlen=KEPT_MODELS)
+        """The newest (round, model), newest last."""
+        self._part_bytes = tuple(part_bytes)
+        self._changed = asyncio.Event()
+        self._sent_before: Counter[str] = Counter()
+        self._applied_at = time.monotonic()
+        self._tasks: asyncio.TaskGroup
+        self._mail: Mail
+
+    # -- what a role adds
+
+    async def begin(self) -> None:
+        """What the role does first, once messages can come and go."""
+
+    def perform_role(self, effect: object) -> None:
+        """Do an effect that only this role knows."""
+        raise AssertionError(f"no shell for {effect}")
+
+    def unreachable(self, peer: PeerId, why: str) -> None:
+        """`peer` took no message; only a leader concludes something from it."""
+
+    def expects_results(self, sender: PeerId, header: ResultsHeader) -> bool:
+        """Whether averages with this header are wanted from `sender`."""
+        raise NotImplementedError
+
+    def took_results(self, sender: PeerId, header: ResultsHeader) -> None:
+        """Averages are here, checked and on disk."""
+        self.perform(self.machine.holds(tuple(digest for _, digest in header.parts), now=self.now()))
+
+    async def answer(self, sender: PeerId, question: Message) -> Message | None:
+        """The answer to one who joins or catches up; None where there is none."""
+        return self._commits_after(question.after_round) if isinstance(question, CommitsRequest) else None
+
+    def on_applied(self, commit: Commit, model: Model, cost: Cost) -> None:
+        """A round is in place; the machine has not heard of it yet."""
+
+    def train_s(self) -> float:
+        """Seconds spent in training since the last call."""
+        return 0.0
+
+    # -- running
+
+    async def serve(self) -> None:
+        """Serve and drive the machine until `done` is set; what goes wrong inside ends it."""
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                self._mail = Mail(self.transport, ROUND_CHANNEL, self._tasks, unreachable=self.unreachable)
+                await self.transport.serve(ROUND_CHANNEL, self._on_message)
+                await self.transport.serve(sync.CHANNEL, self._on_question)
+                await bulk.serve_blobs(self.transport, self.lookup)
+                await bulk.serve_push(
+                    self.transport, RESULTS_CHANNEL, self._accept_results, self._take_results,
+                    header_cap=512 * 1024, total_cap=sum(self._part_bytes),
+                )  # fmt: skip
+                await self.begin()
+                self.spawn(self._drive())
+                await self.done.wait()
+                await self._mail.flush(within_s=2.0)
+                raise _Done
+        except* _Done:
+            pass
+        finally:
+            self.chain.close()
+
+    @staticmethod
+    def now() -> float:
+        """The machines' clock: monotonic seconds."""
+        return time.monotonic()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """Run `work` beside; if it fails, the role ends with its error."""
+        return self._tasks.create_task(work)
+
+    async def _drive(self) -> None:
+        while True:
+            self._changed.clear()
+            wait_s = self.machine.wake_at() - self.now()
+            if wait_s <= 0:
+                self.perform(self.machine.tick(now=self.now()))
+                wait_s = 0.001  # a machine that is always due must not keep the loop from everything else
+            try:
+                async with asyncio.timeout(None if wait_s == float("inf") else wait_s):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+
+    # -- effects
+
+    def perform(self, effects: Sequence[object]) -> None:
+        """Do the effects of one machine call, in order."""
+        for effect in effects:
+            self._perform_one(effect)
+        self._changed.set()
+
+    def _perform_one(self, effect: object) -> None:
+        match effect:
+            case following.Send(to, message):
+                raw = seal(self.identity, self.run, CODEC, message)
+                for peer in to:
+                    self._mail.post(peer, raw)
+            case following.Store(commit):
+                self.chain.append(commit, at_s=time.time())
+            case following.Apply(commit):
+                self.spawn(self._apply(commit))
+            case following.Fetch(wanted, donors):
+                self.spawn(self._fetch(wanted, donors))
+            case following.CatchUp(donor, after_round):
+                self.spawn(self._catch_up(donor, after_round))
+            case following.Refused(sender, reason, detail):
+                self.metrics.rejected_message(reason)
+                log.info("refused a message of %s (%s): %s", nickname(sender), reason, detail)
+            case _:
+                self.perform_role(effect)
+
+    async def _apply(self, commit: Commit) -> None:
+        block, (_, model), since = commit.block, self.models[-1], self.now()
+        if block.parts:
+            model = await asyncio.to_thread(self._outer_step, model, commit)
+        digest = await asyncio.to_thread(model.digest)
+        self.models.append((block.round, model))
+        self.metrics.phase_took("apply", self.now() - since)
+        self._forget_blobs(block.round - KEPT_ROUNDS)
+        cost = self._cost()
+        self.on_applied(commit, model, cost)
+        self.perform(self.machine.applied(block.round, digest, cost, now=self.now()))
+
+    def _outer_step(self, model: Model, commit: Commit) -> Model:
+        block = commit.block
+        payloads = [self.blobs.get(digest) for digest in block.parts]
+        damaged = [part for part, payload in enumerate(payloads) if payload is None]
+        if damaged:
+            raise OSError(f"{self.blobs.directory}: parts {damaged} of round {block.round} were damaged on this disk")
+        whole = [payload for payload in payloads if payload is not None]
+        return model.apply(whole, self.recipe.outer, global_step=block.global_step - block.steps)
+
+    def _cost(self) -> Cost:
+        """What the time since the last applied round cost us."""
+        sent, now = Counter(self.metrics.sent_bytes()), self.now()
+        cost = Cost(self.train_s(), now - self._applied_at, dict(sent - self._sent_before))
+        self._sent_before, self._applied_at = sent, now
+        return cost
+
+    def _forget_blobs(self, round_: int) -> None:
+        if round_ > 0:
+            for commit in self.chain.commits(after_round=round_ - 1, limit=1):
+                for digest in commit.block.parts:
+                    self.blobs.delete(digest)
+
+    async def _fetch(self, wanted: Sequence[tuple[int, bytes]], donors: Sequence[PeerId]) -> None:
+        sizes = {digest: self._part_bytes[part] for part, digest in wanted}
+        try:
+            await self.fetch(donors, sizes, kind="fetch", on_blob=lambda _, data: void(self.blobs.put(data)))
+        except TransportError as error:
+            log.info("%d parts could not be fetched yet: %s", len(wanted), error)
+        here = tuple(digest for digest in sizes if self.blobs.has(digest))
+        self.perform(self.machine.holds(here, now=self.now()))
+
+    async def fetch(
+        self, donors: Sequence[PeerId], sizes: Mapping[bytes, int], *, kind: str, on_blob: bulk.OnBlob
+    ) -> None:
+        """Get blobs, {digest: bytes}, from any of `donors`. Raises TransportError if one can't be had."""
+        others = [peer for peer in donors if peer != self.identity.peer_id]
+        await bulk.fetch_all(self.transport, others, sizes, kind=kind, timeout_s=SILENCE_S, on_blob=on_blob)
+
+    async def _catch_up(self, donor: PeerId, after_round: int) -> None:
+        try:
+            await self.asker.commits(donor, after_round, lambda commit: self.take_commit(donor, commit))
+        except (TransportError, WireError, sync.SyncError) as error:
+            log.info("could not catch up after round %d: %s", after_round, error)
+
+    def take_commit(self, donor: PeerId, commit: Commit) -> int:
+        """Hand one commit of `donor`'s chain to the machine, and return the round of our head."""
+        self.perform(self.machine.receive(donor, commit, now=self.now()))
+        return self.follower.ledger.head.round
+
+    # -- what others send and ask
+
+    async def _on_message(self, peer: PeerId, raw: bytes) -> bytes:
+        try:
+            sender, message = open_sealed(raw, self.run, CODEC)
+            if sender != peer:
+                raise WireError("not the sender", f"{peer} brought a message of {sender}")
+        except WireError as error:
+            self._rejected(peer, error)
+        else:
+            assert isinstance(message, Message)
+            self.perform(self.machine.receive(sender, message, now=self.now()))
+        return b""
+
+    async def _on_question(self, peer: PeerId, raw: bytes) -> bytes:
+        try:
+            sender, question = open_sealed(raw, self.run, sync.CODEC)
+            if sender != peer:
+                raise WireError("not the sender", f"{peer} brought a question of {sender}")
+        except WireError as error:
+            self._rejected(peer, error)
+            return b""
+        assert isinstance(question, Message)
+        reply = await self.answer(sender, question)
+        return b"" if reply is None else seal(self.identity, self.run, sync.CODEC, reply)
+
+    def _rejected(self, peer: PeerId, error: WireError) -> None:
+        self.metrics.rejected_message(error.reason)
+        log.info("dropped what %s sent: %s", nickname(peer), error)
+
+    def _commits_after(self, round_: int) -> Commits:
+        chosen, size = [], 0
+        for commit in self.chain.commits(after_round=round_, limit=1024):
+            size += len(msgspec.msgpack.encode(commit))
+            if chosen and size > COMMITS_BYTES:
+                break
+            chosen.append(commit)
+        return Commits(self.follower.ledger.head.round, tuple(chosen))
+
+    def lookup(self, digest: bytes) -> bytes | memoryview | None:
+        """A blob that we can give: a tensor of a recent model, or a part of a recent round."""
+        for _, model in reversed(self.models):
+            tensor = model.blob(digest)
+            if tensor is not None:
+                return tensor
+        return self.blobs.get(digest)
+
+    def _accept_results(self, sender: PeerId, raw: bytes, sizes: tuple[int, ...]) -> str | None:
+        try:
+            header = _results_header.decode(raw)
+        except msgspec.DecodeError as error:
+            return f"malformed header: {error}"
+        if not all(0 <= part < len(self._part_bytes) for part, _ in header.parts):
+            return f"the vector has {len(self._part_bytes)} parts"
+        if sizes != tuple(self._part_bytes[part] for part, _ in header.parts):
+            return "a part has another size than the layout gives it"
+        return None if self.expects_results(sender, header) else f"round {header.round} is not under way here"
+
+    async def _take_results(self, sender: PeerId, raw: bytes, buffers: list[bytearray]) -> bytes:
+        header = _results_header.decode(raw)
+        for (part, digest), buffer in zip(header.parts, buffers, strict=True):
+            if blake3(buffer).digest() != digest:
+                raise bulk.Refused(sender, f"part {part} is not what its digest promised")
+        await asyncio.to_thread(self.store_blobs, buffers)
+        self.took_results(sender, header)
+        return b""
+
+    def store_blobs(self, buffers: Sequence[bytes | bytearray | memoryview]) -> list[bytes]:
+        """Store part bytes durably, and return their digests."""
+        return [self.blobs.put(buffer) for buffer in buffers]
+
+
+class _Done(Exception):
+    """The role is done: its tasks are to end."""
+
+
+def void(_: object) -> None:
+    """Drop a value where a function that returns nothing is asked for."""

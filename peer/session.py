@@ -1,0 +1,267 @@
+"""A volunteer's process in one run: it does what `lifecycle.Volunteer` decides.
+
+Training runs in a thread, one interval at a time, and is asked to stop between two steps. Part bytes travel through
+`optim.exchange`; everything that all roles share is the shell's.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+from blake3 import blake3
+
+from dugnad.coordinator import sync
+from dugnad.coordinator.follower import Cost, Resync
+from dugnad.coordinator.messages import Commit, Plan, StateOffer, Welcome
+from dugnad.coordinator.shell import RESULTS_CHANNEL, SILENCE_S, Model, ResultsHeader, Shell
+from dugnad.dht import bulk
+from dugnad.dht.identity import Identity, PeerId, nickname
+from dugnad.dht.transport import Transport, TransportError
+from dugnad.dht.wire import WireError
+from dugnad.monitoring.metrics import Metrics
+from dugnad.optim import reduce as reducing
+from dugnad.optim.codec import NonFinite
+from dugnad.optim.exchange import Exchange
+from dugnad.optim.outer import ManifestError, SharedModel, wanted_blobs
+from dugnad.peer import trainer as training
+from dugnad.peer.lifecycle import Abilities, Leave, Reduce, StopTraining, Train, Volunteer, Work
+from dugnad.peer.numerics import Numerics
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Order:
+    """How one training is told to end: after the step under way, for nothing if `discard`."""
+
+    stop: threading.Event = field(default_factory=threading.Event)
+    discard: bool = False
+
+    def end(self, *, discard: bool) -> None:
+        self.discard = self.discard or discard
+        self.stop.set()
+
+
+class Session(Shell):
+    """One volunteer in one run, from joining to leaving."""
+
+    machine: Volunteer
+
+    def __init__(
+        self,
+        identity: Identity,
+        welcome: Welcome,
+        numerics: Numerics,
+        *,
+        transport: Transport,
+        directory: Path,
+        metrics: Metrics,
+        abilities: Abilities,
+    ) -> None:
+        super().__init__(
+            identity,
+            welcome.genesis,
+            transport=transport,
+            directory=directory,
+            metrics=metrics,
+            part_bytes=numerics.part_bytes,
+        )
+        rounds = self.recipe.rounds
+        self.machine = Volunteer(
+            identity.peer_id, self.follower, abilities, report_s=rounds.report_s, silence_s=rounds.silence_s
+        )
+        self.loss: float | None = None
+        """Of the newest step of our own training, in nats per token."""
+        self.tokens_per_s = 0.0
+        self.left_because = ""
+        self._welcome = welcome
+        self._numerics = numerics
+        self._exchange = Exchange(transport, numerics.layout, expects=self._expects_parts, received=self._received)
+        self._training: asyncio.Task[None] | None = None
+        self._order = _Order()
+        self._trained_s = 0.0
+
+    def leave(self) -> None:
+        """Finish what others count on, then leave."""
+        self.perform(self.machine.leave(now=self.now()))
+
+    # -- the role's part of the shell
+
+    async def begin(self) -> None:
+        """Take up our own copy of the chain, and learn who leads."""
+        await self._exchange.serve()
+        self.follower.restore(self.chain.commits(), self.blobs.digests())
+        delegation = self._welcome.delegation
+        self.perform(self.machine.receive(delegation.coordinator, delegation, now=self.now()))
+
+    def perform_role(self, effect: object) -> None:
+        """Train, exchange, sync, leave."""
+        match effect:
+            case Train():
+                self._order.end(discard=True)
+                self._order = _Order()
+                self._training = self.spawn(self._train(effect, self._order, after=self._training))
+            case StopTraining(keep):
+                self._order.end(discard=not keep)
+            case Reduce(plan, reducing.Upload(owner, parts)):
+                self.spawn(self._upload(owner, parts))
+            case Reduce(plan, reducing.Fold() as fold):
+                self.spawn(self._fold(plan, fold))
+            case Reduce(plan, reducing.Deliver(to, parts)):
+                self.spawn(self._deliver(plan, to, parts))
+            case Resync(reason):
+                log.info("taking the model from peers: %s", reason)
+                self.spawn(self._sync())
+            case Leave(reason):
+                self.left_because = reason
+                self.done.set()
+            case _:
+                super().perform_role(effect)
+
+    def expects_results(self, sender: PeerId, header: ResultsHeader) -> bool:
+        """Whether `sender` owns these parts in the plan under way."""
+        plan = self.machine.plan
+        if plan is None or plan.order != (header.round, header.term, header.view):
+            return False
+        return all(plan.owners[part] == sender for part, _ in header.parts)
+
+    def on_applied(self, commit: Commit, model: Model, cost: Cost) -> None:
+        """Tell what the round was."""
+        block = commit.block
+        if not block.entries:
+            return
+        self.metrics.round_committed(block.round, block.global_step, cost.wall_s)
+        if cost.wall_s > 0:
+            self.metrics.utilized(cost.train_s / cost.wall_s)
+        tokens = sum(entry.tokens for entry in block.entries)
+        mine = next((entry for entry in block.entries if entry.peer == self.identity.peer_id), None)
+        counted = f"you {mine.tokens} tokens, counted" if mine else "you were not part of it"
+        loss = sum(entry.loss * entry.tokens for entry in block.entries) / tokens
+        sent = sum(cost.sent_bytes.values()) / 1e6
+        log.info("round %d  %d peers  loss %.3f  %s  up %.1f MB", block.round, len(block.entries), loss, counted, sent)
+
+    def train_s(self) -> float:
+        """Seconds spent in training since the last call."""
+        spent, self._trained_s = self._trained_s, 0.0
+        return spent
+
+    # -- training
+
+    async def _train(self, effect: Train, order: "_Order", after: "asyncio.Task[None] | None") -> None:
+        """One interval; `after` is the training that it replaces, which has been told to stop."""
+        if after is not None:
+            await asyncio.wait([after])
+        if order.discard:
+            return
+        plan = effect.plan
+        self._exchange.begin(plan.round)
+        self.machine.step = 0
+        for other in plan.seats:
+            await self.transport.learn(other.peer, other.addresses)
+        try:
+            interval = await self._interval(effect, order.stop)
+            root = await self._exchange.contribute(interval.pseudo_gradient)
+        except (NonFinite, training.NonFinite) as error:
+            log.warning("round %d: nothing to contribute: %s", plan.round, error)
+            self.metrics.rejected_contribution("non-finite")
+            self.perform(self.machine.not_trained(plan, str(error), now=self.now()))
+            return
+        if order.discard:
+            return
+        if interval.steps == 0:
+            self.perform(self.machine.not_trained(plan, "no step was done in time", now=self.now()))
+            return
+        work = Work(root, interval.samples, interval.tokens, interval.loss)
+        self.perform(self.machine.trained(plan, work, now=self.now()))
+
+    async def _interval(self, effect: Train, stop: threading.Event) -> training.Interval:
+        _, model = self.models[-1]
+        assert isinstance(model, SharedModel)
+        interval = await asyncio.to_thread(
+            self._numerics.trainer.train,
+            model.weights,
+            ranges=effect.seat.ranges,
+            steps=effect.seat.steps,
+            global_step=effect.plan.global_step,
+            stop=stop.is_set,
+            on_step=self._stepped,
+        )
+        self._trained_s += interval.compute_s
+        self.metrics.phase_took("train", interval.compute_s)
+        return interval
+
+    def _stepped(self, step: training.StepResult) -> None:
+        """Called in the training thread, after each step."""
+        self.machine.step += 1
+        self.loss, self.tokens_per_s = step.loss, step.tokens_per_s
+        self.metrics.trained(step.tokens, step.loss, step.tokens_per_s)
+
+    # -- the exchange
+
+    def _expects_parts(self, sender: PeerId, round_: int) -> bool:
+        plan = self.machine.plan
+        return plan is not None and plan.round == round_ and plan.seat_of(sender) is not None
+
+    def _received(self, contributor: PeerId, root: bytes, parts: tuple[int, ...]) -> None:
+        self.perform(self.machine.received(contributor, root, parts, now=self.now()))
+
+    async def _upload(self, owner: PeerId, parts: tuple[int, ...]) -> None:
+        try:
+            await self._exchange.upload(owner, parts)
+        except TransportError as error:
+            log.info("upload to %s: %s", nickname(owner), error)
+            self.perform(self.machine.upload_failed(owner, parts, now=self.now()))
+        else:
+            self.perform(self.machine.uploaded(owner, parts, now=self.now()))
+
+    async def _fold(self, plan: Plan, fold: reducing.Fold) -> None:
+        averages = await self._exchange.fold(fold.parts, fold.entries)
+        digests = await asyncio.to_thread(self.store_blobs, list(averages.values()))
+        results = dict(zip(averages, digests, strict=True))
+        self.perform(self.machine.folded(plan, results, now=self.now()))
+
+    async def _deliver(self, plan: Plan, to: PeerId, parts: Mapping[int, bytes]) -> None:
+        header = msgspec.msgpack.encode(ResultsHeader(plan.round, plan.term, plan.view, tuple(parts.items())))
+        payloads = await asyncio.to_thread(lambda: [self.blobs.get(digest) or b"" for digest in parts.values()])
+        kind = "result" if plan.seat_of(to) is not None else "follow"
+        error: str | None = None
+        try:
+            await bulk.push(self.transport, to, RESULTS_CHANNEL, header, payloads, kind=kind, timeout_s=SILENCE_S)
+        except TransportError as failed:
+            error = str(failed)
+            log.info("averages for %s: %s", nickname(to), error)
+        self.perform(self.machine.delivered(to, error=error, now=self.now()))
+
+    # -- the state
+
+    async def _sync(self) -> None:
+        leader = self.follower.leader
+        assert leader is not None
+        try:
+            head = self.follower.ledger.head.round
+            await self.asker.commits(leader, head, lambda commit: self.take_commit(leader, commit))
+            offer = await self.asker.state(leader, self.genesis, self.signer, self._commit_of)
+            model = await self._download(leader, offer)
+        except (TransportError, WireError, sync.SyncError, ManifestError) as error:
+            log.info("no model yet: %s", error)
+            self.perform(self.machine.sync_failed(str(error), now=self.now()))
+            return
+        self.models.clear()
+        self.models.append((offer.round, model))
+        log.info("the model after round %d is here, verified", offer.round)
+        self.perform(self.machine.synced(offer.round, blake3(offer.manifest).digest(), now=self.now()))
+
+    def _commit_of(self, round_: int) -> Commit | None:
+        return next(self.chain.commits(after_round=round_ - 1, limit=1), None)
+
+    async def _download(self, leader: PeerId, offer: StateOffer) -> SharedModel:
+        wanted = wanted_blobs(self._numerics.layout, offer.manifest)
+        blobs: dict[bytes, bytes] = {}
+        # everyone who votes holds the model: the leader, whose uplink serves all, is asked last
+        donors = [voter.peer for voter in self.follower.ledger.head.committee if voter.peer != leader]
+        await self.fetch((*donors, leader), wanted, kind="state", on_blob=blobs.__setitem__)
+        return await asyncio.to_thread(SharedModel.from_manifest, self._numerics.layout, offer.manifest, blobs)
