@@ -11,7 +11,7 @@ import json
 import math
 import tomllib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -224,6 +224,17 @@ class Recipe:
     codec: CodecSettings
     evaluation: EvaluationSettings
     checkpoints: CheckpointSettings
+
+    def cut(self, rounds: int) -> "Recipe":
+        """The recipe of a run that ends after the first `rounds` rounds of this one; at most `rounds.num_rounds()`."""
+        step = 0
+        for _ in range(rounds):
+            step += self.rounds.steps_at(step)
+        kept = [stage for stage in self.rounds.schedule if stage.until_step < step]
+        last = next(stage for stage in self.rounds.schedule if stage.until_step >= step)
+        schedule = (*kept, Stage(until_step=step, steps=last.steps))
+        outer = replace(self.outer, plain_until_step=min(self.outer.plain_until_step, step))
+        return replace(self, rounds=replace(self.rounds, total_steps=step, schedule=schedule), outer=outer)
 
 
 def bundled() -> list[str]:

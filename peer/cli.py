@@ -1,0 +1,247 @@
+"""The `dugnad` command. Heavy imports stand inside the commands, so that `dugnad --help` answers at once."""
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import threading
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from dugnad.configs.recipe import Recipe
+    from dugnad.peer.folder import Folder
+
+app = typer.Typer(
+    name="dugnad",
+    help="Volunteers pretrain one model together over the internet.\n\n"
+    "See it work on this machine: dugnad demo\n\n"
+    "Begin a run: dugnad launch tiny-books\n\n"
+    "Take part in one: dugnad join dugnad1:...",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Dir = Annotated[Path | None, typer.Option("--dir", help="Folder for everything this role keeps.", show_default=False)]
+Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")]
+Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.", min=0, max=65535)]
+MetricsPort = Annotated[int, typer.Option(help="Port for /metrics and /status; 0: any.", min=0, max=65535)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+WithStdin = Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)]
+
+
+@app.command()
+def demo(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, or the path of a .toml file.")] = "tiny-books",
+    rounds: Annotated[int | None, typer.Option(help="End after so many rounds.", min=3, show_default=False)] = None,
+    peers: Annotated[int, typer.Option(help="Volunteers at the start; one more joins later.", min=2, max=16)] = 3,
+    directory: Dir = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write what happened to this file.")] = None,
+) -> None:
+    """Watch a whole run on this machine: it trains, one volunteer joins late, one is killed, and it ends by itself."""
+    with _told_errors():
+        from dugnad.peer.demo import run_demo
+
+        _recipe(recipe, rounds)
+        raise typer.Exit(asyncio.run(run_demo(recipe, rounds, peers, directory, json_file)))
+
+
+@app.command()
+def launch(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe's name, or a .toml file.", show_default=False)] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.", show_default=False)] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Cut the run to so many rounds.", min=1, show_default=False)
+    ] = None,
+    directory: Dir = None,
+    host: Host = "127.0.0.1",
+    port: Port = 0,
+    metrics_port: MetricsPort = 0,
+    exit_with_stdin: WithStdin = False,
+) -> None:
+    """Begin a run, or go on with one, as its organizer: prints the invite that volunteers join with.
+
+    Ctrl+C once: finish the round, write a checkpoint, leave. Twice: leave now. Nothing is lost either way.
+    """
+    with _told_errors():
+        if (recipe is None) == (resume is None):
+            raise _Usage("say what to launch: either a recipe (dugnad launch tiny-books) or --resume DIR")
+        if resume is not None and rounds is not None:
+            raise _Usage("--rounds belongs to a new run: the recipe of a run never changes")
+        from dugnad.peer import folder as folders
+        from dugnad.peer import roles
+
+        network = roles.Network(host=host, port=port, metrics_port=metrics_port)
+        if resume is not None:
+            where = folders.Folder(resume)
+            work: Coroutine[Any, Any, None] = roles.resume(where, network, told=_tell_invite(where))
+        else:
+            assert recipe is not None
+            chosen = _recipe(recipe, rounds)
+            where = folders.Folder(directory or folders.data_folder() / f"{chosen.name}-organizer")
+            work = roles.launch(chosen, where, network, told=_tell_invite(where))
+        _run(work, where, exit_with_stdin)
+
+
+@app.command()
+def join(
+    invite: Annotated[str, typer.Argument(help="The invite you were given: dugnad1:...")],
+    directory: Dir = None,
+    host: Host = "127.0.0.1",
+    port: Port = 0,
+    metrics_port: MetricsPort = 0,
+    exit_with_stdin: WithStdin = False,
+) -> None:
+    """Take part in a run: trains on this machine, averages with the others, until the run ends or you leave.
+
+    Ctrl+C once: finish the round and leave. Twice: leave now; only this round's work is lost.
+    """
+    with _told_errors():
+        from dugnad.dht.invite import parse_invite
+
+        known = parse_invite(invite)
+        from dugnad.peer import folder as folders
+        from dugnad.peer import roles
+
+        where = folders.Folder(directory or folders.data_folder() / f"{known.name}-{known.run.hex()[:8]}")
+        network = roles.Network(host=host, port=port, metrics_port=metrics_port)
+        _run(roles.join(known, where, network, told=_tell_run(where)), where, exit_with_stdin)
+
+
+@app.command()
+def status(directory: Dir = None, as_json: AsJson = False) -> None:
+    """Say where the run stands, as the role that lives in --dir sees it (or the one role running on this machine)."""
+    with _told_errors():
+        from dugnad.peer import ask
+
+        said = ask.status(directory)
+        if as_json:
+            print(json.dumps(said))
+        else:
+            from dugnad.peer.report import text
+
+            print(text(said))
+
+
+@app.command()
+def audit(
+    directory: Annotated[Path, typer.Argument(help="A role's folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Prove from the chain in DIR that nothing was lost or counted twice; status 1 if it does not hold."""
+    with _told_errors():
+        from dugnad.peer import ask
+
+        found = ask.audit(directory)
+        print(json.dumps(found) if as_json else ask.audit_text(found))
+        raise typer.Exit(0 if found["clean"] else 1)
+
+
+@app.command()
+def sample(
+    source: Annotated[Path, typer.Argument(help="A checkpoint's folder, or a coordinator's folder (its newest one).")],
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "\n",
+    length: Annotated[int, typer.Option(help="How many bytes to write.", min=1, max=100_000)] = 400,
+    temperature: Annotated[float, typer.Option(help="Below 1: safer; above: wilder.", min=0.01, max=10.0)] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Choose among so many likeliest bytes.", min=1, max=256)] = 50,
+    seed: Annotated[int, typer.Option(help="The same seed writes the same text.", min=0)] = 1,
+) -> None:
+    """Let the model of a checkpoint write."""
+    with _told_errors():
+        from dugnad.peer.sample import write
+
+        print(write(source, prompt, length, temperature=temperature, top_k=top_k, seed=seed))
+
+
+class _Usage(Exception):
+    """Options that do not go together."""
+
+
+def _recipe(name: str, rounds: int | None) -> "Recipe":
+    from dugnad.configs.recipe import load
+
+    chosen = load(name)
+    if rounds is None:
+        return chosen
+    if rounds > chosen.rounds.num_rounds():
+        raise _Usage(f"--rounds is {rounds}, but {chosen.name} ends after {chosen.rounds.num_rounds()} rounds")
+    return chosen.cut(rounds)
+
+
+def _tell_invite(where: "Folder") -> Any:
+    def tell(invite: str, url: str) -> None:
+        from dugnad.peer.terminal import say
+
+        say(f"run key     {where.path / 'run.key'}: keep it safe; who has it decides about the run")
+        say(f"metrics     {url}/metrics      status: dugnad status --dir {where.path}")
+        say("coordinator up. Volunteers join with:")
+        say("")
+        say(f"dugnad join {invite}")
+        say("")
+
+    return tell
+
+
+def _tell_run(where: "Folder") -> Any:
+    def tell(recipe: "Recipe", nickname: str, url: str) -> None:
+        from dugnad.peer.terminal import say
+
+        say(f'run         "{recipe.name}": {recipe.summary}')
+        say(f"metrics     {url}/metrics      status: dugnad status --dir {where.path}")
+        say(f'You are "{nickname}". Ctrl+C once: finish this round and leave.')
+
+    return tell
+
+
+def _run(work: Coroutine[Any, Any, Any], where: "Folder", exit_with_stdin: bool) -> None:
+    from dugnad.peer.terminal import log_to
+
+    where.create()
+    log_to(where.path)
+    if exit_with_stdin:
+        threading.Thread(target=_exit_with_stdin, daemon=True).start()
+    ended = asyncio.run(work)
+    if isinstance(ended, str):
+        from dugnad.peer.terminal import say
+
+        say(ended)
+
+
+def _exit_with_stdin() -> None:
+    """Whoever started us is gone, however it ended: go too."""
+    sys.stdin.buffer.read()
+    os._exit(3)
+
+
+@contextlib.contextmanager
+def _told_errors() -> Iterator[None]:
+    """Turn what a user can do something about into a sentence and status 1 (2 for bad input)."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        print("left at once", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except BaseException as error:
+        from dugnad.peer.errors import sentence_of
+
+        said = sentence_of(error)
+        if isinstance(error, _Usage):
+            said = (str(error), 2)
+        if said is None:
+            raise
+        print(f"dugnad: {said[0]}", file=sys.stderr)
+        raise typer.Exit(said[1]) from None
+
+
+def main() -> None:
+    """The command's entry point."""
+    app()

@@ -1,0 +1,38 @@
+"""Errors that a user can do something about, as a sentence and an exit status."""
+
+import errno
+import importlib
+
+BAD_INPUT, FAILED = 2, 1
+
+
+_KNOWN = {
+    "dugnad.configs.recipe.RecipeError": BAD_INPUT,
+    "dugnad.dht.invite.InviteError": BAD_INPUT,
+    "dugnad.peer.folder.FolderError": BAD_INPUT,
+    "dugnad.dht.identity.IdentityError": FAILED,
+    "dugnad.dht.transport.TransportError": FAILED,
+    "dugnad.monitoring.exporter.PortTaken": FAILED,
+    "dugnad.coordinator.checkpoints.CheckpointError": FAILED,
+    "dugnad.coordinator.chain.ChainError": FAILED,
+    "dugnad.coordinator.service.RestoreError": FAILED,
+    "dugnad.coordinator.sync.SyncError": FAILED,
+    "dugnad.peer.ask.AskError": FAILED,
+    "dugnad.peer.demo.DemoError": FAILED,
+}
+
+
+def sentence_of(error: BaseException) -> tuple[str, int] | None:
+    """What to tell the user and the exit status, or None for what is our own mistake and needs its traceback."""
+    if isinstance(error, BaseExceptionGroup):
+        said = [sentence_of(inner) for inner in error.exceptions]
+        known = [one for one in said if one is not None]
+        return known[0] if known and len(known) == len(said) else None
+    for name, status in _KNOWN.items():
+        module, _, kind = name.rpartition(".")
+        if isinstance(error, getattr(importlib.import_module(module), kind)):
+            return str(error), status
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror}{where}. What was committed is safe; make room or fix the permissions, then resume.", 1
+    return None

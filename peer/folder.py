@@ -1,0 +1,128 @@
+"""What a role keeps, in one folder, and who lives there now.
+
+identity.key   this peer's key        run.key       the organizer's key, with whom the run was launched
+chain.sqlite   the chain              blobs/        bytes of recent rounds
+checkpoints/   of a coordinator       log.txt       everything that was said
+role.json      while a process lives here: its pid, and where to ask it      address   where a coordinator listens
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import platformdirs
+import psutil
+
+from dugnad.dht.identity import Identity, write_private
+
+RoleName = Literal["coordinator", "volunteer"]
+
+
+class FolderError(Exception):
+    """A folder that can't be used as asked; the message says which, why, and what to do."""
+
+
+class Role(msgspec.Struct, frozen=True):
+    """The process that lives in a folder."""
+
+    role: RoleName
+    run: str
+    """Run id in hex."""
+    name: str
+    """The recipe's name."""
+    pid: int
+    started_s: float
+    """When the process started, in seconds since 1970: a pid may be used again."""
+    url: str
+    """Where it answers /status and /metrics."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether that process is still there."""
+        try:
+            return abs(psutil.Process(self.pid).create_time() - self.started_s) < 1.0
+        except psutil.Error:
+            return False
+
+
+class Folder:
+    """The folder of one role."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def create(self) -> None:
+        """Make the folder if it is not there. Raises FolderError."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FolderError(f"{self.path}: can't be made: {error.strerror}. Choose another with --dir.") from error
+
+    @property
+    def chain(self) -> Path:
+        """The file of the chain."""
+        return self.path / "chain.sqlite"
+
+    def identity(self) -> Identity:
+        """This peer's key, made when first asked for. Raises IdentityError."""
+        return Identity.load_or_create(self.path / "identity.key")
+
+    def organizer(self) -> Identity:
+        """The run's key, made when first asked for. Raises IdentityError."""
+        return Identity.load_or_create(self.path / "run.key")
+
+    @property
+    def address(self) -> str | None:
+        """The multiaddr on which the role listened last."""
+        try:
+            return (self.path / "address").read_text("ascii").strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+
+    def keep_address(self, multiaddr: str) -> None:
+        """Listen there again next time, so that invites stay good."""
+        write_private(self.path / "address", multiaddr.encode() + b"\n")
+
+    def role(self) -> Role | None:
+        """Who lives here, or lived here and did not say goodbye."""
+        try:
+            return msgspec.json.decode((self.path / "role.json").read_bytes(), type=Role)
+        except (OSError, msgspec.DecodeError):
+            return None
+
+    def check_free(self) -> None:
+        """Raise FolderError if another process lives here."""
+        role = self.role()
+        if role is not None and role.alive and role.pid != os.getpid():
+            raise FolderError(
+                f"{self.path}: a {role.role} of run {role.name!r} lives here (pid {role.pid}). "
+                "Stop it first, or choose another folder with --dir."
+            )
+
+    @contextlib.contextmanager
+    def inhabited(self, role: RoleName, run: bytes, name: str, url: str) -> Iterator[None]:
+        """Live here for a while."""
+        started_s = psutil.Process().create_time()
+        said = Role(role, run.hex(), name, os.getpid(), started_s, url)
+        write_private(self.path / "role.json", msgspec.json.encode(said))
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                (self.path / "role.json").unlink()
+
+
+def data_folder() -> Path:
+    """Where roles live that were given no folder: the user's data directory."""
+    return platformdirs.user_data_path("dugnad", appauthor=False)
+
+
+def inhabited_folders() -> list[Folder]:
+    """The folders in the user's data directory in which a process lives."""
+    if not data_folder().is_dir():
+        return []
+    found = (Folder(path) for path in sorted(data_folder().iterdir()))
+    return [folder for folder in found if (role := folder.role()) is not None and role.alive]

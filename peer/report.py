@@ -1,0 +1,135 @@
+"""What a role says of itself when asked: one dictionary, the same for `dugnad status`, /status and the terminal."""
+
+import os
+from typing import Any
+
+from dugnad.coordinator.service import Coordinator
+from dugnad.coordinator.shell import Shell
+from dugnad.dht.identity import PeerId, nickname
+from dugnad.dht.swarm import Swarm
+from dugnad.peer.session import Session
+
+Report = dict[str, Any]
+"""Made of what JSON can hold; digests and run ids in hex."""
+
+
+def of_coordinator(role: Coordinator, swarm: Swarm) -> Report:
+    """Where the run stands, as its coordinator sees it."""
+    leader = role.machine
+    val_round, val_loss = leader.validation
+    peers = []
+    seated = {seat.peer for seat in leader.plan.seats} if leader.plan else set()
+    for peer in sorted({*leader.membership.live(), *seated}):
+        said = leader.membership.report(peer)
+        peers.append(
+            {
+                "peer": peer,
+                "nickname": nickname(peer),
+                "state": said.stage if said else "unknown",
+                "reason": leader.membership.why_lost(peer),
+                "step": said.step if said else 0,
+                "of_steps": said.of_steps if said else 0,
+            }
+        )
+    return {
+        **_of_any(role, "coordinator", swarm),
+        "state": leader.phase,
+        "reason": leader.reason,
+        "val_loss": val_loss,
+        "val_round": val_round,
+        "peers": peers,
+        "checkpoint": str(role.checkpoint) if role.checkpoint else None,
+        "coordinator": {"peer": role.identity.peer_id, "alive": True, "silent_s": 0.0},
+    }
+
+
+def of_volunteer(role: Session, swarm: Swarm) -> Report:
+    """Where the run stands, as one of its volunteers sees it."""
+    volunteer, plan = role.machine, role.machine.plan
+    standing = volunteer.standing
+    seats = plan.seats if plan else ()
+    silent_s = volunteer.coordinator_silent_s(now=role.now())
+    return {
+        **_of_any(role, "volunteer", swarm),
+        "state": volunteer.state,
+        "reason": volunteer.reason,
+        "val_loss": standing.val_loss if standing else None,
+        "val_round": standing.val_round if standing else 0,
+        "loss": role.loss,
+        "tokens_per_s": role.tokens_per_s,
+        "step": volunteer.step,
+        "of_steps": next((seat.steps for seat in seats if seat.peer == role.identity.peer_id), 0),
+        "peers": [{"peer": seat.peer, "nickname": nickname(seat.peer), "state": "in the round"} for seat in seats],
+        "coordinator": {"peer": role.follower.leader, "alive": silent_s is None, "silent_s": silent_s or 0.0},
+    }
+
+
+def _of_any(role: Shell, name: str, swarm: Swarm) -> Report:
+    head = role.follower.ledger.head
+    model = role.follower.model
+    return {
+        "role": name,
+        "run": role.run.hex(),
+        "name": role.recipe.name,
+        "peer": role.identity.peer_id,
+        "nickname": nickname(role.identity.peer_id),
+        "pid": os.getpid(),
+        "round": head.round,
+        "head": head.hash.hex(),
+        "global_step": head.global_step,
+        "total_steps": role.recipe.rounds.total_steps,
+        "model_round": role.follower.model_round,
+        "model_digest": model.hex() if model is not None else None,
+        "committee": [voter.peer for voter in head.committee],
+        "known": {str(peer): _known(peer, kind) for peer, kind in swarm.roles().items()},
+        "bytes_sent": role.metrics.sent_bytes(),
+        "bytes_received": role.metrics.received_bytes(),
+    }
+
+
+def _known(peer: PeerId, kind: str) -> Report:
+    return {"nickname": nickname(peer), "role": kind}
+
+
+def line(said: Report) -> str:
+    """One line for a person who waits."""
+    total = said["total_steps"]
+    head = f"round {said['round']}  step {said['global_step']}/{total}"
+    if said["role"] == "volunteer" and said["of_steps"] and said["state"] == "train":
+        doing = f"training {said['step']}/{said['of_steps']}"
+        if said["loss"] is not None:
+            doing += f"  loss {said['loss']:.3f}  {said['tokens_per_s']:.0f} tokens/s"
+    else:
+        doing = said["reason"]
+    gone = said["coordinator"]
+    silent = "" if gone["alive"] else f"  coordinator gone {gone['silent_s']:.0f} s"
+    return f"{head}  {doing}{silent}"
+
+
+def text(said: Report) -> str:
+    """Some lines for a person who asks."""
+    loss = f"{said['val_loss']:.4f} nats per token after round {said['val_round']}" if said["val_loss"] else "not yet"
+    there = said["coordinator"]
+    alive = "alive" if there["alive"] else f"gone {there['silent_s']:.0f} s"
+    lines = [
+        f"run          {said['name']} ({said['run'][:8]})",
+        f"you are      {said['nickname']}, {said['role']} (pid {said['pid']})",
+        f"round        {said['round']}, step {said['global_step']} of {said['total_steps']}",
+        f"state        {said['state']}: {said['reason']}",
+        f"validation   {loss}",
+        f"model        {(said['model_digest'] or 'none yet')[:16]} after round {said['model_round']}",
+        f"coordinator  {alive}",
+        f"sent         {_bytes(said['bytes_sent'])}",
+        f"received     {_bytes(said['bytes_received'])}",
+        f"peers        {len(said['peers'])}",
+    ]
+    for peer in said["peers"]:
+        steps = f"  step {peer['step']}/{peer['of_steps']}" if peer.get("of_steps") else ""
+        lines.append(f"  {peer['nickname']:<20} {peer['state']}{steps}")
+    return "\n".join(lines)
+
+
+def _bytes(kinds: dict[str, int]) -> str:
+    total = sum(kinds.values())
+    most = ", ".join(f"{kind} {count / 1e6:.1f}" for kind, count in sorted(kinds.items(), key=lambda kv: -kv[1])[:4])
+    return f"{total / 1e6:.1f} MB ({most})" if kinds else "nothing"

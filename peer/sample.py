@@ -1,0 +1,36 @@
+"""Text from a checkpoint."""
+
+from pathlib import Path
+
+import torch
+
+from dugnad.configs.recipe import decode
+from dugnad.coordinator.checkpoints import MANIFEST, CheckpointError, Checkpoints
+from dugnad.optim.diloco import load_weights
+from dugnad.peer.models import build, generate
+from dugnad.peer.numerics import Numerics
+
+
+def write(source: Path, prompt: str, length: int, *, temperature: float, top_k: int, seed: int) -> str:
+    """What the model in `source` writes after `prompt`: a checkpoint's folder, or one that holds `checkpoints/`.
+
+    `length` in bytes. Raises CheckpointError.
+    """
+    checkpoints = Checkpoints(source / "checkpoints", keep=1)
+    path = source if (source / MANIFEST).exists() else checkpoints.latest()
+    if path is None:
+        raise CheckpointError(
+            f"{source}: there is no checkpoint here. Name a folder like DIR/checkpoints/round-000005."
+        )
+    saved = checkpoints.load(path)
+    recipe = decode(saved.meta.recipe_json.encode())
+    numerics = Numerics(recipe)
+    try:
+        model = numerics.model_of(saved.weights, saved.momentum)
+    except ValueError as error:
+        raise CheckpointError(f"{path} does not fit its own recipe: {error}") from error
+    network = build(recipe.model)
+    load_weights(network, numerics.layout, model.weights)
+    with torch.inference_mode():
+        written = generate(network, prompt.encode(), length, temperature=temperature, top_k=top_k, seed=seed)
+    return written.decode("utf-8", errors="replace")
