@@ -112,6 +112,8 @@ class Follower:
         self.ledger = ledger
         self.leader: PeerId | None = None
         self.term = 0
+        self.delegation: Delegation | None = None
+        """The organizer's word for that leader and term."""
         self.model: bytes | None = None
         """Digest of the model after `model_round`; None until `synced`."""
         self.model_round = -1
@@ -200,7 +202,7 @@ class Follower:
             return [Refused(sender, "delegation", f"term {said.term} is not signed by the organizer")]
         if said.term <= self.term:
             return []
-        self.leader, self.term = said.coordinator, said.term
+        self.leader, self.term, self.delegation = said.coordinator, said.term, said
         return self._say_applied()  # the new leader may not have heard it, and vouches for the model with it
 
     def _on_proposal(self, sender: PeerId, said: Proposal, now: float) -> list[Effect]:

@@ -39,7 +39,7 @@ class Message(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Base of every message: immutable, encoded as a msgpack array, unknown fields refused."""
 
 
-class Delegation(Message):
+class Delegation(Message, frozen=True):
     """The organizer's word that `coordinator` leads in `term`; of two, the higher term holds.
 
     Signed with the run key over `delegation_payload`.
@@ -50,7 +50,7 @@ class Delegation(Message):
     signature: Signature
 
 
-class Seat(Message):
+class Seat(Message, frozen=True):
     """One member's work in a round: which samples, in how many inner steps, and where it can be reached."""
 
     peer: Member
@@ -59,7 +59,7 @@ class Seat(Message):
     addresses: Addresses
 
 
-class Plan(Message):
+class Plan(Message, frozen=True):
     """What this round is: who works on what, and who owns which part of the vector.
 
     `owners[k]` reduces part k. A higher (term, view) replaces a lower one of the same round; a member whose seat is
@@ -92,7 +92,7 @@ class Plan(Message):
         return (self.round, self.term, self.view)
 
 
-class Contribution(Message):
+class Contribution(Message, frozen=True):
     """A member's promise, before any byte of it moves: the digests of its parts hash to `root`.
 
     It binds the round and the head, not the view: a failed attempt wastes no work. `samples` is how much of the
@@ -108,7 +108,7 @@ class Contribution(Message):
     loss: float
 
 
-class Have(Message):
+class Have(Message, frozen=True):
     """An owner's word that it holds, checked, all of its parts of `contributor`'s vector with that root."""
 
     round: Count
@@ -118,7 +118,7 @@ class Have(Message):
     root: Digest
 
 
-class Entry(Message):
+class Entry(Message, frozen=True):
     """One counted contribution: its weight is `tokens`; `ranges` are the samples it was trained on."""
 
     peer: Member
@@ -128,7 +128,7 @@ class Entry(Message):
     ranges: Ranges
 
 
-class Freeze(Message):
+class Freeze(Message, frozen=True):
     """The one set of contributions that every part of this attempt is folded from."""
 
     round: Count
@@ -137,14 +137,14 @@ class Freeze(Message):
     entries: Annotated[tuple[Entry, ...], Meta(max_length=MAX_PEERS)]
 
 
-class Voter(Message):
+class Voter(Message, frozen=True):
     """A committee member and the weight of its vote."""
 
     peer: Member
     weight: Count
 
 
-class Block(Message):
+class Block(Message, frozen=True):
     """One round of the chain: what was counted, what came out, and who votes on the next.
 
     `parts` are the digests of the encoded averages, in part order; empty in a block that only changes the committee.
@@ -172,13 +172,13 @@ class Block(Message):
         return blake3(b"dugnad/block/1" + msgspec.msgpack.encode(self)).digest()
 
 
-class Proposal(Message):
+class Proposal(Message, frozen=True):
     """The leader asks the committee to vote on `block`."""
 
     block: Block
 
 
-class Vote(Message):
+class Vote(Message, frozen=True):
     """A voter's word that it holds, has checked and has stored all bytes of the block. Signed over `vote_payload`."""
 
     epoch: Count
@@ -189,21 +189,21 @@ class Vote(Message):
     signature: Signature
 
 
-class Ballot(Message):
+class Ballot(Message, frozen=True):
     """One vote inside a certificate."""
 
     peer: Member
     signature: Signature
 
 
-class Commit(Message):
+class Commit(Message, frozen=True):
     """A block and the votes of a quorum of its parent's committee: proof for anyone, from whoever it comes."""
 
     block: Block
     ballots: Annotated[tuple[Ballot, ...], Meta(max_length=MAX_PEERS)]
 
 
-class Applied(Message):
+class Applied(Message, frozen=True):
     """What a peer's model is after a round, signed over `applied_payload`, and what the round cost the peer.
 
     The cost (seconds in training, seconds since the round before, bytes sent by kind) informs and decides nothing.
@@ -218,7 +218,7 @@ class Applied(Message):
     sent_bytes: Annotated[dict[Annotated[str, Meta(max_length=16)], Count], Meta(max_length=16)]
 
 
-class Report(Message):
+class Report(Message, frozen=True):
     """What a member is doing, said each `report_s` and at every change; silence means that it is lost.
 
     `stage` is a `Stage` value; `round`, `term`, `view` are of the plan it follows (zeros without one).
@@ -239,7 +239,7 @@ class Report(Message):
     addresses: Addresses
 
 
-class Standing(Message):
+class Standing(Message, frozen=True):
     """Where the run stands, from the leader to everyone it knows, each `report_s`."""
 
     term: Count
@@ -253,11 +253,11 @@ class Standing(Message):
     """Nats per byte on the held-out data after `val_round`, as the leader measured it."""
 
 
-class WelcomeRequest(Message):
+class WelcomeRequest(Message, frozen=True):
     """A stranger, who knows the run's id from an invite, asks what the run is."""
 
 
-class Genesis(Message):
+class Genesis(Message, frozen=True):
     """What a run is, for ever: its hash is the run's id, which the invite pins."""
 
     recipe: Annotated[bytes, Meta(max_length=256 * 1024)]
@@ -273,31 +273,31 @@ class Genesis(Message):
         return blake3(b"dugnad/genesis/1" + msgspec.msgpack.encode(self)).digest()
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True):
     """What the run is, and who leads it now."""
 
     genesis: Genesis
     delegation: Delegation
 
 
-class CommitsRequest(Message):
+class CommitsRequest(Message, frozen=True):
     """Asks for committed rounds after `after_round`, oldest first."""
 
     after_round: Count
 
 
-class Commits(Message):
+class Commits(Message, frozen=True):
     """A run of consecutive commits, and the round of the sender's head."""
 
     head_round: Count
     commits: Annotated[tuple[Commit, ...], Meta(max_length=1024)]
 
 
-class StateRequest(Message):
+class StateRequest(Message, frozen=True):
     """Asks for the manifest of the model at the sender's head."""
 
 
-class StateOffer(Message):
+class StateOffer(Message, frozen=True):
     """The model after `round`: its manifest, and those who signed that digest (`Applied` ballots)."""
 
     round: Count

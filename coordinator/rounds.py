@@ -144,12 +144,10 @@ class Leader:
         """Take any message of a round; effects in the order in which they must happen."""
         handler = self._handlers.get(type(message))
         if handler is not None:
-            out = handler(sender, message, now)
-        elif self.follower.handles(message):
-            out = self.follower.receive(sender, message, now=now)
-        else:
-            out = [Refused(sender, "not a member", f"{type(message).__name__} is a leader's word")]
-        return self._settle(out, now)
+            return self._settle(handler(sender, message, now), now)
+        if self.follower.handles(message):
+            return self._settle(self.follower.receive(sender, message, now=now), now)
+        return self._settle([Refused(sender, "not a member", f"{type(message).__name__} is a leader's word")], now)
 
     def result(self, owner: PeerId, term: int, view: int, parts: dict[int, bytes], *, now: float) -> list[Effect]:
         """`owner` sent the bytes of encoded averages, {part: digest}; they are checked and on disk here."""
@@ -180,7 +178,7 @@ class Leader:
 
     def synced(self, round_: int, model: bytes, *, now: float) -> list[Effect]:
         """The shell holds the model after `round_`."""
-        return self._settle(list(self.follower.synced(round_, model, now=now)), now)
+        return self._settle(self.follower.synced(round_, model, now=now), now)
 
     def stop(self, *, now: float) -> list[Effect]:
         """Plan no further round; the one under way is finished. `phase` is IDLE when it is safe to go."""
@@ -190,8 +188,7 @@ class Leader:
     def tick(self, *, now: float) -> list[Effect]:
         """Let time pass: silences, deadlines, and the leader's own standing."""
         self.membership.tick(now=now)
-        out = self.follower.tick(now=now)
-        out = self._settle(out, now)
+        out = self._settle(self.follower.tick(now=now), now)
         if now >= self._report_at:
             self._report_at = now + self._recipe.rounds.report_s
             out.append(Send(self.membership.live(), self.standing()))
@@ -295,10 +292,10 @@ class Leader:
 
     # -- decisions
 
-    def _settle(self, out: list[Effect], now: float) -> list[Effect]:
+    def _settle(self, effects: Sequence[Effect], now: float) -> list[Effect]:
         """Hand our own messages to ourselves and take every step that is now possible, until nothing changes."""
         done: list[Effect] = []
-        pending = out
+        pending = effects
         while True:
             for effect in pending:
                 if isinstance(effect, Send) and self._signer.peer_id in effect.to:
@@ -316,7 +313,7 @@ class Leader:
     def _loop_back(self, message: Message, now: float) -> list[Effect]:
         handler = self._handlers.get(type(message))
         me = self._signer.peer_id
-        return handler(me, message, now) if handler else self.follower.receive(me, message, now=now)
+        return handler(me, message, now) if handler else list(self.follower.receive(me, message, now=now))
 
     def _step(self, now: float) -> list[Effect]:
         if self.phase is Phase.GATHER:

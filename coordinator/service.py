@@ -16,14 +16,11 @@ from dugnad.coordinator.checkpoints import Checkpoint, CheckpointError, Checkpoi
 from dugnad.coordinator.follower import Cost, Resync
 from dugnad.coordinator.messages import (
     Commit,
-    CommitsRequest,
     Delegation,
     Genesis,
     Message,
     StateOffer,
     StateRequest,
-    Welcome,
-    WelcomeRequest,
     delegation_payload,
 )
 from dugnad.coordinator.rounds import Assign, Keep, Leader, Phase
@@ -90,17 +87,20 @@ class Coordinator(Shell):
         self._numerics = numerics
         term = self.chain.next_term()
         signature = organizer.sign(delegation_payload(self.run, identity.peer_id, term))
-        self.delegation = Delegation(identity.peer_id, term, signature)
+        delegation = Delegation(identity.peer_id, term, signature)
         self.machine = Leader(
             self.follower,
             self.signer,
             self.recipe,
-            self.delegation,
+            delegation,
             len(numerics.part_bytes),
             numerics.assign_parts,
         )
         self._aftermath: asyncio.Queue[tuple[Commit, Model]] = asyncio.Queue()
         self._ending = False
+        self._phase = (Phase.IDLE, self.now())
+        self._order = (0, 0, 0)
+        """Of the newest plan that was counted."""
 
     def stop(self) -> None:
         """Finish the round under way, write a checkpoint, and end."""
@@ -152,10 +152,23 @@ class Coordinator(Shell):
         """Do the effects, and see whether the run has come to its end."""
         super().perform(effects)
         leader = self.machine
+        self._watch_phase()
         over = leader.phase is Phase.FINISHED or (leader.stopping and leader.phase is Phase.IDLE)
         if over and self.follower.at_head and not self._ending:
             self._ending = True
             self.spawn(self._end())
+
+    def _watch_phase(self) -> None:
+        phase, now, plan = self.machine.phase, self.now(), self.machine.plan
+        before, since = self._phase
+        if phase is not before:
+            if before in (Phase.GATHER, Phase.REDUCE, Phase.VOTE):
+                self.metrics.phase_took(before.value, now - since)
+            self._phase = (phase, now)
+        if plan is not None and plan.order > self._order:
+            if plan.view > 0:
+                self.metrics.view_failed()
+            self._order = plan.order
 
     def perform_role(self, effect: object) -> None:
         """Keep what peers sign; a model that the committee disowns ends the process."""
@@ -188,16 +201,8 @@ class Coordinator(Shell):
         self.perform(self.machine.result(sender, header.term, header.view, dict(header.parts), now=now))
 
     async def answer(self, sender: PeerId, question: Message) -> Message | None:
-        """Tell who joins what the run is, its chain, and its newest certified model."""
-        match question:
-            case WelcomeRequest():
-                return Welcome(self.genesis, self.delegation)
-            case StateRequest():
-                return await asyncio.to_thread(self._offer)
-            case CommitsRequest():
-                return await super().answer(sender, question)
-            case _:
-                return None
+        """Tell who joins the newest certified model, besides what every role can tell."""
+        return self._offer() if isinstance(question, StateRequest) else await super().answer(sender, question)
 
     def _offer(self) -> StateOffer | None:
         commits = {commit.block.round: commit for commit in self.chain.commits(after_round=max(0, self._oldest() - 1))}

@@ -12,7 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Protocol, Self
+from typing import Annotated, Any, Protocol
 
 import msgspec
 from blake3 import blake3
@@ -27,7 +27,17 @@ from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.follower import Cost, Follower
 from dugnad.coordinator.ledger import Ledger
 from dugnad.coordinator.mail import Mail
-from dugnad.coordinator.messages import ROUND_KINDS, Commit, Commits, CommitsRequest, Digest, Genesis, Message
+from dugnad.coordinator.messages import (
+    ROUND_KINDS,
+    Commit,
+    Commits,
+    CommitsRequest,
+    Digest,
+    Genesis,
+    Message,
+    Welcome,
+    WelcomeRequest,
+)
 from dugnad.dht import bulk
 from dugnad.dht.blobs import Blobs
 from dugnad.dht.identity import Identity, PeerId, nickname, verify
@@ -53,7 +63,7 @@ SILENCE_S = 5.0
 class Model(Protocol):
     """The shared model, immutable; the outer step comes from above (this floor knows neither torch nor optim)."""
 
-    def apply(self, payloads: Sequence[bytes], outer: OuterSettings, *, global_step: int) -> Self:
+    def apply(self, payloads: Sequence[bytes], outer: OuterSettings, *, global_step: int) -> "Model":
         """The model after a round that began at `global_step`, from its averages, part by part."""
 
     def digest(self) -> bytes:
@@ -166,7 +176,14 @@ class Shell:
 
     async def answer(self, sender: PeerId, question: Message) -> Message | None:
         """The answer to one who joins or catches up; None where there is none."""
-        return self._commits_after(question.after_round) if isinstance(question, CommitsRequest) else None
+        match question:
+            case WelcomeRequest():
+                delegation = self.follower.delegation
+                return None if delegation is None else Welcome(self.genesis, delegation)
+            case CommitsRequest(after_round):
+                return self._commits_after(after_round)
+            case _:
+                return None
 
     def on_applied(self, commit: Commit, model: Model, cost: Cost) -> None:
         """A round is in place; the machine has not heard of it yet."""
@@ -234,6 +251,7 @@ class Shell:
             case following.Send(to, message):
                 raw = seal(self.identity, self.run, CODEC, message)
                 for peer in to:
+                    self.metrics.message_passed("sent", CODEC.tag_of(message))
                     self._mail.post(peer, raw)
             case following.Store(commit):
                 self.chain.append(commit, at_s=time.time())
@@ -321,6 +339,7 @@ class Shell:
             self._rejected(peer, error)
         else:
             assert isinstance(message, Message)
+            self.metrics.message_passed("received", CODEC.tag_of(message))
             self.perform(self.machine.receive(sender, message, now=self.now()))
         return b""
 
@@ -341,7 +360,8 @@ class Shell:
         log.info("dropped what %s sent: %s", nickname(peer), error)
 
     def _commits_after(self, round_: int) -> Commits:
-        chosen, size = [], 0
+        chosen: list[Commit] = []
+        size = 0
         for commit in self.chain.commits(after_round=round_, limit=1024):
             size += len(msgspec.msgpack.encode(commit))
             if chosen and size > COMMITS_BYTES:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -106,7 +107,7 @@ def join(
     with _told_errors():
         from dugnad.dht.invite import parse_invite
 
-        known = parse_invite(invite)
+        known = parse_invite(invite, now=time.time())
         from dugnad.peer import folder as folders
         from dugnad.peer import roles
 

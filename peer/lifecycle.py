@@ -8,7 +8,7 @@ It joins two machines that do not know each other: the `Follower` that votes and
 of the round under way. Effects of all three come out in the order in which they must happen.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -307,13 +307,13 @@ class Volunteer:
                 out.append(Reduce(self.plan, effect))
         return out
 
-    def _settle(self, out: list[Effect], now: float) -> list[Effect]:
+    def _settle(self, effects: Sequence[Effect], now: float) -> list[Effect]:
         """Follow up on what just happened: a round that is over, a resync, a report that is due, a wish to leave."""
         if self.state is State.LEFT:
             return []
-        head = self.follower.ledger.head
+        out, head = list(effects), self.follower.ledger.head
         if self.plan is not None and self.plan.round <= head.round:
-            out = [*out, *self._round_is_over()]
+            out += self._round_is_over()
         if any(isinstance(effect, Resync) for effect in out):
             self.state, self._resync_at = State.SYNC, float("inf")
         reason = self._may_leave(now)
@@ -321,10 +321,10 @@ class Volunteer:
         reported = (self.stage, head.round, self.plan.order if self.plan else (), self.leaving, self.follower.term)
         if now >= self._report_at or reported != self._reported:
             self._report_at, self._reported = now + self._report_s, reported
-            out = [*out, *self._report(), *(self._promised() if not self._reducer.frozen else [])]
+            out += [*self._report(), *(self._promised() if not self._reducer.frozen else [])]
         if reason is not None:
             self.state, self.reason = State.LEFT, reason
-            out = [*out, StopTraining(keep=False), Leave(reason)]
+            out += [StopTraining(keep=False), Leave(reason)]
         return out
 
     def _round_is_over(self) -> list[Effect]:

@@ -5,6 +5,7 @@ import functools
 from dugnad.configs.recipe import Recipe
 from dugnad.coordinator.checkpoints import Tensors
 from dugnad.coordinator.messages import MAX_PARTS
+from dugnad.coordinator.shell import Model
 from dugnad.optim.codec import Int8Codec
 from dugnad.optim.layout import Layout, LayoutError
 from dugnad.optim.outer import SharedModel
@@ -38,11 +39,12 @@ class Numerics:
         """The model of these tensors. Raises LayoutError where they do not fit the recipe."""
         return SharedModel(self.layout, self.layout.flatten(weights), self.layout.flatten(momentum))
 
-    def validation_loss(self, model: SharedModel) -> float:
+    def validation_loss(self, model: Model) -> float:
         """Nats per token on held-out data."""
+        assert isinstance(model, SharedModel)
         return self.trainer.evaluate(model.weights)
 
     @functools.cached_property
     def trainer(self) -> Trainer:
         """The one network of this process, made when it is first needed."""
-        return Trainer(self.recipe, self.layout, build(self.recipe.model), Corpus.load(self.recipe.data))
+        return Trainer(self.recipe, build(self.recipe.model), Corpus.load(self.recipe.data))

@@ -5,15 +5,14 @@ from typing import Any
 
 from dugnad.coordinator.service import Coordinator
 from dugnad.coordinator.shell import Shell
-from dugnad.dht.identity import PeerId, nickname
-from dugnad.dht.swarm import Swarm
+from dugnad.dht.identity import nickname
 from dugnad.peer.session import Session
 
 Report = dict[str, Any]
 """Made of what JSON can hold; digests and run ids in hex."""
 
 
-def of_coordinator(role: Coordinator, swarm: Swarm) -> Report:
+def of_coordinator(role: Coordinator) -> Report:
     """Where the run stands, as its coordinator sees it."""
     leader = role.machine
     val_round, val_loss = leader.validation
@@ -25,14 +24,14 @@ def of_coordinator(role: Coordinator, swarm: Swarm) -> Report:
             {
                 "peer": peer,
                 "nickname": nickname(peer),
-                "state": said.stage if said else "unknown",
+                "state": "lost" if not leader.membership.is_live(peer) else said.stage if said else "unknown",
                 "reason": leader.membership.why_lost(peer),
                 "step": said.step if said else 0,
                 "of_steps": said.of_steps if said else 0,
             }
         )
     return {
-        **_of_any(role, "coordinator", swarm),
+        **_of_any(role, "coordinator"),
         "state": leader.phase,
         "reason": leader.reason,
         "val_loss": val_loss,
@@ -43,14 +42,14 @@ def of_coordinator(role: Coordinator, swarm: Swarm) -> Report:
     }
 
 
-def of_volunteer(role: Session, swarm: Swarm) -> Report:
+def of_volunteer(role: Session) -> Report:
     """Where the run stands, as one of its volunteers sees it."""
     volunteer, plan = role.machine, role.machine.plan
     standing = volunteer.standing
     seats = plan.seats if plan else ()
     silent_s = volunteer.coordinator_silent_s(now=role.now())
     return {
-        **_of_any(role, "volunteer", swarm),
+        **_of_any(role, "volunteer"),
         "state": volunteer.state,
         "reason": volunteer.reason,
         "val_loss": standing.val_loss if standing else None,
@@ -59,12 +58,12 @@ def of_volunteer(role: Session, swarm: Swarm) -> Report:
         "tokens_per_s": role.tokens_per_s,
         "step": volunteer.step,
         "of_steps": next((seat.steps for seat in seats if seat.peer == role.identity.peer_id), 0),
-        "peers": [{"peer": seat.peer, "nickname": nickname(seat.peer), "state": "in the round"} for seat in seats],
+        "peers": [{"peer": seat.peer, "nickname": nickname(seat.peer), "state": "unknown"} for seat in seats],
         "coordinator": {"peer": role.follower.leader, "alive": silent_s is None, "silent_s": silent_s or 0.0},
     }
 
 
-def _of_any(role: Shell, name: str, swarm: Swarm) -> Report:
+def _of_any(role: Shell, name: str) -> Report:
     head = role.follower.ledger.head
     model = role.follower.model
     return {
@@ -81,14 +80,9 @@ def _of_any(role: Shell, name: str, swarm: Swarm) -> Report:
         "model_round": role.follower.model_round,
         "model_digest": model.hex() if model is not None else None,
         "committee": [voter.peer for voter in head.committee],
-        "known": {str(peer): _known(peer, kind) for peer, kind in swarm.roles().items()},
         "bytes_sent": role.metrics.sent_bytes(),
         "bytes_received": role.metrics.received_bytes(),
     }
-
-
-def _known(peer: PeerId, kind: str) -> Report:
-    return {"nickname": nickname(peer), "role": kind}
 
 
 def line(said: Report) -> str:

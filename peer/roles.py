@@ -1,4 +1,4 @@
-"""The two roles as processes: wire host, swarm, exporter and role together, and end in order.
+"""The two roles as processes: host, swarm, exporter and role together, ended in order.
 
 Ctrl+C (or SIGTERM) once: finish what others count on, then leave. Twice: leave now.
 """
@@ -7,14 +7,13 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 
 from dugnad.configs.recipe import Recipe, decode, encode
 from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.messages import Genesis, Welcome
 from dugnad.coordinator.service import Coordinator
-from dugnad.coordinator.shell import Shell
 from dugnad.coordinator.sync import Asker, SyncError
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, nickname, public_key_of
@@ -23,18 +22,19 @@ from dugnad.dht.records import owner_of
 from dugnad.dht.swarm import Swarm
 from dugnad.monitoring.exporter import Exporter
 from dugnad.monitoring.metrics import Metrics
-from dugnad.peer import report
-from dugnad.peer.folder import Folder, FolderError
+from dugnad.peer.face import Face
+from dugnad.peer.folder import Folder, FolderError, RoleName
 from dugnad.peer.lifecycle import Abilities
 from dugnad.peer.numerics import Numerics
 from dugnad.peer.session import Session
+from dugnad.peer.terminal import live_line
 
 log = logging.getLogger(__name__)
 
 WELCOME_S = 60.0
 """How long a volunteer looks for someone who can say what the run is."""
 UNKNOWN_UPLINK = 1.0
-"""Until uplinks are measured all count as the same."""
+"""Until uplinks are measured, all count as the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,30 +48,65 @@ class Network:
     @property
     def listen(self) -> str:
         """The multiaddr to listen on."""
-        return f"/{'ip6' if ':' in self.host else 'ip4'}/{self.host}/tcp/{self.port}"
+        return self.listen_on(self.port)
+
+    def listen_on(self, port: int) -> str:
+        """The multiaddr of another port on the same host."""
+        return f"/{'ip6' if ':' in self.host else 'ip4'}/{self.host}/tcp/{port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A peer in the network, before it has a role."""
+
+    identity: Identity
+    host: Host
+    swarm: Swarm
+    face: Face
+    url: str
+    """Of the exporter."""
 
 
 async def launch(recipe: Recipe, folder: Folder, network: Network, *, told: Callable[[str, str], None]) -> None:
-    """Begin a run as its organizer and coordinator; `told` hears of the invite and of the metrics URL."""
+    """Begin a run as its organizer and coordinator; `told` hears the invite and the exporter's URL."""
     if folder.chain.exists():
         raise FolderError(
             f"{folder.path}: a run was launched here before. Go on with it: dugnad launch --resume {folder.path}. "
             "For another run, choose another folder with --dir."
         )
-    folder.create()
-    identity, organizer = folder.identity(), folder.organizer()
     numerics = Numerics(recipe)
     first = await asyncio.to_thread(numerics.first_model)
-    genesis = Genesis(encode(recipe), organizer.peer_id, identity.peer_id, first.digest())
-    await _coordinate(genesis, numerics, folder, network, told=told)
+    founder, organizer = folder.identity().peer_id, folder.organizer().peer_id
+    genesis = Genesis(encode(recipe), organizer, founder, first.digest())
+    await _coordinate(genesis, numerics, folder, network, told)
 
 
 async def resume(folder: Folder, network: Network, *, told: Callable[[str, str], None]) -> None:
     """Go on with the run that was launched in `folder`."""
     folder.check_free()
     genesis = _genesis_of(folder)
-    numerics = Numerics(decode(genesis.recipe))
-    await _coordinate(genesis, numerics, folder, network, told=told)
+    await _coordinate(genesis, Numerics(decode(genesis.recipe)), folder, network, told)
+
+
+async def join(invite: Invite, folder: Folder, network: Network, *, told: Callable[[Recipe, str, str], None]) -> str:
+    """Take part in a run; `told` hears the recipe, our nickname and the exporter's URL. Returns why it ended."""
+    async with _placed("volunteer", folder, invite.run, network.listen, network, bootstrap=invite.addresses) as place:
+        welcome = await _welcome(place, invite.run)
+        recipe = decode(welcome.genesis.recipe)
+        told(recipe, nickname(place.identity.peer_id), place.url)
+        role = Session(
+            place.identity,
+            welcome,
+            Numerics(recipe),
+            transport=place.host,
+            directory=folder.path,
+            metrics=place.face.metrics,
+            abilities=Abilities(addresses=place.host.addresses(), accepts=True, uplink=UNKNOWN_UPLINK),
+        )
+        place.face.role = role
+        with folder.inhabited("volunteer", invite.run, recipe.name, place.url):
+            await _until_done(role, place.face, role.leave, "leaving after this round; Ctrl+C again leaves now")
+    return role.left_because
 
 
 def _genesis_of(folder: Folder) -> Genesis:
@@ -88,64 +123,65 @@ def _genesis_of(folder: Folder) -> Genesis:
 
 
 async def _coordinate(
-    genesis: Genesis, numerics: Numerics, folder: Folder, network: Network, *, told: Callable[[str, str], None]
+    genesis: Genesis, numerics: Numerics, folder: Folder, network: Network, told: Callable[[str, str], None]
 ) -> None:
-    folder.check_free()
-    identity, organizer, run, name = folder.identity(), folder.organizer(), genesis.run, numerics.recipe.name
-    metrics = Metrics("coordinator", run.hex()[:8])
     listen = network.listen if network.port or folder.address is None else folder.address
-    status: Callable[[], dict[str, object]] = dict
-    async with (
-        Host(identity, listen=(listen,), meter=metrics.bytes_moved, state_dir=folder.path, owner_of=owner_of) as host,
-        Exporter(metrics, lambda: status(), port=network.metrics_port) as exporter,
-    ):
-        folder.keep_address(host.listening)
+    async with _placed("coordinator", folder, genesis.run, listen, network, bootstrap=()) as place:
+        folder.keep_address(network.listen_on(_tcp_port(place.host)))  # a resumed run keeps its invites good
         role = Coordinator(
-            identity, genesis, organizer, numerics, transport=host, directory=folder.path, metrics=metrics
+            place.identity,
+            genesis,
+            folder.organizer(),
+            numerics,
+            transport=place.host,
+            directory=folder.path,
+            metrics=place.face.metrics,
         )
-        async with Swarm(host, identity, run, role="coordinator") as swarm:
-            status = lambda: report.of_coordinator(role, swarm)  # noqa: E731
-            invite = Invite(run, public_key_of(genesis.organizer), host.addresses(), name, 0)
-            with folder.inhabited("coordinator", run, name, exporter.url):
-                told(encode_invite(invite), exporter.url)
-                await _until_done(role, role.stop, "finishing the round, then leaving")
+        place.face.role = role
+        name = numerics.recipe.name
+        invite = Invite(genesis.run, public_key_of(genesis.organizer), place.host.addresses(), name, 0)
+        with folder.inhabited("coordinator", genesis.run, name, place.url):
+            told(encode_invite(invite), place.url)
+            await _until_done(role, place.face, role.stop, "finishing the round, then leaving; Ctrl+C again: now")
 
 
-async def join(invite: Invite, folder: Folder, network: Network, *, told: Callable[[Recipe, str, str], None]) -> str:
-    """Take part in a run; `told` hears of the recipe, of our nickname and of the metrics URL. Returns why it ended."""
+@contextlib.asynccontextmanager
+async def _placed(
+    role: RoleName, folder: Folder, run: bytes, listen: str, network: Network, *, bootstrap: tuple[str, ...]
+) -> AsyncIterator[Place]:
+    """Be a peer of the run, whom others can see and ask."""
     folder.create()
     folder.check_free()
-    identity, run = folder.identity(), invite.run
-    metrics = Metrics("volunteer", run.hex()[:8])
-    status: Callable[[], dict[str, object]] = dict
+    identity = folder.identity()
+    face = Face(Metrics(role, run.hex()[:8], nickname=nickname(identity.peer_id)))
+    metrics = face.metrics
     async with (
+        Exporter(metrics, face.status, port=network.metrics_port) as exporter,
         Host(
-            identity, listen=(network.listen,), bootstrap=invite.addresses, meter=metrics.bytes_moved,
-            state_dir=folder.path, owner_of=owner_of,
+            identity,
+            listen=(listen,),
+            bootstrap=bootstrap,
+            meter=metrics.bytes_moved,
+            state_dir=folder.path,
+            owner_of=owner_of,
         ) as host,
-        Exporter(metrics, lambda: status(), port=network.metrics_port) as exporter,
-        Swarm(host, identity, run, role="volunteer") as swarm,
-    ):  # fmt: skip
-        welcome = await _welcome(host, identity, swarm, run)
-        recipe = decode(welcome.genesis.recipe)
-        told(recipe, nickname(identity.peer_id), exporter.url)
-        abilities = Abilities(addresses=host.addresses(), accepts=True, uplink=UNKNOWN_UPLINK)
-        role = Session(
-            identity, welcome, Numerics(recipe), transport=host, directory=folder.path, metrics=metrics,
-            abilities=abilities,
-        )  # fmt: skip
-        status = lambda: report.of_volunteer(role, swarm)  # noqa: E731
-        with folder.inhabited("volunteer", run, recipe.name, exporter.url):
-            await _until_done(role, role.leave, "leaving after this round; again: now")
-        return role.left_because
+        Swarm(host, identity, run, role=role, refused=metrics.rejected_message, progress=face.progress) as swarm,
+    ):
+        yield Place(identity, host, swarm, face, exporter.url)
 
 
-async def _welcome(host: Host, identity: Identity, swarm: Swarm, run: bytes) -> Welcome:
+def _tcp_port(host: Host) -> int:
+    """The port that the daemon took."""
+    parts = host.addresses()[0].split("/")
+    return int(parts[parts.index("tcp") + 1])
+
+
+async def _welcome(place: Place, run: bytes) -> Welcome:
     """What the run is, from whomever the DHT names as its members; the coordinator is asked first."""
-    asker = Asker(host, identity, run)
+    asker = Asker(place.host, place.identity, run)
     deadline = asyncio.get_running_loop().time() + WELCOME_S
     while True:
-        members = await swarm.look_around()
+        members = await place.swarm.look_around()
         try:
             return await asker.welcome(sorted(members, key=lambda peer: members[peer] != "coordinator"))
         except SyncError:
@@ -154,27 +190,31 @@ async def _welcome(host: Host, identity: Identity, swarm: Swarm, run: bytes) -> 
         await asyncio.sleep(1.0)
 
 
-async def _until_done(role: Shell, leave: Callable[[], None], promise: str) -> None:
-    """Serve until the role is done, or the user will not wait any longer (then KeyboardInterrupt is raised)."""
-    asked = 0
+async def _until_done(role: Coordinator | Session, face: Face, leave: Callable[[], None], promise: str) -> None:
+    """Serve until the role is done; raises KeyboardInterrupt where the user will not wait for that."""
     serving = asyncio.create_task(role.serve())
+    looking = asyncio.create_task(face.keep_looking())
+    asked = 0
 
     def interrupted() -> None:
         nonlocal asked
         asked += 1
         if asked == 1:
-            log.info("%s", promise)
+            log.info(promise)
             leave()
         else:
             serving.cancel()
 
-    with _on_interrupt(interrupted):
-        try:
-            await serving
-        except asyncio.CancelledError:
-            if asked > 1:
-                raise KeyboardInterrupt from None
-            raise
+    try:
+        with _on_interrupt(interrupted):
+            async with live_line(face.line):
+                await serving
+    except asyncio.CancelledError:
+        if asked > 1:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        looking.cancel()
 
 
 @contextlib.contextmanager

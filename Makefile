@@ -1,0 +1,32 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test soak lint bench clean
+
+BIN := .venv/bin
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## make .venv and install everything into it; at once when nothing changed
+	@./setup.sh
+
+demo: setup ## a whole run on this machine: volunteers come, go and are killed, and the model learns
+	$(BIN)/dugnad demo tiny-books
+
+test: setup ## units and simulations on two cores, then sockets and processes one at a time
+	$(BIN)/pytest -q -n 2 --dist loadgroup -m "not (net or e2e or soak)"
+	$(BIN)/pytest -q -m "(net or e2e) and not soak"
+
+soak: setup ## what takes hours: many seeds, long runs, random kills
+	$(BIN)/pytest -q -m soak --timeout 0
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: setup ## ratios against other systems, measured side by side
+	@set -e; for bench in tests/bench/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
+
+clean: ## remove caches and build leftovers; .venv stays
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The network: identities, signed records, gossip, peers found and reached, bytes moved."""

@@ -1,0 +1,250 @@
+"""The libp2p daemon (go-libp2p's p2pd, out of hivemind's wheel) as a child process that never outlives us.
+
+We start it ourselves rather than let hivemind do so: its output goes to a file instead of the terminal, its control
+socket lies in a directory that only we may enter, and it ends with us however we end. hivemind then attaches to it.
+"""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from dugnad.dht.transport import ListenError, NetworkDown, PortInUse
+
+logger = logging.getLogger(__name__)
+
+START_S = 20.0
+STOP_S = 3.0
+BUFFER_BYTES = 2**20
+_POLL_S = 0.02
+
+# A pipe ties the daemon's life to ours: we hold the only writing end, the kernel closes it when we die of whatever, and
+# a shell that waits at the reading end kills the daemon. A line in the pipe means instead that the daemon has ended
+# already, so that its number, by then perhaps another process's, is left alone. Not PR_SET_PDEATHSIG: it exists on
+# Linux only and fires when the starting thread ends, not the process. p2pd also ends by itself when its first client
+# hangs up, but not while it starts, nor when it hangs. $$ is the daemon's number, by the last exec.
+_LAUNCHER = """
+exec 3<&0 </dev/null
+( read -r _ <&3 || kill -KILL $$; rm -rf -- "$0" ) >/dev/null 2>&1 &
+exec 3<&-
+exec "$@"
+"""
+
+
+class Daemon:
+    """A running p2pd: `async with Daemon(...)` starts it, and no process is left afterwards.
+
+    listen: multiaddrs of TCP ports; relays: multiaddrs through which peers reach us if nothing else works.
+    identity_file: libp2p's private key; log: the daemon's output, the previous one's is kept beside it.
+    Entering raises PortInUse, ListenError or NetworkDown.
+    """
+
+    def __init__(self, *, identity_file: Path, listen: Sequence[str], relays: Sequence[str], log: Path) -> None:
+        self.pid = 0
+        self.log = log
+        self._identity_file = identity_file
+        self._listen = tuple(listen)
+        self._relays = tuple(relays)
+        self._directory = ""
+        self._lifeline = -1
+        self._process: asyncio.subprocess.Process | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        for address in self._listen:
+            _check_free(address)
+        self._directory = tempfile.mkdtemp(prefix="dugnad-")  # mode 0700, and short: a socket's path has 104 bytes
+        try:
+            await self._start()
+            await self._ready()
+        except BaseException:
+            await self._stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stop()
+
+    @property
+    def control(self) -> str:
+        """Path of the control socket."""
+        return f"{self._directory}/control"
+
+    @property
+    def streams(self) -> str:
+        """Path where we listen for the streams that the daemon hands us."""
+        return f"{self._directory}/streams"
+
+    def check_alive(self) -> None:
+        """Raises NetworkDown once the daemon has ended."""
+        if self._process is None or self._process.returncode is not None:
+            raise NetworkDown(f"the network daemon has ended; its last words are in {self.log}")
+
+    async def ask(self, request: Any) -> Any:
+        """The daemon's answer to a control message (p2pd_pb2 Request -> Response).
+
+        Raises DaemonRefused, with the daemon's own words, or NetworkDown.
+        """
+        answer, _, writer = await self.ask_stream(request)
+        writer.close()
+        return answer
+
+    async def ask_stream(self, request: Any) -> tuple[Any, asyncio.StreamReader, asyncio.StreamWriter]:
+        """Like `ask`, and keeps the connection, which after STREAM_OPEN is the stream."""
+        from hivemind.p2p.p2p_daemon_bindings.utils import read_pbmsg_safe, write_pbmsg
+        from hivemind.proto import p2pd_pb2
+
+        self.check_alive()
+        try:
+            reader, writer = await asyncio.open_unix_connection(self.control, limit=BUFFER_BYTES)
+        except OSError as error:
+            raise NetworkDown(f"the network daemon does not answer: {error}") from error
+        try:
+            answer = p2pd_pb2.Response()
+            await write_pbmsg(writer, request)
+            await read_pbmsg_safe(reader, answer)
+            if answer.type == p2pd_pb2.Response.ERROR:
+                raise DaemonRefused(answer.error.msg)
+        except (OSError, EOFError) as error:
+            writer.close()
+            raise NetworkDown(f"the network daemon broke off: {error}") from error
+        except BaseException:
+            writer.close()
+            raise
+        return answer, reader, writer
+
+    async def _start(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(self.log, self.log.with_suffix(".previous.log"))
+        reading_end, self._lifeline = os.pipe()
+        try:
+            with self.log.open("wb") as log:
+                self._process = await asyncio.create_subprocess_exec(
+                    "/bin/sh", "-c", _LAUNCHER, self._directory, *self._arguments(),
+                    stdin=reading_end, stdout=log, stderr=log, env=_environment(),
+                    start_new_session=True,  # the terminal's Ctrl+C is for us: the daemon is needed to say goodbye
+                )  # fmt: skip
+        finally:
+            os.close(reading_end)
+        self.pid = self._process.pid
+        self._supervisor = asyncio.create_task(self._supervise(self._process))
+
+    def _arguments(self) -> list[str]:
+        public = any(not address.startswith(("/ip4/127.", "/ip6/::1/")) for address in self._listen)
+        relayed = public and bool(self._relays)
+        arguments = [
+            _p2pd(),
+            f"-listen=/unix{self.control}",
+            f"-id={self._identity_file}",
+            f"-hostAddrs={','.join(self._listen)}",
+            f"-idleTimeout={START_S + 10:.0f}s",
+            f"-autonat={public:d}",
+            f"-natPortMap={public:d}",
+            f"-autoRelay={relayed:d}",
+            "-relayDiscovery=0",  # only relays that the run names
+            "-dhtServer=1",
+            "-connManager=1",
+            "-relay=1",
+            "-tls=1",
+        ]
+        return [*arguments, f"-trustedRelays={','.join(self._relays)}"] if relayed else arguments
+
+    async def _supervise(self, process: asyncio.subprocess.Process) -> None:
+        status = await process.wait()
+        self._release()
+        logger.debug("p2pd %d ended with status %d", process.pid, status)
+
+    def _release(self) -> None:
+        lifeline, self._lifeline = self._lifeline, -1
+        if lifeline >= 0:
+            with contextlib.suppress(OSError):
+                os.write(lifeline, b"\n")
+            os.close(lifeline)
+
+    async def _ready(self) -> None:
+        """Wait until the control socket accepts connections."""
+        assert self._process is not None
+        try:
+            async with asyncio.timeout(START_S):
+                while self._process.returncode is None:
+                    with contextlib.suppress(OSError):
+                        _, writer = await asyncio.open_unix_connection(self.control)
+                        writer.close()
+                        return
+                    await asyncio.sleep(_POLL_S)
+        except TimeoutError:
+            raise NetworkDown(f"the network daemon did not start within {START_S:.0f} s; see {self.log}") from None
+        self._explain_failure()
+
+    def _explain_failure(self) -> None:
+        words = self.log.read_text(errors="replace").strip()
+        if "address already in use" in words:
+            raise PortInUse(", ".join(self._listen))
+        last = words.splitlines()[-1] if words else "it said nothing"
+        raise NetworkDown(f"the network daemon did not start: {last} (all of it: {self.log})")
+
+    async def _stop(self) -> None:
+        process, supervisor = self._process, self._supervisor
+        try:
+            if process is not None and process.returncode is None:
+                with contextlib.suppress(TimeoutError, ProcessLookupError):
+                    process.terminate()
+                    async with asyncio.timeout(STOP_S):
+                        await process.wait()
+        finally:  # also when we are cancelled while we wait
+            if process is not None and process.returncode is None:
+                process.kill()
+            self._release_unstarted()
+        if supervisor is not None:
+            await supervisor
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _release_unstarted(self) -> None:
+        if self._process is None and self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
+
+
+class DaemonRefused(Exception):
+    """The daemon could not do what it was asked; its own words."""
+
+
+def _p2pd() -> str:
+    spec = find_spec("hivemind")
+    if spec is None or spec.origin is None:
+        raise NetworkDown("hivemind, which brings the network daemon, is not installed:  pip install hivemind")
+    return str(Path(spec.origin).parent / "hivemind_cli" / "p2pd")
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "GOLOG_LOG_LEVEL": "error", "GOLOG_LOG_FMT": "nocolor"}
+
+
+def _check_free(address: str) -> None:
+    """Try to listen on a multiaddr ourselves: p2pd shares a busy port silently (SO_REUSEPORT) rather than complain."""
+    match address.split("/")[1:]:
+        case ["ip4", host, "tcp", port] if port.isdecimal():
+            family = socket.AF_INET
+        case ["ip6", host, "tcp", port] if port.isdecimal():
+            family = socket.AF_INET6
+        case _:
+            raise ListenError(f"{address}: not an address to listen on; like /ip4/0.0.0.0/tcp/4001 (TCP only)")
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else the last run's closing connections count
+        try:
+            probe.bind((host, int(port)))
+        except (OSError, OverflowError) as error:
+            if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+                raise PortInUse(address) from error
+            raise ListenError(f"{address}: can't listen there: {error}") from error

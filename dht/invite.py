@@ -1,0 +1,132 @@
+"""Invites: the one line of text with which a stranger finds a run and knows it for the right one.
+
+"dugnad1:" and, in lower-case base32 without padding: u16 length of the whole text in characters, big-endian; msgpack
+array [run, organizer, addresses, name, expires]; the first 4 bytes of the blake3 of both. The length tells a copy that
+was cut off from one that was mistyped. Case and white space do not matter, for mail programs change them.
+"""
+
+import base64
+import binascii
+from datetime import UTC, datetime
+from typing import Annotated
+
+import msgspec
+from blake3 import blake3
+from msgspec import Meta, Struct
+
+from dugnad.dht.identity import PeerId, public_key_of
+
+PREFIX = "dugnad1:"
+MAX_CHARACTERS = 8192
+_LENGTH_BYTES = 2
+_CHECKSUM_BYTES = 4
+_AGAIN = f"Copy it again; it starts with {PREFIX} and ends with a checksum."
+
+_Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
+_Address = Annotated[str, Meta(pattern=r"^/[!-~]{1,255}\Z")]
+
+
+class InviteError(Exception):
+    """An invite that can't be used; says why and what to do. code: "E101" unreadable, "E102" expired."""
+
+    def __init__(self, code: str, sentence: str) -> None:
+        super().__init__(f"{code} {sentence}")
+        self.code = code
+
+
+class Invite(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """How to find a run (its id: 32 bytes), and whom it obeys (the organizer's ed25519 public key)."""
+
+    run: _Key
+    organizer: _Key
+    addresses: Annotated[tuple[_Address, ...], Meta(min_length=1, max_length=16)]
+    """Multiaddrs, each with /p2p/ and a peer id at its end."""
+    name: Annotated[str, Meta(max_length=64, pattern=r"\A[a-z0-9]+(-[a-z0-9]+)*\Z")]
+    """The recipe's; safe as the name of a folder."""
+    expires: Annotated[int, Meta(ge=0, le=253_402_300_799)] = 0
+    """Unix seconds; 0 for never."""
+
+    def __post_init__(self) -> None:
+        for address in self.addresses:
+            public_key_of(PeerId(address.rpartition("/p2p/")[2]))
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Invite)
+
+
+def encode_invite(invite: Invite) -> str:
+    """The invite as text. Raises ValueError for fields that `parse_invite` would refuse."""
+    body = _encoder.encode(invite)
+    try:
+        _decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"not an invite: {error}") from error
+    num_bytes = _LENGTH_BYTES + len(body) + _CHECKSUM_BYTES
+    num_characters = len(PREFIX) + -(-num_bytes * 8 // 5)
+    assert num_characters <= MAX_CHARACTERS, f"an invite of {num_characters} characters"
+    checked = num_characters.to_bytes(_LENGTH_BYTES) + body
+    return PREFIX + base64.b32encode(checked + _checksum(checked)).decode().rstrip("=").lower()
+
+
+def parse_invite(text: str, *, now: float | None = None) -> Invite:
+    """The invite in a line that someone pasted; now: unix seconds, without which an expired one passes.
+
+    Raises InviteError: E101 if it can't be read, E102 if it has expired.
+    """
+    text = "".join(text[: 2 * MAX_CHARACTERS].split()).lower()
+    if not text.startswith(PREFIX):
+        raise _unreadable(f"it starts with {text[: len(PREFIX)]!r}" if text else "it is empty")
+    invite = _checked(text)
+    if now is not None and invite.expires and now >= invite.expires:
+        day = datetime.fromtimestamp(invite.expires, UTC).date()
+        raise InviteError("E102", f"invite expired on {day}. Ask the organizer for a new one.")
+    return invite
+
+
+def _checked(text: str) -> Invite:
+    raw = _bytes_of(text)
+    checked, checksum = raw[:-_CHECKSUM_BYTES], raw[-_CHECKSUM_BYTES:]
+    if _checksum(checked) != checksum:
+        raise _unreadable(_damage(raw, len(text)))
+    try:
+        invite = _decoder.decode(checked[_LENGTH_BYTES:])
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        raise InviteError(
+            "E101", "invite not readable: no version of dugnad that this one knows has made it. Update dugnad, or ask "
+            "the organizer for another invite."
+        ) from None  # fmt: skip
+    if encode_invite(invite) != text:
+        raise _unreadable("it is not written the way invites are")
+    return invite
+
+
+def _bytes_of(text: str) -> bytes:
+    digits = text.removeprefix(PREFIX)
+    for position, digit in enumerate(digits, len(PREFIX) + 1):
+        if digit not in "abcdefghijklmnopqrstuvwxyz234567":
+            raise _unreadable(f"character {position} is {digit!r}, which no invite contains")
+    try:
+        return base64.b32decode(digits + "=" * (-len(digits) % 8), casefold=True)
+    except binascii.Error:  # no whole number of bytes: what is there still tells how long it should have been
+        return base64.b32decode(digits[: len(digits) // 8 * 8], casefold=True)
+
+
+def _damage(raw: bytes, num_characters: int) -> str:
+    """What most likely happened to an invite with a wrong checksum."""
+    expected = int.from_bytes(raw[:_LENGTH_BYTES]) if len(raw) >= _LENGTH_BYTES else MAX_CHARACTERS + 1
+    if expected > MAX_CHARACTERS:
+        return f"it ends early (after {num_characters} characters)" if len(raw) < 64 else "its checksum is wrong"
+    if num_characters < expected:
+        return f"it ends early ({num_characters} of {expected} characters)"
+    if num_characters > expected:
+        return f"it is too long ({num_characters} characters instead of {expected})"
+    return "its checksum is wrong, so a character was changed"
+
+
+def _unreadable(why: str) -> InviteError:
+    return InviteError("E101", f"invite not readable: {why}. {_AGAIN}")
+
+
+def _checksum(checked: bytes) -> bytes:
+    return blake3(checked).digest(length=_CHECKSUM_BYTES)

@@ -1,0 +1,1 @@
+"""What a role measures, where it can be read, and the dashboard that shows it."""

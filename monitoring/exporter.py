@@ -1,0 +1,90 @@
+"""A role's small HTTP server: /metrics for Prometheus, /status for people and programs."""
+
+import errno
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import msgspec
+from aiohttp import web
+from prometheus_client.exposition import choose_encoder
+
+from dugnad.monitoring.metrics import Metrics
+
+Status = Callable[[], dict[str, object]]
+
+_INDEX = """dugnad
+
+/metrics   for Prometheus
+/status    what this role does now, as JSON
+"""
+_OPENMETRICS = "application/openmetrics-text"
+_SHUTDOWN_S = 0.1  # a scraper that is answered too late asks again; nobody who leaves should wait for it
+
+
+class PortTaken(Exception):
+    """Another program listens on the port for metrics."""
+
+    def __init__(self, host: str, port: int) -> None:
+        super().__init__(
+            f"port {port} on {host}, for metrics and status, is taken by another program. "
+            "Choose another --metrics-port; 0 takes any free one."
+        )
+        self.port = port
+
+
+class Exporter:
+    """Serves `metrics` and what `status` returns while it is entered; port 0 takes any free one.
+
+    Entering raises PortTaken if another program listens there, and OSError if `host` can't be listened on at all.
+    """
+
+    def __init__(self, metrics: Metrics, status: Status, *, host: str = "127.0.0.1", port: int = 0) -> None:
+        self._metrics = metrics
+        self._status = status
+        self._host = host
+        self._port = port
+        self._url: str | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it listens, without a slash at the end."""
+        assert self._url is not None, "the exporter is not entered"
+        return self._url
+
+    async def __aenter__(self) -> Self:
+        app = web.Application()
+        app.add_routes(
+            [web.get("/", _index), web.get("/metrics", self._serve_metrics), web.get("/status", self._serve_status)]
+        )
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_SHUTDOWN_S)
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, self._host, self._port).start()
+        except OSError as error:
+            await self._runner.cleanup()
+            if error.errno == errno.EADDRINUSE:
+                raise PortTaken(self._host, self._port) from error
+            raise
+        host, port = self._runner.addresses[0][:2]
+        self._url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._runner.cleanup()
+
+    async def _serve_metrics(self, request: web.Request) -> web.Response:
+        # not the client's own header: a strange version in it would be an error here
+        encode, content_type = choose_encoder(_OPENMETRICS if _OPENMETRICS in request.headers.get("Accept", "") else "")
+        body = encode(self._metrics.registry)
+        return web.Response(body=body, headers={"Content-Type": content_type})
+
+    async def _serve_status(self, request: web.Request) -> web.Response:
+        # msgspec: a loss that is not a number becomes null, where json would write what no parser accepts
+        return web.Response(body=msgspec.json.encode(self._status()), content_type="application/json")
+
+
+async def _index(request: web.Request) -> web.Response:
+    return web.Response(text=_INDEX)

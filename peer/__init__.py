@@ -1,0 +1,1 @@
+"""A volunteer's process: joining, training, leaving, and the command line."""

@@ -1,0 +1,53 @@
+"""What the outside sees of a role, also while it is not there yet: status, metrics that are looked at, progress."""
+
+import asyncio
+from collections import Counter
+
+from dugnad.coordinator.service import Coordinator
+from dugnad.dht.records import ProgressBody
+from dugnad.monitoring.metrics import Metrics
+from dugnad.peer import report
+from dugnad.peer.report import Report
+from dugnad.peer.session import Session
+
+_LOOK_S = 1.0
+
+
+class Face:
+    """Says what `role` is doing, once it is set."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
+        self.role: Coordinator | Session | None = None
+
+    def status(self) -> Report:
+        """The role's report; an empty one before there is a role."""
+        if self.role is None:
+            return {}
+        return (
+            report.of_coordinator(self.role) if isinstance(self.role, Coordinator) else report.of_volunteer(self.role)
+        )
+
+    def line(self) -> str:
+        """One line for a person who waits."""
+        said = self.status()
+        return report.line(said) if said else "looking for the run"
+
+    def progress(self) -> ProgressBody | None:
+        """What others should know of us."""
+        said = self.status()
+        if not said:
+            return None
+        digest = bytes.fromhex(said["model_digest"] or "")
+        state, reason = str(said["state"]), str(said["reason"])[:200]
+        step, speed, loss = said.get("step", 0), said.get("tokens_per_s", 0.0), said.get("loss")
+        return ProgressBody(said["round"], state, reason, step, speed, loss, digest)
+
+    async def keep_looking(self) -> None:
+        """Keep those metrics fresh that nobody counts as they happen."""
+        while True:
+            said = self.status()
+            if said:
+                self.metrics.peers_seen(Counter(str(peer["state"]) for peer in said["peers"]))
+                self.metrics.coordinator_silent(said["coordinator"]["silent_s"])
+            await asyncio.sleep(_LOOK_S)
