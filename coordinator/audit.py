@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from dugnad.coordinator import ranges
-from dugnad.coordinator.messages import Commit, Voter, vote_payload
+from dugnad.coordinator.messages import Block, Commit, Voter, vote_payload
 from dugnad.coordinator.votes import Signer, certified_by, committee_of, has_quorum
 from dugnad.dht.identity import PeerId
 
@@ -38,18 +38,19 @@ class Audit:
 
 
 def audit(run: bytes, founder: PeerId, commits: Iterable[Commit], applied: Applieds, signer: Signer) -> Audit:
-    """Walk a chain from genesis: links, certificates, every sample, and every model digest that peers reported."""
+    """Walk a chain from genesis: links, certificates, steps, voters, samples, and the model digests peers reported."""
     found = Audit()
     parent, committee = run, committee_of(founder, ())
     done: list[ranges.Range] = []
     digest_after: set[bytes] = set()
-    cursor = 0
+    cursor = step = 0
     for commit in commits:
         block = commit.block
         if block.parent != parent or block.round != found.rounds + 1:
             found.faults.append(f"round {block.round} does not follow round {found.rounds}")
         if not _certified(run, commit, committee, signer):
             found.faults.append(f"round {block.round} has no quorum of its committee")
+        found.faults.extend(_faults(block, step, committee))
         if digest_after and digest_after != {block.model_before}:
             found.digests_agree = False
             found.faults.append(f"model digests after round {found.rounds} differ")
@@ -57,7 +58,7 @@ def audit(run: bytes, founder: PeerId, commits: Iterable[Commit], applied: Appli
         for entry in block.entries:
             found.credit[entry.peer] += entry.tokens
         cursor, found.ranges_to_redo = block.cursor, block.redo
-        found.rounds, parent, committee = block.round, block.hash, block.committee
+        found.rounds, parent, committee, step = block.round, block.hash, block.committee, block.global_step
         digest_after = set(applied.get(block.round, {}).values())
     if len(digest_after) > 1:
         found.digests_agree = False
@@ -72,6 +73,22 @@ def _certified(run: bytes, commit: Commit, committee: tuple[Voter, ...], signer:
     block = commit.block
     payload = vote_payload(run, block.epoch, block.round, block.term, block.view, block.hash)
     return has_quorum(committee, certified_by(signer, payload, commit.ballots))
+
+
+def _faults(block: Block, step: int, committee: tuple[Voter, ...]) -> list[str]:
+    """What is wrong with a block by itself, after a round that ended at `step` with `committee`."""
+    out: list[str] = []
+    if block.global_step != step + block.steps:
+        out.append(f"round {block.round} says step {block.global_step}; {step} + {block.steps} was expected")
+    named = (*block.redo, *(r for entry in block.entries for r in entry.ranges))
+    if any(end > block.cursor for _, end in named):
+        out.append(f"round {block.round} names samples beyond its data cursor {block.cursor}")
+    voters = [voter.peer for voter in block.committee]
+    if not set(voters) <= {entry.peer for entry in block.entries} | {voter.peer for voter in committee}:
+        out.append(f"round {block.round} gives a vote to someone who neither contributed nor voted before")
+    if block.committee != committee_of(voters[0], voters):
+        out.append(f"round {block.round} gives votes that do not weigh as the quorum rule says")
+    return out
 
 
 def _overlaps(done: Iterable[ranges.Range]) -> ranges.Ranges:

@@ -6,7 +6,7 @@ Everything else folds out of these: head, credit, data ranges, the audit, the hi
 import sqlite3
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -35,11 +35,15 @@ class Chain:
         self.path = path
         try:
             self._db = sqlite3.connect(path, isolation_level=None)
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
+        try:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")  # a commit must survive the power cut after its Send
             self._db.executescript(_SCHEMA)
         except sqlite3.Error as error:
-            raise ChainError(f"{path}: {error}. Free some space, or move the file away to start anew.") from error
+            self._db.close()
+            raise self._unusable(error) from error
 
     def close(self) -> None:
         """Release the file."""
@@ -58,7 +62,7 @@ class Chain:
 
     def genesis(self) -> Genesis | None:
         """What run this is, or None in a new file."""
-        row = self._read("SELECT body FROM genesis").fetchone()
+        row = next(self._read("SELECT body FROM genesis"), None)
         return None if row is None else self._decode(row[0], Genesis, "the genesis")
 
     def append(self, commit: Commit, *, at_s: float) -> None:
@@ -76,7 +80,7 @@ class Chain:
 
     def next_term(self) -> int:
         """Take the next term of leading, durably: no two starts of a coordinator may share one."""
-        term = 1 + int(self._read("SELECT coalesce(max(term), 0) FROM terms").fetchone()[0])
+        term = 1 + int(next(self._read("SELECT coalesce(max(term), 0) FROM terms"))[0])
         self._write("INSERT INTO terms VALUES (?)", (term,))
         return term
 
@@ -102,9 +106,12 @@ class Chain:
         """round -> loss on held-out data, in nats per token."""
         return dict(self._read("SELECT round, loss FROM validation"))
 
-    def _read(self, statement: str, *values: object) -> sqlite3.Cursor:
+    def _unusable(self, error: sqlite3.Error) -> ChainError:
+        return ChainError(f"{self.path}: {error}. Free some space, or move the file away to start anew.")
+
+    def _read(self, statement: str, *values: object) -> Iterator[Any]:
         try:
-            return self._db.execute(statement, values)
+            yield from self._db.execute(statement, values)  # a damaged page shows only when its row is reached
         except sqlite3.Error as error:
             raise ChainError(f"{self.path}: {error}. It can't be read; restore it from a copy.") from error
 
@@ -117,5 +124,5 @@ class Chain:
     def _decode(self, body: bytes, kind: type[T], what: str) -> T:
         try:
             return msgspec.msgpack.decode(body, type=kind)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ChainError(f"{self.path}: {what} is damaged ({error}). Restore the file from a copy.") from error

@@ -110,9 +110,7 @@ class Checkpoints:
             files[MOMENTUM] = _write_tensors(unfinished / MOMENTUM, momentum)
             _write_manifest(unfinished / MANIFEST, round_number, meta, files)
             _sync(unfinished)
-            self._discard(final)  # a round saved twice, say after a return to an older checkpoint
-            unfinished.rename(final)
-            _sync(self.folder)
+            self._put(unfinished, final)
         except (OSError, SafetensorError) as error:
             self._sweep()
             raise CheckpointError(
@@ -174,6 +172,22 @@ class Checkpoints:
             with contextlib.suppress(CheckpointError):
                 return _load(older).path
         return None
+
+    def _put(self, unfinished: Path, final: Path) -> None:
+        """Give a whole checkpoint its name, durably. Raises OSError, and then `final` is what it was."""
+        replaced = self.folder / f"{_DISCARDED}{final.name}"
+        with contextlib.suppress(FileNotFoundError):
+            final.rename(replaced)  # a round saved twice, say after a return to an older checkpoint
+        try:
+            unfinished.rename(final)
+            _sync(self.folder)
+        except OSError:
+            with contextlib.suppress(FileNotFoundError):
+                final.rename(unfinished)
+            with contextlib.suppress(FileNotFoundError):
+                replaced.rename(final)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
 
     def _discard(self, path: Path) -> None:
         """Remove a checkpoint, if it is there; renamed first, so that none is ever seen in part."""
@@ -250,6 +264,8 @@ def _read_tensors(path: Path, expected: _File | None) -> Tensors:
         mapped = np.asarray(np.memmap(path, np.uint8, "r"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # an empty file cannot be mapped
+        raise CheckpointError(f"{path} is not a safetensors file of ours: {error}") from error
     if blake3(mapped.data).hexdigest() != expected.blake3:
         raise CheckpointError(f"{path} is corrupt: its bytes do not match the manifest")
     try:

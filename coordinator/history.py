@@ -44,9 +44,10 @@ class RoundRow:
 
 def rows(chain: Chain, *, after_round: int = 0) -> list[RoundRow]:
     """Every committed round after that one, oldest first. Raises ChainError."""
+    commits = list(chain.commits(after_round=after_round))  # first: the run may go on and commit while we read
     applied, validation, at_s = chain.applieds(after_round=after_round), chain.validation(), chain.committed_at()
     out: list[RoundRow] = []
-    for commit in chain.commits(after_round=after_round):
+    for commit in commits:
         number = commit.block.round
         said = applied.get(number, {})
         before_s = at_s.get(number - 1)

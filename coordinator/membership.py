@@ -63,7 +63,8 @@ class Membership:
         """Lose those who have been silent too long, and forget those long gone."""
         for peer, presence in list(self._peers.items()):
             silent_s = now - presence.heard_at
-            if presence.lost is None and silent_s >= self._silence_s:
+            # as `wake_at` adds, not by silent_s: rounding would leave someone neither lost nor waited for
+            if presence.lost is None and now >= presence.heard_at + self._silence_s:
                 presence.lost = f"silent for {silent_s:.0f} s"
             if silent_s > 10 * self._silence_s + 60:
                 del self._peers[peer]

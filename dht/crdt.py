@@ -40,7 +40,7 @@ class RecordMap:
         self.changes = 0
         """How many merges have changed the map."""
         self.evidence: dict[PeerId, Equivocation] = {}
-        """The first proof against each owner that equivocated; the latest max_owners of them."""
+        """The first proof against each owner that equivocated, of at most max_owners; it stays where it was found."""
 
     def __len__(self) -> int:
         return len(self._by_slot)

@@ -32,8 +32,8 @@ ANSWER_BYTES = 16 * 2**20
 MAX_ITEMS = 4096
 MAX_REPAIRS_OF_NEW = 3
 """Repairs for peers that connected at the same time: what these bring then spreads as recent changes."""
-_HASH_BYTES = 8
-_ITEM_BYTES = 40
+_HASH_BYTES = 16  # 8 would do against chance, but an owner could find two records of its own that share those
+_ITEM_BYTES = 48
 _PUSH_BYTES = 256 * 1024
 
 _Slot = Annotated[bytes, Meta(min_length=16, max_length=16)]
@@ -42,7 +42,7 @@ _BUCKETS_BYTES = NUM_BUCKETS * BUCKET_HASH_BYTES
 
 
 class Item(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """That a peer holds a record: its slot, its seq, the first 8 bytes of its hash."""
+    """That a peer holds a record: its slot, its seq, the first 16 bytes of its hash."""
 
     slot: _Slot
     seq: Annotated[int, Meta(ge=1, le=2**63 - 1)]
@@ -160,8 +160,8 @@ class Gossip:
             effects += self._repair(now, rng)
         return effects
 
-    def receive(self, sender: PeerId, message: Message, *, now: float) -> list[Effect]:
-        """Take in what `sender` says and answer it, within its limit."""
+    def receive(self, sender: PeerId, message: Struct, *, now: float) -> list[Effect]:
+        """Take in what `sender` says and answer it, within its limit. Raises WireError for what is not gossip."""
         match message:
             case Push():
                 return self._take(message.raws, now)
@@ -171,10 +171,13 @@ class Gossip:
                 answers = self._differences(message.hashes, now)
             case Summary():
                 answers = self._compared(message, now)
+            case _:
+                raise WireError("unknown kind", f"a {type(message).__name__} is no gossip")
         return list(self._within_limit(sender, answers))
 
     def _exchange(self, now: float, rng: Chance) -> list[Effect]:
-        self._marks.append((now, self._records.changes))
+        # at first everything is news: what was merged before we had anyone to tell it to, too
+        self._marks.append((now, self._records.changes if self._marks else 0))
         while len(self._marks) > 1 and not now - RECENT_S <= self._marks[0][0] <= now:
             self._marks.popleft()
         if not self._peers:

@@ -64,6 +64,8 @@ class ProgressBody(Struct, frozen=True, array_like=True, forbid_unknown_fields=T
 
     def __post_init__(self) -> None:
         _check_printable(self.state, self.reason)
+        msgspec.structs.force_setattr(self, "tokens_per_s", float(self.tokens_per_s))  # an int has another encoding
+        msgspec.structs.force_setattr(self, "loss", None if self.loss is None else float(self.loss))
         if not (math.isfinite(self.tokens_per_s) and (self.loss is None or math.isfinite(self.loss))):
             raise ValueError("numbers must be finite")
         if len(self.model_digest) not in (0, 32):

@@ -48,7 +48,7 @@ class _Sealed(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 
 
 S = TypeVar("S", bound=Struct)
-_encoder = msgspec.msgpack.Encoder()
+_encoder = msgspec.msgpack.Encoder(order="deterministic")
 _sealed = msgspec.msgpack.Decoder(_Sealed)
 
 

@@ -55,15 +55,16 @@ class Declared:
 _DIRECTION = Label("direction", ("sent", "received"))
 _PHASE = Label("phase", ("gather", "reduce", "vote", "apply", "train", "exchange", OTHER))
 _PEER_STATE = Label(
-    "state", ("syncing", "waiting", "training", "contributed", "reducing", "voted", "lost", "unknown", OTHER)
+    "state",
+    ("syncing", "waiting", "training", "contributed", "reducing", "voted", "in the round", "lost", "unknown", OTHER),
 )
 _TRAFFIC = Label("kind", ("message", "upload", "result", "follow", "fetch", "state", OTHER))
 _MESSAGE = Label(
     "kind",
     (
         "delegation", "plan", "contribution", "have", "freeze", "proposal", "vote", "commit", "applied", "report",
-        "standing", "welcome?", "welcome", "commits?", "commits", "state?", "state", "summary", "want", "push", "buckets",
-        OTHER,
+        "standing", "welcome?", "welcome", "commits?", "commits", "state?", "state", "summary", "want", "push",
+        "buckets", OTHER,
     ),
 )  # fmt: skip
 _BAD_MESSAGE = Label(

@@ -73,9 +73,9 @@ def launch(
     """
     with _told_errors():
         if (recipe is None) == (resume is None):
-            raise _Usage("say what to launch: either a recipe (dugnad launch tiny-books) or --resume DIR")
+            raise UsageError("say what to launch: either a recipe (dugnad launch tiny-books) or --resume DIR")
         if resume is not None and rounds is not None:
-            raise _Usage("--rounds belongs to a new run: the recipe of a run never changes")
+            raise UsageError("--rounds belongs to a new run: the recipe of a run never changes")
         from dugnad.peer import folder as folders
         from dugnad.peer import roles
 
@@ -161,7 +161,7 @@ def sample(
         print(write(source, prompt, length, temperature=temperature, top_k=top_k, seed=seed))
 
 
-class _Usage(Exception):
+class UsageError(Exception):
     """Options that do not go together."""
 
 
@@ -172,7 +172,7 @@ def _recipe(name: str, rounds: int | None) -> "Recipe":
     if rounds is None:
         return chosen
     if rounds > chosen.rounds.num_rounds():
-        raise _Usage(f"--rounds is {rounds}, but {chosen.name} ends after {chosen.rounds.num_rounds()} rounds")
+        raise UsageError(f"--rounds is {rounds}, but {chosen.name} ends after {chosen.rounds.num_rounds()} rounds")
     return chosen.cut(rounds)
 
 
@@ -235,8 +235,6 @@ def _told_errors() -> Iterator[None]:
         from dugnad.peer.errors import sentence_of
 
         said = sentence_of(error)
-        if isinstance(error, _Usage):
-            said = (str(error), 2)
         if said is None:
             raise
         print(f"dugnad: {said[0]}", file=sys.stderr)

@@ -1,12 +1,13 @@
 """Errors that a user can do something about, as a sentence and an exit status."""
 
 import errno
-import importlib
 
 BAD_INPUT, FAILED = 2, 1
 
 
+# by name: importing all of them to look at one error would take seconds
 _KNOWN = {
+    "dugnad.peer.cli.UsageError": BAD_INPUT,
     "dugnad.configs.recipe.RecipeError": BAD_INPUT,
     "dugnad.dht.invite.InviteError": BAD_INPUT,
     "dugnad.peer.folder.FolderError": BAD_INPUT,
@@ -28,9 +29,9 @@ def sentence_of(error: BaseException) -> tuple[str, int] | None:
         said = [sentence_of(inner) for inner in error.exceptions]
         known = [one for one in said if one is not None]
         return known[0] if known and len(known) == len(said) else None
-    for name, status in _KNOWN.items():
-        module, _, kind = name.rpartition(".")
-        if isinstance(error, getattr(importlib.import_module(module), kind)):
+    for kind in type(error).__mro__:
+        status = _KNOWN.get(f"{kind.__module__}.{kind.__qualname__}")
+        if status is not None:
             return str(error), status
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
         where = f" ({error.filename})" if error.filename else ""

@@ -1,0 +1,287 @@
+"""Bulk bytes over raw streams: pushed to a peer that expects them, or fetched by their hash from whoever has them.
+
+    push    u32 header length, header, u8 kind length, kind, u32 count, u64 sizes       ->
+            u8 verdict, u32 length, words                                               <-   1 refuses, and that is all
+            the payloads, one after the other                                           ->
+            u8 verdict, u32 length, reply                                               <-
+    fetch   digest (32), u64 size, u8 kind length, kind                                 ->
+            u8 0 gone / 1 here, then the bytes                                          <-
+
+Every length is checked before anything is allocated for it, and every wait is for progress: a peer that sends nothing
+for a while is given up, one that is slow is not.
+"""
+
+import asyncio
+import struct
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TypeVar
+
+from blake3 import blake3
+
+from dugnad.dht.chunks import Cancel, Failure, Fetcher, Request, Stuck
+from dugnad.dht.identity import PeerId
+from dugnad.dht.transport import Stream, Transport, TransportError
+
+T = TypeVar("T")
+
+BLOB_CHANNEL = "dugnad/blob/1"
+PIECE_BYTES = 512 * 1024
+MAX_BUFFERS = 8192
+KIND_CHARACTERS = 16
+SILENCE_S = 5.0
+"""How long who accepts a stream waits for the next bytes."""
+_WORDS_BYTES = 64 * 1024
+_REFUSED, _FINE = 1, 0
+
+Accept = Callable[[PeerId, bytes, tuple[int, ...]], str | None]
+"""(sender, header, sizes): why the payloads are not wanted, or None."""
+Take = Callable[[PeerId, bytes, list[bytearray]], Awaitable[bytes]]
+"""(sender, header, payloads): the reply; raises Refused."""
+OnBlob = Callable[[bytes, bytes], None]
+"""(digest, bytes) of a blob that has come and is what its digest says."""
+Lookup = Callable[[bytes], bytes | memoryview | None]
+
+
+class Refused(TransportError):
+    """The other side does not take these bytes, for a reason in words."""
+
+    def __init__(self, peer: PeerId, reason: str) -> None:
+        super().__init__(f"{peer} refused: {reason}")
+        self.peer, self.reason = peer, reason
+
+
+class Stalled(TransportError):
+    """The other side sent or took nothing for too long."""
+
+
+class Nonsense(TransportError):
+    """The other side does not keep to the framing."""
+
+
+class WrongHash(TransportError):
+    """A donor gave other bytes than those that were asked for."""
+
+
+class Gone(TransportError):
+    """A donor does not have the blob (any more)."""
+
+
+class Unavailable(TransportError):
+    """No donor is left that could give what is missing."""
+
+
+async def push(
+    transport: Transport,
+    peer: PeerId,
+    channel: str,
+    header: bytes,
+    buffers: Sequence[bytes | bytearray | memoryview],
+    *,
+    kind: str,
+    timeout_s: float,
+) -> bytes:
+    """Send `buffers` to `peer`, and return its reply; nothing but the header travels if it refuses.
+
+    kind: what the bytes are counted as. timeout_s: how long nothing may move. Raises Refused, Stalled, Unreachable.
+    """
+    stream = await transport.open(peer, channel, kind=kind)
+    try:
+        sizes = [len(memoryview(buffer).cast("B")) for buffer in buffers]
+        opening = _length(header) + header + _kind_bytes(kind) + struct.pack(f">I{len(sizes)}Q", len(sizes), *sizes)
+        await _moving(stream.write(opening), peer, timeout_s)
+        await _verdict(stream, peer, timeout_s)
+        for buffer in buffers:
+            await _write_pieces(stream, peer, memoryview(buffer).cast("B"), timeout_s)
+        return await _verdict(stream, peer, timeout_s)
+    finally:
+        await stream.close()
+
+
+async def serve_push(
+    transport: Transport, channel: str, accept: Accept, take: Take, *, header_cap: int, total_cap: int
+) -> None:
+    """Take pushes on `channel`: `accept` is asked before anything is allocated, `take` gets the payloads.
+
+    header_cap, total_cap: in bytes; of the payloads, each has its own size besides, which `accept` judges.
+    """
+
+    async def serve(sender: PeerId, stream: Stream) -> None:
+        try:
+            header, sizes = await _read_opening(stream, sender, header_cap, total_cap)
+            why = accept(sender, header, sizes)
+            if why is not None:
+                raise Refused(sender, why)
+            await stream.write(_said(_FINE, b""))
+            buffers = [await _read_pieces(stream, sender, size) for size in sizes]
+            reply = _said(_FINE, await take(sender, header, buffers))
+        except Refused as error:
+            reply = _said(_REFUSED, error.reason.encode())
+        await stream.write(reply)
+
+    await transport.serve_stream(channel, serve)
+
+
+async def fetch(transport: Transport, peer: PeerId, digest: bytes, size: int, *, kind: str, timeout_s: float) -> bytes:
+    """The blob `digest`, `size` bytes, from `peer`. Raises Gone, WrongHash, Stalled, Unreachable."""
+    stream = await transport.open(peer, BLOB_CHANNEL, kind=kind)
+    try:
+        await _moving(stream.write(digest + struct.pack(">Q", size) + _kind_bytes(kind)), peer, timeout_s)
+        if await _moving(stream.read_exactly(1), peer, timeout_s) != b"\1":
+            raise Gone(f"{peer} does not have blob {digest.hex()[:12]}")
+        data = bytes(await _read_pieces(stream, peer, size, timeout_s))
+    finally:
+        await stream.close()
+    if await asyncio.to_thread(lambda: blake3(data).digest()) != digest:
+        raise WrongHash(f"{peer} gave other bytes than those of {digest.hex()[:12]}")
+    return data
+
+
+async def serve_blobs(transport: Transport, lookup: Lookup) -> None:
+    """Give blobs to whoever asks for them by hash and size."""
+
+    async def serve(sender: PeerId, stream: Stream) -> None:
+        asked = await _moving(stream.read_exactly(40), sender, SILENCE_S)
+        stream.kind = await _read_kind(stream, sender)
+        (size,) = struct.unpack(">Q", asked[32:])
+        blob = await asyncio.to_thread(lookup, asked[:32])
+        if blob is None or len(memoryview(blob).cast("B")) != size:
+            await stream.write(b"\0")
+            return
+        await stream.write(b"\1")
+        await _write_pieces(stream, sender, memoryview(blob).cast("B"), SILENCE_S)
+
+    await transport.serve_stream(BLOB_CHANNEL, serve)
+
+
+async def fetch_all(
+    transport: Transport,
+    donors: Sequence[PeerId],
+    wanted: Mapping[bytes, int],
+    *,
+    kind: str,
+    timeout_s: float,
+    on_blob: OnBlob,
+) -> None:
+    """Get every blob of `wanted`, {digest: bytes}, from any of `donors`. Raises Unavailable if one can't be had."""
+    machine = Fetcher(wanted)
+    ended: asyncio.Queue[tuple[Request, bytes | Failure]] = asyncio.Queue()
+    running: dict[tuple[PeerId, bytes], asyncio.Task[None]] = {}
+    stuck: str | None = None if donors else "there is nobody to ask"
+
+    async def run(request: Request) -> None:
+        got = await _try_fetch(transport, request, kind=kind, timeout_s=timeout_s)
+        ended.put_nowait((request, got))
+
+    async with asyncio.TaskGroup() as tasks:
+        pending = [effect for donor in donors for effect in machine.add_donor(donor)]
+        while not machine.done and stuck is None:
+            for effect in pending:
+                match effect:
+                    case Request(donor, digest):
+                        running[donor, digest] = tasks.create_task(run(effect))
+                    case Cancel(donor, digest):
+                        running.pop((donor, digest)).cancel()
+                    case Stuck(reason):
+                        stuck = reason
+            if stuck is not None or machine.done:
+                break
+            request, got = await ended.get()
+            running.pop((request.donor, request.digest), None)
+            if isinstance(got, Failure):
+                pending = machine.failed(request.digest, request.donor, got)
+                continue
+            if request.digest in machine.missing:
+                on_blob(request.digest, got)
+            pending = machine.arrived(request.digest, request.donor)
+        for task in running.values():
+            task.cancel()
+    if not machine.done:
+        raise Unavailable(f"{len(machine.missing)} of {len(wanted)} blobs can't be had: {stuck}")
+
+
+async def _try_fetch(transport: Transport, request: Request, *, kind: str, timeout_s: float) -> bytes | Failure:
+    try:
+        return await fetch(transport, request.donor, request.digest, request.size, kind=kind, timeout_s=timeout_s)
+    except WrongHash:
+        return Failure.WRONG_HASH
+    except Gone:
+        return Failure.GONE
+    except TransportError:
+        return Failure.BROKEN
+
+
+# -- framing
+
+
+def _length(data: bytes) -> bytes:
+    return struct.pack(">I", len(data))
+
+
+def _kind_bytes(kind: str) -> bytes:
+    encoded = kind.encode("ascii")
+    assert 0 < len(encoded) <= KIND_CHARACTERS, f"{kind!r} is no kind of bytes"
+    return bytes([len(encoded)]) + encoded
+
+
+def _said(verdict: int, words: bytes) -> bytes:
+    return bytes([verdict]) + _length(words[:_WORDS_BYTES]) + words[:_WORDS_BYTES]
+
+
+async def _moving(work: Awaitable[T], peer: PeerId, timeout_s: float) -> T:
+    """The result of one small piece of work on a stream. Raises Stalled if it takes too long."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await work
+    except TimeoutError:
+        raise Stalled(f"{peer}: no byte moved for {timeout_s:g} s") from None
+
+
+async def _read_kind(stream: Stream, peer: PeerId) -> str:
+    (length,) = await _moving(stream.read_exactly(1), peer, SILENCE_S)
+    if not 0 < length <= KIND_CHARACTERS:
+        raise Nonsense(f"{peer}: a kind of {length} characters")
+    try:
+        return (await _moving(stream.read_exactly(length), peer, SILENCE_S)).decode("ascii")
+    except UnicodeDecodeError as error:
+        raise Nonsense(f"{peer}: a kind that is no word") from error
+
+
+async def _read_opening(stream: Stream, peer: PeerId, header_cap: int, total_cap: int) -> tuple[bytes, tuple[int, ...]]:
+    """(header, sizes) of a push. Raises Refused for more than is allowed, Nonsense for bad framing."""
+    (length,) = struct.unpack(">I", await _moving(stream.read_exactly(4), peer, SILENCE_S))
+    if length > header_cap:
+        raise Refused(peer, f"a header of {length} bytes; at most {header_cap} are allowed")
+    header = await _moving(stream.read_exactly(length), peer, SILENCE_S)
+    stream.kind = await _read_kind(stream, peer)
+    (count,) = struct.unpack(">I", await _moving(stream.read_exactly(4), peer, SILENCE_S))
+    if count > MAX_BUFFERS:
+        raise Refused(peer, f"{count} payloads; at most {MAX_BUFFERS} are allowed")
+    sizes = struct.unpack(f">{count}Q", await _moving(stream.read_exactly(8 * count), peer, SILENCE_S))
+    if sum(sizes) > total_cap:
+        raise Refused(peer, f"{sum(sizes)} bytes; at most {total_cap} are allowed")
+    return header, sizes
+
+
+async def _verdict(stream: Stream, peer: PeerId, timeout_s: float) -> bytes:
+    """What the other side says. Raises Refused where it refuses."""
+    said = await _moving(stream.read_exactly(5), peer, timeout_s)
+    verdict, length = said[0], int.from_bytes(said[1:])
+    if verdict not in (_FINE, _REFUSED) or length > _WORDS_BYTES:
+        raise Nonsense(f"{peer}: a verdict {verdict} of {length} bytes")
+    words = await _moving(stream.read_exactly(length), peer, timeout_s)
+    if verdict == _REFUSED:
+        raise Refused(peer, words.decode(errors="replace")[:200])
+    return words
+
+
+async def _write_pieces(stream: Stream, peer: PeerId, data: memoryview, timeout_s: float) -> None:
+    for start in range(0, len(data), PIECE_BYTES):
+        await _moving(stream.write(data[start : start + PIECE_BYTES]), peer, timeout_s)
+
+
+async def _read_pieces(stream: Stream, peer: PeerId, size: int, timeout_s: float = SILENCE_S) -> bytearray:
+    data = bytearray(size)
+    view = memoryview(data)
+    for start in range(0, size, PIECE_BYTES):
+        await _moving(stream.read_into(view[start : start + PIECE_BYTES]), peer, timeout_s)
+    return data
