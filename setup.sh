@@ -28,6 +28,7 @@ make_venv() {
     "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' ||
         die "$python is Python $version; Dugnad needs 3.11 to 3.14. Name another: PYTHON=python3.12 ./setup.sh"
     say "making $VENV with Python $version"
+    rm -f "$STAMP"
     "$python" -m venv --clear "$VENV" ||
         die "$python could not make $VENV. On Debian and Ubuntu: apt install python3-venv"
 }
@@ -48,11 +49,11 @@ if [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$(wanted)" ] && python_fits; then
     exit 0
 fi
 
-rm -f "$STAMP"
-trap '[ $? -eq 0 ] || say "not finished; run ./setup.sh again, it goes on from here" >&2' EXIT
 if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || ! python_fits; then
     make_venv
 fi
+rm -f "$STAMP"
+trap '[ $? -eq 0 ] || say "not finished; run ./setup.sh again, it goes on from here" >&2' EXIT
 torch=$(torch_to_install)
 say "installing $torch (the largest part: some minutes on a slow line)"
 install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch"

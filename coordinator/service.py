@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from dugnad.coordinator import history, sync
 from dugnad.coordinator.checkpoints import Checkpoint, CheckpointError, CheckpointMeta, Checkpoints, Tensors
@@ -34,6 +34,13 @@ log = logging.getLogger(__name__)
 
 GOODBYE_S = 10.0
 """How long members of a finished run are awaited to take note and leave."""
+
+
+_PHASES: dict[Phase, Literal["gather", "reduce", "vote"]] = {
+    Phase.GATHER: "gather",
+    Phase.REDUCE: "reduce",
+    Phase.VOTE: "vote",
+}
 
 
 class RestoreError(Exception):
@@ -162,8 +169,8 @@ class Coordinator(Shell):
         phase, now, plan = self.machine.phase, self.now(), self.machine.plan
         before, since = self._phase
         if phase is not before:
-            if before in (Phase.GATHER, Phase.REDUCE, Phase.VOTE):
-                self.metrics.phase_took(before.value, now - since)
+            if before in _PHASES:
+                self.metrics.phase_took(_PHASES[before], now - since)
             self._phase = (phase, now)
         if plan is not None and plan.order > self._order:
             if plan.view > 0:

@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import shutil
+import signal
 import socket
 import tempfile
 from collections.abc import Sequence
@@ -199,12 +200,14 @@ class Daemon:
         try:
             if process is not None and process.returncode is None:
                 with contextlib.suppress(TimeoutError, ProcessLookupError):
-                    process.terminate()
+                    # not process.terminate(): that may reap a p2pd which has just ended, behind asyncio's back
+                    os.kill(process.pid, signal.SIGTERM)
                     async with asyncio.timeout(STOP_S):
                         await process.wait()
         finally:  # also when we are cancelled while we wait
             if process is not None and process.returncode is None:
-                process.kill()
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
             self._release_unstarted()
         if supervisor is not None:
             await supervisor

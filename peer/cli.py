@@ -98,6 +98,7 @@ def join(
     host: Host = "127.0.0.1",
     port: Port = 0,
     metrics_port: MetricsPort = 0,
+    threads: Annotated[int, typer.Option(help="Cores to train with; 0: half of them.", min=0, max=1024)] = 0,
     exit_with_stdin: WithStdin = False,
 ) -> None:
     """Take part in a run: trains on this machine, averages with the others, until the run ends or you leave.
@@ -113,7 +114,8 @@ def join(
 
         where = folders.Folder(directory or folders.data_folder() / f"{known.name}-{known.run.hex()[:8]}")
         network = roles.Network(host=host, port=port, metrics_port=metrics_port)
-        _run(roles.join(known, where, network, told=_tell_run(where)), where, exit_with_stdin)
+        cores = threads or max(1, (os.cpu_count() or 1) // 2)
+        _run(roles.join(known, where, network, threads=cores, told=_tell_run(where)), where, exit_with_stdin)
 
 
 @app.command()
@@ -217,7 +219,8 @@ def _run(work: Coroutine[Any, Any, Any], where: "Folder", exit_with_stdin: bool)
 
 def _exit_with_stdin() -> None:
     """Whoever started us is gone, however it ended: go too."""
-    sys.stdin.buffer.read()
+    while os.read(0, 1024):  # not through sys.stdin, whose lock this thread would hold at the interpreter's end
+        pass
     os._exit(3)
 
 

@@ -176,7 +176,7 @@ async def _start(demo: Demo, recipe: str) -> None:
 async def _join(demo: Demo, name: str) -> PeerId:
     directory = demo.directory / name
     invite = next(word for word in demo.coordinator.output().split() if word.startswith("dugnad1:"))
-    process = await Process.start(name, directory, "join", invite, "--dir", str(directory))
+    process = await Process.start(name, directory, "join", invite, "--dir", str(directory), "--threads", "1")
     demo.processes.append(process)
     said = await process.up()
     peer = PeerId(said["peer"])

@@ -2,6 +2,8 @@
 
 import functools
 
+import torch
+
 from dugnad.configs.recipe import Recipe
 from dugnad.coordinator.checkpoints import Tensors
 from dugnad.coordinator.messages import MAX_PARTS
@@ -16,10 +18,14 @@ from dugnad.peer.trainer import Trainer
 
 
 class Numerics:
-    """Everything of one recipe that needs numpy or torch; `coordinator.service.Numerics` in full."""
+    """Everything of one recipe that needs numpy or torch; `coordinator.service.Numerics` in full.
 
-    def __init__(self, recipe: Recipe) -> None:
+    threads: how many torch may use; two peers that share cores slow each other down a lot with more than one each.
+    """
+
+    def __init__(self, recipe: Recipe, *, threads: int = 1) -> None:
         self.recipe = recipe
+        torch.set_num_threads(threads)
         codec = recipe.codec
         self.layout = Layout(tensor_shapes(recipe.model), codec.block_elements, codec.part_elements)
         if len(self.layout.parts) > MAX_PARTS:

@@ -88,8 +88,13 @@ async def resume(folder: Folder, network: Network, *, told: Callable[[str, str],
     await _coordinate(genesis, Numerics(decode(genesis.recipe)), folder, network, told)
 
 
-async def join(invite: Invite, folder: Folder, network: Network, *, told: Callable[[Recipe, str, str], None]) -> str:
-    """Take part in a run; `told` hears the recipe, our nickname and the exporter's URL. Returns why it ended."""
+async def join(
+    invite: Invite, folder: Folder, network: Network, *, threads: int, told: Callable[[Recipe, str, str], None]
+) -> str:
+    """Take part in a run with so many threads of torch; returns why it ended.
+
+    told: hears the recipe, our nickname and the exporter's URL.
+    """
     async with _placed("volunteer", folder, invite.run, network.listen, network, bootstrap=invite.addresses) as place:
         welcome = await _welcome(place, invite.run)
         recipe = decode(welcome.genesis.recipe)
@@ -97,7 +102,7 @@ async def join(invite: Invite, folder: Folder, network: Network, *, told: Callab
         role = Session(
             place.identity,
             welcome,
-            Numerics(recipe),
+            Numerics(recipe, threads=threads),
             transport=place.host,
             directory=folder.path,
             metrics=place.face.metrics,

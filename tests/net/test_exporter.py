@@ -130,9 +130,9 @@ async def test_leaving_waits_for_no_scraper_and_frees_the_port(metrics: Metrics,
         url = urlsplit(exporter.url)
         async with client.get(f"{exporter.url}/metrics") as reply:
             await reply.read()  # the client keeps its connection
-        _, half = await asyncio.open_connection(url.hostname, url.port)
-        half.write(b"GET /metrics HTTP/1.1\r\n")  # a request that never ends
-        await half.drain()
+        answers, half = await asyncio.open_connection(url.hostname, url.port)
+        half.write(b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n")  # its rest never comes
+        await answers.readline()
         since = asyncio.get_running_loop().time()
     assert asyncio.get_running_loop().time() - since < 1.0
     half.close()

@@ -1,0 +1,410 @@
+"""Gossip: everyone soon knows what everyone says, over a network that loses messages and falls apart."""
+
+import heapq
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec import Struct
+
+from dugnad.dht import gossip
+from dugnad.dht.crdt import RecordMap
+from dugnad.dht.gossip import (
+    EXCHANGE_S,
+    GOSSIP_KINDS,
+    MAX_ITEMS,
+    MAX_REPAIRS_OF_NEW,
+    REPAIR_S,
+    Buckets,
+    Changed,
+    Effect,
+    Gossip,
+    Item,
+    Push,
+    Send,
+    Summary,
+    Want,
+    refresh_s,
+)
+from dugnad.dht.identity import Identity, PeerId
+from dugnad.dht.records import MAX_RECORD_BYTES, MemberBody, Record, issue, parse
+from dugnad.dht.wire import Codec, WireError
+
+RUN = b"r" * 32
+NOW = 1_700_000_000.0
+CODEC = Codec(GOSSIP_KINDS)
+IDENTITIES = [Identity.from_seed(number.to_bytes(32)) for number in range(50)]
+ME, YOU, THIRD = (identity.peer_id for identity in IDENTITIES[:3])
+
+
+def member(owner: int, seq: int = 1, *, says: str = "", now: float = NOW, lifetime_s: float = 3600.0) -> Record:
+    body = MemberBody((), "volunteer", says, "")
+    return issue(IDENTITIES[owner], RUN, "member", "", seq, body, now=now, lifetime_s=lifetime_s)
+
+
+def checked(raw: bytes, now: float) -> Record:
+    return parse(raw, RUN, now=now)
+
+
+def peer_with(*held: Record, me: PeerId = ME, peers: Sequence[PeerId] = ()) -> tuple[Gossip, RecordMap]:
+    records = RecordMap()
+    for record in held:
+        records.merge(record)
+    made = Gossip(me, records, checked)
+    made.set_peers(peers)
+    return made, records
+
+
+def item(record: Record) -> Item:
+    return Item(record.slot, record.seq, record.hash[:16])
+
+
+def said(effects: list[Effect]) -> list[Struct]:
+    return [effect.message for effect in effects if isinstance(effect, Send)]
+
+
+class World:
+    """Peers in virtual time, over links that take 20-200 ms and lose what `lost` says."""
+
+    def __init__(self, size: int, *, seed: int) -> None:
+        self.now = NOW
+        self.rng = random.Random(seed)
+        self.records = [RecordMap() for _ in range(size)]
+        self.ids = [identity.peer_id for identity in IDENTITIES[:size]]
+        self.peers = [Gossip(one, held, checked) for one, held in zip(self.ids, self.records, strict=True)]
+        self.lost: Callable[[int, int], bool] = lambda sender, to: False
+        self.sent_bytes = self.delivered = 0
+        self._mail: list[tuple[float, int, int, int, str, bytes]] = []
+        self._sent = 0
+
+    def connect(self, *groups: Sequence[int]) -> None:
+        for group in groups:
+            for one in group:
+                self.peers[one].set_peers(self.ids[other] for other in group)
+
+    def run(self, duration_s: float, *, until: Callable[[], bool] = lambda: False) -> float:
+        """Let time pass, for a given time or until a condition holds; how much has passed."""
+        start = self.now
+        while self.now < start + duration_s and not until():
+            self.now = round(self.now + 0.1, 1)
+            while self._mail and self._mail[0][0] <= self.now:
+                _, _, sender, to, tag, body = heapq.heappop(self._mail)
+                self.delivered += 1
+                self._do(to, self.peers[to].receive(self.ids[sender], CODEC.decode(tag, body), now=self.now))
+            for one, peer in enumerate(self.peers):
+                if self.now >= peer.wake_at():
+                    self._do(one, peer.tick(now=self.now, rng=self.rng))
+        return self.now - start
+
+    def agree(self) -> bool:
+        """Whether all hold the same records, each of everyone."""
+        views = [[record.raw for record in held.items("member", now=self.now)] for held in self.records]
+        return len(views[0]) == len(self.ids) and all(view == views[0] for view in views)
+
+    def _do(self, one: int, effects: list[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Send):
+                self._send(one, self.ids.index(effect.to), effect.message)
+
+    def _send(self, sender: int, to: int, message: Struct) -> None:
+        self._sent += 1
+        body = CODEC.encode(message)
+        self.sent_bytes += len(body)
+        if not self.lost(sender, to):
+            arrives = self.now + self.rng.uniform(0.02, 0.2)
+            heapq.heappush(self._mail, (arrives, self._sent, sender, to, CODEC.tag_of(message), body))
+
+
+def swarm(*, seed: int, loss_rate: float) -> World:
+    world = World(50, seed=seed)
+    world.lost = lambda sender, to: world.rng.random() < loss_rate
+    for one in range(50):
+        world.records[one].merge(member(one, now=world.now))
+    return world
+
+
+@pytest.mark.parametrize("loss_rate", [0.0, 0.1, 0.3])
+def test_fifty_peers_soon_know_each_other_though_messages_are_lost(loss_rate: float) -> None:
+    world = swarm(seed=1, loss_rate=loss_rate)
+    world.connect(range(50))
+    took_s = world.run(40 * EXCHANGE_S, until=world.agree)
+    assert world.agree()
+    assert took_s <= 15 * EXCHANGE_S
+    assert world.delivered <= took_s * 50 * 10 + 1000
+
+
+def test_one_update_reaches_fifty_peers_within_thirteen_exchanges() -> None:
+    world = swarm(seed=2, loss_rate=0.1)
+    world.connect(range(50))
+    world.run(REPAIR_S, until=world.agree)
+    world.run(20.0)
+    news = member(7, seq=2, now=world.now)
+    world.records[7].merge(news)
+    world.run(13 * EXCHANGE_S, until=world.agree)
+    assert world.agree()
+    assert all(held.seq_of("member", news.owner) == 2 for held in world.records)
+
+
+def test_a_swarm_without_news_is_quiet() -> None:
+    world = swarm(seed=3, loss_rate=0.0)
+    world.connect(range(50))
+    world.run(REPAIR_S, until=world.agree)
+    world.run(20.0)
+    before = world.sent_bytes
+    world.run(60.0)
+    assert (world.sent_bytes - before) / 60.0 / 50 < 200.0  # bytes a second and peer
+
+
+def test_the_halves_of_a_healed_partition_agree_within_a_few_exchanges() -> None:
+    world = swarm(seed=4, loss_rate=0.0)
+    halves = range(25), range(25, 50)
+    world.connect(range(50))
+    world.run(REPAIR_S, until=world.agree)
+    world.lost = lambda sender, to: (sender < 25) != (to < 25)
+    world.connect(*halves)
+    for one in range(50):
+        world.records[one].merge(member(one, seq=2, now=world.now))
+    world.run(60.0)
+    assert not world.agree()
+    world.lost = lambda sender, to: False
+    world.connect(range(50))
+    assert world.run(5 * EXCHANGE_S, until=world.agree) <= 4 * EXCHANGE_S
+    assert world.agree()
+
+
+def test_what_all_exchanges_missed_comes_with_a_repair() -> None:
+    world = World(2, seed=5)
+    world.connect(range(2))
+    world.run(5.0)
+    world.lost = lambda sender, to: True
+    for one in range(2):
+        world.records[one].merge(member(one))
+    world.run(20.0)
+    world.lost = lambda sender, to: False
+    assert world.run(2 * REPAIR_S, until=world.agree) <= REPAIR_S
+    assert world.agree()
+
+
+def test_an_owner_that_says_two_things_is_found_out_by_all_who_had_believed_the_other_one() -> None:
+    world = swarm(seed=6, loss_rate=0.0)
+    world.connect(range(50))
+    liar = IDENTITIES[0].peer_id
+    world.run(REPAIR_S, until=world.agree)
+    two_things = member(0, seq=9, says="a"), member(0, seq=9, says="b")
+    for one in range(50):
+        world.records[one].merge(two_things[one % 2])
+    world.run(2 * REPAIR_S, until=world.agree)
+    assert world.agree()
+    kept = world.records[0].get("member", liar, now=world.now)
+    deceived = [held for one, held in enumerate(world.records) if two_things[one % 2] != kept]
+    assert len(deceived) == 25
+    assert all(list(held.evidence) == [liar] for held in deceived)
+
+
+def test_the_same_seed_tells_the_same_story() -> None:
+    stories = []
+    for _ in range(2):
+        world = swarm(seed=7, loss_rate=0.2)
+        world.connect(range(50))
+        world.run(5.0)
+        stories.append((world.sent_bytes, world.delivered))
+    assert stories[0] == stories[1]
+
+
+def test_an_exchange_tells_what_changed_in_the_last_eight_seconds() -> None:
+    mine = member(0)
+    peer, records = peer_with(mine, peers=[YOU])
+    rng = random.Random(1)
+    for passed_s in range(30):
+        if passed_s == 15:
+            records.merge(member(2))
+        summaries = [one for one in said(peer.tick(now=NOW + passed_s, rng=rng)) if isinstance(one, Summary)]
+        slots = [one.slot for one in summaries[0].items]
+        assert len(summaries) == 1
+        assert (mine.slot in slots) == (passed_s <= 8)
+        assert (member(2).slot in slots) == (15 <= passed_s <= 22)
+
+
+def test_a_summary_is_answered_with_what_either_side_lacks() -> None:
+    held = [member(0, seq=2), member(1, seq=1), member(3)]
+    peer, _ = peer_with(*held, peers=[YOU])
+    peer.tick(now=NOW, rng=random.Random(1))
+    theirs = [member(0, seq=1), member(1, seq=2), member(2)]
+    answers = said(peer.receive(YOU, Summary(tuple(map(item, theirs)), b"", False), now=NOW))
+    assert Want((theirs[1].slot, theirs[2].slot)) in answers
+    assert Push((held[0].raw,)) in answers
+    (summary,) = [one for one in answers if isinstance(one, Summary)]
+    assert summary.answer
+    assert set(summary.items) == {item(held[1]), item(held[2])}
+
+
+def test_an_answer_is_never_answered_by_a_summary() -> None:
+    peer, _ = peer_with(member(0), peers=[YOU])
+    peer.tick(now=NOW, rng=random.Random(1))
+    for buckets in (b"", bytes(range(256))):
+        answers = said(peer.receive(YOU, Summary((item(member(2)),), buckets, True), now=NOW))
+        assert not [one for one in answers if isinstance(one, Summary | Buckets)]
+    assert peer.receive(YOU, Summary((item(member(0)),), bytes(range(256)), True), now=NOW) == []
+
+
+def test_a_repair_lists_exactly_the_buckets_that_differ() -> None:
+    shared, only_here, only_there = member(0), member(1), member(2)
+    here, _ = peer_with(shared, only_here)
+    there, records_there = peer_with(shared, only_there, me=YOU, peers=[ME])
+    (hashes,) = [one for one in said(there.tick(now=NOW, rng=random.Random(1))) if isinstance(one, Buckets)][:1]
+    (summary,) = said(here.receive(YOU, hashes, now=NOW))
+    assert summary == Summary((item(only_here),), bytes(sorted({only_here.slot[0], only_there.slot[0]})), True)
+    answers = said(there.receive(ME, summary, now=NOW))
+    assert answers == [Want((only_here.slot,)), Push((only_there.raw,))]
+    (push,) = said(here.receive(YOU, answers[0], now=NOW))
+    assert there.receive(ME, push, now=NOW) == [Changed(only_here)]
+    assert records_there.get("member", only_here.owner, now=NOW) == only_here
+
+
+def test_expired_records_are_not_sent() -> None:
+    over = member(0, lifetime_s=5.0)
+    peer, _ = peer_with(over, peers=[YOU])
+    later = NOW + 6.0
+    (summary,) = [one for one in said(peer.tick(now=later, rng=random.Random(1))) if isinstance(one, Summary)]
+    assert summary.items == ()
+    assert peer.receive(YOU, Want((over.slot,)), now=later) == []
+    assert peer.receive(YOU, Summary((), bytes(range(256)), True), now=later) == []
+    assert peer.receive(YOU, Summary((item(over),), b"", True), now=later) == []
+
+
+def test_a_bad_record_in_a_push_is_counted_and_the_others_are_taken() -> None:
+    peer, records = peer_with()
+    good, forged = member(1), member(2).raw[:-1] + b"\0"
+    foreign = issue(
+        IDENTITIES[3], b"s" * 32, "member", "", 1, MemberBody((), "volunteer", "", ""), now=NOW, lifetime_s=9.0
+    )
+    assert peer.receive(YOU, Push((forged, foreign.raw, b"nonsense", good.raw, good.raw)), now=NOW) == [Changed(good)]
+    assert len(records) == 1
+    assert peer.refused == {"bad signature": 1, "foreign run": 1, "malformed": 1}
+
+
+def test_a_message_that_is_no_gossip_is_a_wire_error() -> None:
+    class Other(Struct):
+        pass
+
+    peer, _ = peer_with()
+    with pytest.raises(WireError):
+        peer.receive(YOU, Other(), now=NOW)
+
+
+def test_one_peer_gets_only_so_many_bytes_between_two_repairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gossip, "ANSWER_BYTES", 10 * len(member(0).raw))
+    peer, _ = peer_with(member(0), peers=[YOU])
+    rng = random.Random(1)
+    peer.tick(now=NOW, rng=rng)
+    want = Want((member(0).slot,))
+    assert sum(len(peer.receive(YOU, want, now=NOW)) for _ in range(100)) == 10
+    assert len(peer.receive(THIRD, want, now=NOW)) == 1
+    peer.tick(now=NOW + REPAIR_S, rng=rng)
+    assert len(peer.receive(YOU, want, now=NOW + REPAIR_S)) == 1
+
+
+def test_asking_for_one_record_many_times_gets_it_once() -> None:
+    peer, _ = peer_with(member(0))
+    assert said(peer.receive(YOU, Want((member(0).slot,) * MAX_ITEMS), now=NOW)) == [Push((member(0).raw,))]
+
+
+def test_peers_that_connect_are_repaired_with_at_once_but_only_a_few_of_many() -> None:
+    peer, _ = peer_with()
+    rng = random.Random(1)
+    peer.tick(now=NOW, rng=rng)
+    assert peer.wake_at() == NOW + EXCHANGE_S
+    others = [identity.peer_id for identity in IDENTITIES[1:]]
+    peer.set_peers(others)
+    assert peer.wake_at() <= NOW
+    effects = peer.tick(now=NOW + 0.1, rng=rng)
+    assert len(effects) == MAX_REPAIRS_OF_NEW
+    assert all(isinstance(one, Buckets) for one in said(effects))
+    peer.set_peers(others)
+    assert peer.tick(now=NOW + 0.2, rng=rng) == []
+
+
+def test_nobody_gossips_with_itself_or_with_those_who_left() -> None:
+    peer, _ = peer_with(peers=[ME, YOU])
+    peer.set_peers([ME, THIRD])
+    rng = random.Random(1)
+    partners = {e.to for s in range(70) for e in peer.tick(now=NOW + s, rng=rng) if isinstance(e, Send)}
+    assert partners == {THIRD}
+    peer.set_peers([ME])
+    assert [peer.tick(now=NOW + s, rng=rng) for s in range(70, 140)] == [[]] * 70
+
+
+def test_a_clock_that_was_set_back_does_not_silence_gossip() -> None:
+    peer, _ = peer_with(peers=[YOU])
+    rng = random.Random(1)
+    peer.tick(now=NOW, rng=rng)
+    effects = peer.tick(now=NOW - 3600.0, rng=rng)
+    assert {type(one) for one in said(effects)} == {Summary, Buckets}
+    assert peer.wake_at() == NOW - 3600.0 + EXCHANGE_S
+
+
+def test_large_maps_travel_in_messages_under_their_caps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gossip, "MAX_ITEMS", 7)
+    monkeypatch.setattr(gossip, "_PUSH_BYTES", 1500)
+    held = [member(owner) for owner in range(50)]
+    here, _ = peer_with(*held)
+    there, records = peer_with(me=YOU, peers=[ME])
+    summaries = said(here.receive(YOU, said(there.tick(now=NOW, rng=random.Random(1)))[0], now=NOW))
+    assert all(isinstance(one, Summary) and len(one.items) <= 7 for one in summaries)
+    for summary in summaries:
+        for want in said(there.receive(ME, summary, now=NOW)):
+            for push in said(here.receive(YOU, want, now=NOW)):
+                assert len(CODEC.encode(push)) <= 1500 + MAX_RECORD_BYTES
+                there.receive(ME, push, now=NOW)
+    assert records.items("member", now=NOW) == sorted(held, key=lambda one: one.owner)
+
+
+def test_the_largest_messages_fit_under_their_caps() -> None:
+    largest = Item(b"s" * 16, 2**63 - 1, b"h" * 16)
+    CODEC.encode(Summary((largest,) * MAX_ITEMS, bytes(range(256)), False))
+    CODEC.encode(Want((b"s" * 16,) * MAX_ITEMS))
+    CODEC.encode(Buckets(b"b" * 2048))
+    raws = (b"x" * (MAX_RECORD_BYTES - 1),) * (gossip._PUSH_BYTES // MAX_RECORD_BYTES + 1)
+    CODEC.encode(Push(raws))
+
+
+@given(st.binary(max_size=300), st.sampled_from([kind.tag for kind in GOSSIP_KINDS]))
+@settings(max_examples=200, deadline=None)
+def test_garbage_is_a_wire_error_or_harmless(body: bytes, tag: str) -> None:
+    peer, records = peer_with(member(0))
+    try:
+        message = CODEC.decode(tag, body)
+    except WireError:
+        return
+    peer.receive(YOU, message, now=NOW)
+    assert len(records) == 1
+
+
+slots = st.sampled_from([member(owner).slot for owner in range(5)]) | st.binary(min_size=16, max_size=16)
+items = st.builds(Item, slots, st.integers(1, 2**63 - 1), st.binary(min_size=16, max_size=16))
+messages = (
+    st.builds(Summary, st.lists(items, max_size=9).map(tuple), st.binary(max_size=256), st.booleans())
+    | st.builds(Want, st.lists(slots, max_size=9).map(tuple))
+    | st.builds(Push, st.lists(st.binary(max_size=99), max_size=9).map(tuple))
+    | st.builds(Buckets, st.binary(min_size=2048, max_size=2048))
+)
+
+
+@given(st.lists(messages, max_size=5))
+@settings(max_examples=100, deadline=None)
+def test_false_summaries_change_nothing_and_are_answered_to_their_sender_only(sent: list[Struct]) -> None:
+    peer, records = peer_with(*(member(owner) for owner in range(5)), peers=[THIRD])
+    before = records.changes
+    for message in sent:
+        for effect in peer.receive(YOU, message, now=NOW):
+            assert isinstance(effect, Send)
+            assert effect.to == YOU
+            CODEC.encode(effect.message)
+    assert records.changes == before
+
+
+@pytest.mark.parametrize(("num_members", "seconds"), [(0, 5.0), (250, 5.0), (1_000, 20.0), (10_000, 200.0)])
+def test_members_renew_their_records_more_rarely_the_more_they_are(num_members: int, seconds: float) -> None:
+    assert refresh_s(num_members) == seconds

@@ -1,0 +1,160 @@
+"""Invites: read back as written; a damaged one says what happened to it."""
+
+import base64
+
+import msgspec
+import pytest
+from blake3 import blake3
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from dugnad.dht.identity import Identity
+from dugnad.dht.invite import Invite, InviteError, encode_invite, parse_invite
+
+PEER = Identity.from_seed(b"p" * 32)
+ADDRESS = f"/ip4/203.0.113.7/tcp/4001/p2p/{PEER.peer_id}"
+INVITE = Invite(b"r" * 32, b"o" * 32, (ADDRESS,), "tiny-books", 1_795_132_800)
+TEXT = encode_invite(INVITE)
+keys = st.binary(min_size=32, max_size=32)
+names = st.from_regex(r"\A[a-z0-9]{1,9}(-[a-z0-9]{1,9}){0,3}\Z")
+addresses = st.lists(st.sampled_from([ADDRESS, f"/dns4/example.org/tcp/1{ADDRESS}"]), min_size=1, max_size=16)
+
+
+def failure(text: str, *, now: float | None = None) -> InviteError:
+    with pytest.raises(InviteError) as caught:
+        parse_invite(text, now=now)
+    return caught.value
+
+
+def text_of(fields: object) -> str:
+    """The text of an invite with any content, its length and checksum right."""
+    body = msgspec.msgpack.encode(fields)
+    num_characters = 8 + -(-(len(body) + 6) * 8 // 5)
+    checked = num_characters.to_bytes(2) + body
+    return "dugnad1:" + base64.b32encode(checked + blake3(checked).digest(length=4)).decode().lower().rstrip("=")
+
+
+@given(keys, keys, addresses, names, st.integers(0, 253_402_300_799))
+@settings(deadline=None)
+def test_what_was_written_is_what_is_read(run: bytes, organizer: bytes, at: list[str], name: str, until: int) -> None:
+    invite = Invite(run, organizer, tuple(at), name, until)
+    assert parse_invite(encode_invite(invite), now=0.0) == invite
+
+
+def test_case_and_white_space_do_not_matter() -> None:
+    wrapped = "\n ".join(TEXT[start : start + 60] for start in range(0, len(TEXT), 60))
+    assert parse_invite(f"  {wrapped}\r\n") == INVITE
+    assert parse_invite(TEXT.upper()) == INVITE
+
+
+def test_an_invite_cut_off_anywhere_says_so_and_how_much_is_missing() -> None:
+    for end in range(len("dugnad1:"), len(TEXT)):
+        error = failure(TEXT[:end])
+        assert error.code == "E101"
+        assert "it ends early (" in str(error)
+        if end >= 12:  # the length is in the first four characters
+            assert f"({end} of {len(TEXT)} characters)" in str(error)
+
+
+def test_the_message_of_a_cut_off_invite_is_word_for_word_what_users_were_promised() -> None:
+    assert str(failure(TEXT[:137])) == (
+        f"E101 invite not readable: it ends early (137 of {len(TEXT)} characters). "
+        "Copy it again; it starts with dugnad1: and ends with a checksum."
+    )
+
+
+def test_an_expired_invite_says_when_it_expired() -> None:
+    assert INVITE.expires == 1_795_132_800
+    error = failure(TEXT, now=1_795_132_800.0)
+    assert error.code == "E102"
+    assert str(error) == "E102 invite expired on 2026-11-20. Ask the organizer for a new one."
+    assert parse_invite(TEXT, now=1_795_132_799.9) == INVITE
+
+
+def test_an_invite_without_expiry_never_expires() -> None:
+    forever = msgspec.structs.replace(INVITE, expires=0)
+    assert parse_invite(encode_invite(forever), now=1e12) == forever
+
+
+def test_any_changed_character_is_noticed() -> None:
+    for position in range(len(TEXT)):
+        for other in "a7":
+            if TEXT[position] != other:
+                assert failure(TEXT[:position] + other + TEXT[position + 1 :]).code == "E101"
+
+
+def test_a_changed_character_is_called_that() -> None:
+    changed = TEXT[:-30] + ("a" if TEXT[-30] != "a" else "b") + TEXT[-29:]
+    assert "its checksum is wrong, so a character was changed" in str(failure(changed))
+
+
+def test_extra_characters_are_counted() -> None:
+    assert f"too long ({len(TEXT) + 5} characters instead of {len(TEXT)})" in str(failure(TEXT + "abcde"))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "it is empty"),
+        (" \n", "it is empty"),
+        ("https://example.org", "it starts with 'https://'"),
+        ("dugnad2:aaaa", "it starts with 'dugnad2:'"),
+        ("dugnad1:", "it ends early (after 8 characters)"),
+        (TEXT[:20] + "!" + TEXT[21:], "character 21 is '!', which no invite contains"),
+        (TEXT[:20] + "é" + TEXT[21:], "character 21 is 'é', which no invite contains"),
+    ],
+)
+def test_what_is_no_invite_is_told_why(text: str, why: str) -> None:
+    error = failure(text)
+    assert error.code == "E101"
+    assert f"E101 invite not readable: {why}. Copy it again" in str(error)
+
+
+FIELDS = [b"r" * 32, b"o" * 32, [ADDRESS], "tiny-books", 0]
+
+
+@pytest.mark.parametrize(
+    ("index", "value"),
+    [
+        (0, b"r" * 31),
+        (1, b"o" * 33),
+        (2, []),
+        (2, [ADDRESS] * 17),
+        (2, ["/ip4/203.0.113.7/tcp/4001"]),
+        (2, ["/ip4/203.0.113.7/tcp/4001/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"]),
+        (2, [f"/dns4/{'a' * 256}{ADDRESS}"]),
+        (2, [ADDRESS.replace("/tcp", " /tcp")]),
+        (3, "../../home"),
+        (3, ""),
+        (3, "a" * 65),
+        (4, -1),
+        (4, 2**60),
+        (4, None),
+    ],
+)
+def test_fields_out_of_their_bounds_are_refused_though_the_checksum_is_right(index: int, value: object) -> None:
+    assert parse_invite(text_of(FIELDS)).name == "tiny-books"
+    fields = [*FIELDS[:index], value, *FIELDS[index + 1 :]]
+    assert failure(text_of(fields)).code == "E101"
+    assert failure(text_of([*FIELDS, 1])).code == "E101"
+
+
+@given(st.text(max_size=300), st.booleans())
+@example("\x00" * 20_000, True)
+@example("a" * 20_000, True)
+@settings(deadline=None)
+def test_garbage_is_an_invite_error(text: str, with_prefix: bool) -> None:
+    assert failure("dugnad1:" * with_prefix + text).code == "E101"
+
+
+@given(st.text("abcdefghijklmnopqrstuvwxyz234567", max_size=300))
+@settings(deadline=None)
+def test_garbage_in_the_right_alphabet_is_an_invite_error(text: str) -> None:
+    assert failure(f"dugnad1:{text}").code == "E101"
+
+
+def test_writing_an_invite_that_none_could_read_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="not an invite"):
+        encode_invite(Invite(b"short", b"o" * 32, (ADDRESS,), "tiny-books"))
+    with pytest.raises(ValueError, match="peer id"):
+        Invite(b"r" * 32, b"o" * 32, ("/ip4/203.0.113.7/tcp/4001",), "tiny-books")
