@@ -393,7 +393,11 @@ class Shell:
         for (part, digest), buffer in zip(header.parts, buffers, strict=True):
             if blake3(buffer).digest() != digest:
                 raise bulk.Refused(sender, f"part {part} is not what its digest promised")
-        await asyncio.to_thread(self.store_blobs, buffers)
+        try:
+            await asyncio.to_thread(self.store_blobs, buffers)
+        except OSError as error:  # our disk, not their stream: it must not pass for a broken transfer
+            self.spawn(_fail(error))
+            raise bulk.Refused(sender, "the disk here takes no more") from error
         self.took_results(sender, header)
         return b""
 
@@ -404,6 +408,11 @@ class Shell:
 
 class _Done(Exception):
     """The role is done: its tasks are to end."""
+
+
+async def _fail(error: OSError) -> None:
+    """End the role with `error`."""
+    raise error
 
 
 def void(_: object) -> None:

@@ -14,6 +14,7 @@ from blake3 import blake3
 from msgspec import Meta, Struct
 
 from dugnad.dht.identity import PeerId, public_key_of
+from dugnad.dht.records import Address
 
 PREFIX = "dugnad1:"
 MAX_CHARACTERS = 8192
@@ -22,7 +23,6 @@ _CHECKSUM_BYTES = 4
 _AGAIN = f"Copy it again; it starts with {PREFIX} and ends with a checksum."
 
 _Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
-_Address = Annotated[str, Meta(pattern=r"^/[!-~]{1,255}\Z")]
 
 
 class InviteError(Exception):
@@ -41,7 +41,7 @@ class Invite(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 
     run: _Key
     organizer: _Key
-    addresses: Annotated[tuple[_Address, ...], Meta(min_length=1, max_length=16)]
+    addresses: Annotated[tuple[Address, ...], Meta(min_length=1, max_length=16)]
     """Multiaddrs, each with /p2p/ and a peer id at its end."""
     name: Annotated[str, Meta(max_length=64, pattern=r"\A[a-z0-9]+(-[a-z0-9]+)*\Z")]
     """The recipe's; safe as the name of a folder."""

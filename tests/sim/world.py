@@ -19,7 +19,7 @@ from dugnad.coordinator import follower as following
 from dugnad.coordinator.audit import Audit, audit
 from dugnad.coordinator.follower import NO_COST, Follower
 from dugnad.coordinator.ledger import Ledger
-from dugnad.coordinator.messages import Commit, Delegation, Message, Vote, delegation_payload
+from dugnad.coordinator.messages import Block, Commit, Delegation, Message, Plan, Vote, delegation_payload
 from dugnad.coordinator.rounds import Keep, Leader
 from dugnad.dht.identity import PeerId
 from dugnad.optim import reduce as reducing
@@ -173,6 +173,11 @@ class World:
         applied = {r: {COORDINATOR: digest} for r, digest in self.models.items()}
         return audit(RUN, COORDINATOR, self.disks[COORDINATOR].commits, applied, SimSigner(COORDINATOR))
 
+    def reason(self) -> str:
+        """What the coordinator says it waits for."""
+        node = self.nodes.get(COORDINATOR)
+        return "no coordinator" if node is None else node.leader().reason
+
     def fail(self, rule: str) -> None:
         """An invariant does not hold."""
         raise InvariantBroken(f"seed {self.seed}, {self.now:.3f} s: {rule}")
@@ -273,6 +278,10 @@ class Node:
     def wake_at(self) -> float:
         raise NotImplementedError
 
+    def leader(self) -> Leader:
+        """The machine of a coordinator."""
+        raise NotImplementedError
+
     def unreachable(self, peer: PeerId) -> None:
         """The network says that nobody answers there; a volunteer concludes nothing from it."""
 
@@ -352,7 +361,7 @@ class Node:
         if block is None or vote.block != block.hash or not set(block.parts) <= self.disk.blobs:
             self.world.fail(f"{self.peer} votes for bytes that it does not hold")
 
-    def voting_on(self):  # type: ignore[no-untyped-def]
+    def voting_on(self) -> Block | None:
         """The block that the follower is about to vote on."""
         return self.follower._proposal
 
@@ -375,6 +384,9 @@ class CoordinatorNode(Node):
     def begin(self) -> None:
         disk, now = self.disk, self.world.now
         self.do(lambda _: self.perform(self.machine.synced(disk.model_round, disk.model, now=now)))
+
+    def leader(self) -> Leader:
+        return self.machine
 
     def take(self, sender: PeerId, message: Message) -> None:
         self.perform(self.machine.receive(sender, message, now=self.world.now))
@@ -510,11 +522,11 @@ class VolunteerNode(Node):
 
         self.world.transfer(self, owner, PART_BYTES * len(parts), arrived, done)
 
-    def _folded(self, plan, results: dict[int, bytes]) -> None:  # type: ignore[no-untyped-def]
+    def _folded(self, plan: Plan, results: dict[int, bytes]) -> None:
         self.disk.blobs.update(results.values())
         self.perform(self.machine.folded(plan, results, now=self.world.now))
 
-    def _deliver(self, plan, to: PeerId, parts: dict[int, bytes]) -> None:  # type: ignore[no-untyped-def]
+    def _deliver(self, plan: Plan, to: PeerId, parts: dict[int, bytes]) -> None:
         def arrived(node: Node) -> str | None:
             if node.follower.ledger.head.round >= plan.round:
                 return None

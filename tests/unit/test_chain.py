@@ -135,7 +135,7 @@ def test_a_damaged_round_is_named_and_those_before_it_are_still_read(chain: Chai
         next(commits)
 
 
-def test_no_damaged_byte_raises_anything_but_a_chain_error(chain: Chain, path: Path) -> None:
+def test_no_damaged_byte_raises_anything_but_a_chain_error(chain: Chain) -> None:
     whole = msgspec.msgpack.encode(COMMITS[1])
     refused = 0
     for at, flip in itertools.product(range(0, len(whole), 5), (0x01, 0x80)):

@@ -125,14 +125,16 @@ def swarm(*, seed: int, loss_rate: float) -> World:
     return world
 
 
-@pytest.mark.parametrize("loss_rate", [0.0, 0.1, 0.3])
-def test_fifty_peers_soon_know_each_other_though_messages_are_lost(loss_rate: float) -> None:
+@pytest.mark.parametrize(
+    ("loss_rate", "within_s"),
+    [(0.0, 8 * EXCHANGE_S), (0.1, 15 * EXCHANGE_S), (0.3, 10 * REPAIR_S)],  # at 0.3 the last few need a repair
+)
+def test_fifty_peers_soon_know_each_other_though_messages_are_lost(loss_rate: float, within_s: float) -> None:
     world = swarm(seed=1, loss_rate=loss_rate)
     world.connect(range(50))
-    took_s = world.run(40 * EXCHANGE_S, until=world.agree)
+    took_s = world.run(within_s, until=world.agree)
     assert world.agree()
-    assert took_s <= 15 * EXCHANGE_S
-    assert world.delivered <= took_s * 50 * 10 + 1000
+    assert world.delivered <= 50 * (60 + 2 * took_s)
 
 
 def test_one_update_reaches_fifty_peers_within_thirteen_exchanges() -> None:

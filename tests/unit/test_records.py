@@ -127,7 +127,7 @@ ISSUED = int(NOW * 1000)
         (set_field(7, 2**62), "malformed"),
         (set_field(8, None), "malformed"),
         (lambda fields: fields.append(0), "malformed"),
-        (lambda fields: fields[8].append(0), "malformed"),  # type: ignore[attr-defined]
+        (lambda fields: fields[8].append(0), "malformed"),
         (set_field(8, [["/a"] * 17, "volunteer", "", ""]), "malformed"),
         (set_field(8, [["/" + "a" * 256], "volunteer", "", ""]), "malformed"),
         (set_field(8, [["/a\n"], "volunteer", "", ""]), "malformed"),

@@ -1,0 +1,102 @@
+"""Real `dugnad` processes for tests: started as a user would, ended with the test."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+QUICK = Path(__file__).parent / "quick.toml"
+PATIENCE_S = 60.0
+
+
+def dugnad(*arguments: str | Path, timeout_s: float = PATIENCE_S) -> "subprocess.CompletedProcess[str]":
+    """Run one command to its end."""
+    command = [sys.executable, "-m", "dugnad.peer", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+class Running:
+    """A command that runs beside the test; killed with its daemon when the test ends."""
+
+    def __init__(self, directory: Path, *arguments: str | Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self.log = directory.with_suffix(".out")
+        self.seen: set[psutil.Process] = set()
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "dugnad.peer", *map(str, arguments), "--dir", str(directory)]
+                if "--resume" not in arguments
+                else [sys.executable, "-m", "dugnad.peer", *map(str, arguments)],
+                stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+
+    def status(self) -> dict[str, Any] | None:
+        """What the role says of itself, or None while it can't."""
+        self.look()
+        asked = dugnad("status", "--dir", self.directory, "--json")
+        return json.loads(asked.stdout) if asked.returncode == 0 else None
+
+    def look(self) -> None:
+        """Remember the processes below this one."""
+        if self.process.poll() is None:
+            self.seen.update(psutil.Process(self.process.pid).children(recursive=True))
+
+    def until(self, condition: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
+        """Wait until the status fulfils `condition`."""
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            said = self.status()
+            if said and condition(said):
+                return said
+            assert self.process.poll() is None, f"it ended before {what}:\n{self.text()}"
+        raise AssertionError(f"no {what} in {PATIENCE_S:.0f} s:\n{self.text()}")
+
+    def interrupt(self) -> None:
+        """Ctrl+C."""
+        self.look()
+        self.process.send_signal(signal.SIGINT)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.look()
+        self.process.kill()
+        self.process.wait()
+
+    def ended(self, within_s: float = PATIENCE_S) -> int:
+        """Wait for the end, and return the exit status."""
+        return self.process.wait(within_s)
+
+    def text(self) -> str:
+        """All that it printed."""
+        return self.log.read_text("utf-8", errors="replace")
+
+    def assert_nothing_left(self, within_s: float = 5.0) -> None:
+        """None of the processes below it outlives it for long."""
+        _, alive = psutil.wait_procs(list(self.seen), timeout=within_s)
+        assert not alive, f"left behind: {alive}"
+
+    def invite(self) -> str:
+        """The invite that a coordinator printed."""
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            words = [word for word in self.text().split() if word.startswith("dugnad1:") and len(word) > 50]
+            if words:
+                return words[-1]
+            assert self.process.poll() is None, f"the coordinator ended:\n{self.text()}"
+            time.sleep(0.1)
+        raise AssertionError(f"no invite:\n{self.text()}")
+
+    def close(self) -> None:
+        """End it, whatever it does."""
+        self.look()
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()

@@ -1,0 +1,253 @@
+"""The commands as a user types them, each role a process with its own libp2p daemon."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.processes import QUICK, Running, dugnad
+
+Start = Callable[..., Running]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start commands; whatever still runs is ended with the test."""
+    running: list[Running] = []
+
+    def begin(name: str, *arguments: str | Path) -> Running:
+        running.append(Running(tmp_path / name, *arguments))
+        return running[-1]
+
+    yield begin
+    for one in running:
+        one.close()
+
+
+def begin_run(start: Start, volunteers: int, rounds: int) -> tuple[Running, list[Running]]:
+    """A coordinator and its volunteers, typed one after the other."""
+    coordinator = start("coordinator", "launch", QUICK, "--rounds", str(rounds))
+    invite = coordinator.invite()
+    return coordinator, [start(f"volunteer-{k}", "join", invite) for k in range(volunteers)]
+
+
+def at_round(round_: int) -> Callable[[dict[str, Any]], bool]:
+    return lambda said: bool(said["round"] >= round_)
+
+
+def audited(directory: Path) -> dict[str, Any]:
+    asked = dugnad("audit", directory, "--json")
+    assert asked.returncode == 0, asked.stdout + asked.stderr
+    found: dict[str, Any] = json.loads(asked.stdout)
+    return found
+
+
+def test_launch_and_two_joins_train_to_the_end_and_leave_no_process(start: Start) -> None:
+    coordinator, volunteers = begin_run(start, 2, rounds=8)
+    said = coordinator.until(at_round(2), "second round")
+    assert {"round", "peers", "model_digest", "val_loss"} <= set(said)
+    assert {peer["nickname"] for peer in said["peers"]} == {one.status()["nickname"] for one in volunteers}  # type: ignore[index]
+    assert coordinator.ended() == 0, coordinator.text()
+    for one in volunteers:
+        assert one.ended() == 0, one.text()
+        assert "the run is finished" in one.text()
+    for one in (coordinator, *volunteers):
+        one.assert_nothing_left()
+    found = audited(coordinator.directory)
+    assert found["rounds"] == 8
+    assert found["ranges_lost"] == found["ranges_doubled"] == []
+    assert len(found["credit"]) == 2
+    written = dugnad("sample", coordinator.directory, "--prompt", "KING", "--length", "50")
+    assert written.returncode == 0, written.stderr
+    assert len(written.stdout) >= 50
+
+
+def test_a_resumed_coordinator_goes_on_at_the_next_round_with_the_digests_of_its_peers(start: Start) -> None:
+    coordinator, volunteers = begin_run(start, 2, rounds=12)
+    coordinator.until(at_round(3), "third round")
+    coordinator.interrupt()
+    assert coordinator.ended() == 0, coordinator.text()
+    coordinator.assert_nothing_left()
+    stood_at = audited(coordinator.directory)["rounds"]
+    resumed = start("coordinator", "launch", "--resume", coordinator.directory)
+    assert resumed.ended(90) == 0, resumed.text()
+    for one in volunteers:
+        assert one.ended() == 0, one.text()
+    found = audited(coordinator.directory)
+    assert found["rounds"] == 12 > stood_at
+    assert found["digests_agree"]
+    for one in volunteers:
+        assert audited(one.directory)["rounds"] == 12
+
+
+def test_a_coordinator_killed_outright_resumes_as_well(start: Start) -> None:
+    coordinator, volunteers = begin_run(start, 2, rounds=10)
+    coordinator.until(at_round(3), "third round")
+    coordinator.kill()
+    coordinator.assert_nothing_left()
+    resumed = start("coordinator", "launch", "--resume", coordinator.directory)
+    assert resumed.ended(90) == 0, resumed.text()
+    for one in volunteers:
+        assert one.ended() == 0, one.text()
+    assert audited(coordinator.directory)["rounds"] == 10
+
+
+def test_one_interrupt_leaves_in_order_and_two_leave_now_and_the_others_go_on(start: Start) -> None:
+    coordinator, volunteers = begin_run(start, 4, rounds=20)
+    coordinator.until(lambda said: at_round(2)(said) and len(said["committee"]) == 5, "round with all")
+    polite, hurried = volunteers[0], volunteers[1]
+    polite.interrupt()
+    assert polite.ended() == 0, polite.text()
+    assert "left in order" in polite.text()
+    hurried.interrupt()
+    hurried.interrupt()
+    assert hurried.ended(15) in (0, 130), hurried.text()
+    for one in (polite, hurried):
+        one.assert_nothing_left()
+    assert coordinator.ended() == 0, coordinator.text()
+    assert audited(coordinator.directory)["rounds"] >= 20
+
+
+def test_a_volunteer_that_comes_back_takes_the_state_from_its_peers(start: Start) -> None:
+    coordinator, volunteers = begin_run(start, 3, rounds=25)
+    coordinator.until(at_round(2), "second round")
+    volunteers[2].kill()
+    volunteers[2].assert_nothing_left()
+    again = start("volunteer-2", "join", coordinator.invite())
+    assert coordinator.ended() == 0, coordinator.text()
+    assert again.ended() == 0, again.text()
+    assert "verified" in again.text()
+    assert audited(again.directory)["rounds"] == audited(coordinator.directory)["rounds"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["join", "dugnad1:abc"], 2, "E101"),
+        (["join", "hello"], 2, "E101"),
+        (["launch", "tiny-bokos"], 2, "did you mean tiny-books"),
+        (["launch"], 2, "--resume"),
+        (["launch", "--resume", "nowhere"], 2, "no run was launched here"),
+        (["status", "--dir", "nowhere"], 1, "no role is running here"),
+        (["audit", "nowhere"], 1, "no chain.sqlite"),
+        (["sample", "nowhere"], 1, "no checkpoint here"),
+        (["launch", "tiny-books", "--rounds", "9999"], 2, "39 rounds"),
+    ],
+)
+def test_bad_input_is_told_in_a_sentence(tmp_path: Path, arguments: list[str], status: int, words: str) -> None:
+    tried = dugnad(*(str(tmp_path / word) if word == "nowhere" else word for word in arguments))
+    assert tried.returncode == status, tried.stderr
+    assert words in tried.stderr
+    assert "Traceback" not in tried.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "instead", "words"),
+    [
+        ("lr = 2e-3", "learning_rate = 2e-3", ["inner.learning_rate", "inner.lr"]),
+        ("heads = 2", "heads = 3", ["model.width", "model.heads"]),
+        ("momentum = 0.9", "momentum = 1.5", ["outer.momentum"]),
+        ("[codec]", "[codec", ["line", "column"]),
+    ],
+)
+def test_a_bad_recipe_names_file_key_and_what_is_allowed(
+    tmp_path: Path, line: str, instead: str, words: list[str]
+) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(QUICK.read_text().replace(line, instead, 1))
+    tried = dugnad("launch", recipe, "--dir", tmp_path / "run")
+    assert tried.returncode == 2
+    for word in ["mine.toml", *words]:
+        assert word in tried.stderr
+    assert "Traceback" not in tried.stderr
+
+
+def test_an_occupied_port_is_named_and_nothing_is_started(tmp_path: Path, start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for option in ("--port", "--metrics-port"):
+            tried = dugnad("launch", QUICK, "--dir", tmp_path / option, option, port)
+            assert tried.returncode == 1
+            assert port in tried.stderr
+            assert "Traceback" not in tried.stderr
+
+
+def test_a_folder_is_lived_in_by_one_role_at_a_time(start: Start) -> None:
+    coordinator = start("coordinator", "launch", QUICK)
+    coordinator.until(lambda said: True, "status")
+    second = dugnad("launch", "--resume", coordinator.directory)
+    assert second.returncode == 2
+    assert str(coordinator.process.pid) in second.stderr
+    third = dugnad("launch", QUICK, "--dir", coordinator.directory)
+    assert third.returncode == 2
+    assert "--resume" in third.stderr
+    coordinator.interrupt()
+    assert coordinator.ended(20) == 0
+
+
+def test_a_corrupt_checkpoint_is_named_and_moving_it_away_loses_nothing(start: Start) -> None:
+    coordinator, volunteers = begin_run(start, 2, rounds=9)
+    coordinator.until(at_round(5), "fifth round")
+    coordinator.interrupt()
+    assert coordinator.ended() == 0, coordinator.text()
+    stood_at = audited(coordinator.directory)["rounds"]
+    newest = sorted((coordinator.directory / "checkpoints").glob("round-*"))[-1]
+    weights = newest / "weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    refused = dugnad("launch", "--resume", coordinator.directory)
+    assert refused.returncode == 1
+    assert str(weights) in refused.stderr
+    assert "Move" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    shutil.move(newest, coordinator.directory / "moved-away")
+    resumed = start("coordinator", "launch", "--resume", coordinator.directory)
+    assert resumed.ended(90) == 0, resumed.text()
+    assert audited(coordinator.directory)["rounds"] == 9 > stood_at
+    for one in volunteers:
+        assert one.ended() == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MB of its own."""
+    place = tmp_path / "coordinator"
+    place.mkdir()
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small file system needs root")
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", place], check=False, capture_output=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode()}")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def test_a_full_disk_ends_the_coordinator_with_a_sentence_and_nothing_is_lost(small_disk: Path, start: Start) -> None:
+    coordinator, volunteers = begin_run(start, 2, rounds=10)
+    coordinator.until(at_round(2), "second round")
+    filler = small_disk / "filler"
+    with filler.open("wb") as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(64 * 1024))
+            file.flush()
+    assert coordinator.ended() == 1, coordinator.text()
+    assert re.search("disk is full|No space left|takes no more", coordinator.text())
+    assert "Traceback" not in coordinator.text()
+    filler.unlink()
+    stood_at = audited(small_disk)["rounds"]
+    resumed = start("coordinator", "launch", "--resume", small_disk)
+    assert resumed.ended(90) == 0, resumed.text()
+    assert audited(small_disk)["rounds"] == 10 > stood_at
+    for one in volunteers:
+        assert one.ended() == 0
