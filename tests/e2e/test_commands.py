@@ -117,7 +117,7 @@ def test_one_interrupt_leaves_in_order_and_two_leave_now_and_the_others_go_on(st
 
 
 def test_a_volunteer_that_comes_back_takes_the_state_from_its_peers(start: Start) -> None:
-    coordinator, volunteers = begin_run(start, 3, rounds=25)
+    coordinator, volunteers = begin_run(start, 3, rounds=60)
     coordinator.until(at_round(2), "second round")
     volunteers[2].kill()
     volunteers[2].assert_nothing_left()

@@ -147,12 +147,12 @@ def test_a_round_saved_again_replaces_what_was_there(kept: Checkpoints) -> None:
 
 
 def test_what_does_not_belong_to_us_is_left_alone(kept: Checkpoints) -> None:
-    for name in ("notes.txt", "round-7", "round-000001.bak"):
+    for name in ("notes.txt", "round-7", "round-000009.bak"):
         kept.folder.mkdir(exist_ok=True)
         (kept.folder / name).mkdir()
     for round_ in range(1, 5):
         save(kept, round_)
-    assert {"notes.txt", "round-7", "round-000001.bak"} < set(names(kept))
+    assert {"notes.txt", "round-7", "round-000009.bak"} < set(names(kept))
     assert kept.latest() == kept.folder / "round-000004"
 
 
@@ -331,7 +331,7 @@ def of_one(**entry: object) -> bytes:
         a_file(b'{"\xff": 1}'),
         a_file(of_one(dtype="F16"), bytes(8)),
         a_file(of_one(data_offsets=[0, 16]), bytes(8)),
-        a_file(of_one(data_offsets=[-8, 0]), bytes(8)),
+        a_file(of_one(data_offsets=[-16, -8]), bytes(24)),
         a_file(of_one(data_offsets=[8, 0]), bytes(8)),
         a_file(of_one(shape=[3]), bytes(8)),
         a_file(of_one(shape=[-1, -2]), bytes(8)),
@@ -357,12 +357,17 @@ def test_planted_weights_that_are_well_made_are_read(kept: Checkpoints) -> None:
     assert kept.load(path).weights["t"].tolist() == [1.0, 2.0]
 
 
-def test_the_newest_intact_checkpoint_before_a_damaged_one_is_named(kept: Checkpoints) -> None:
-    paths = [save(kept, round_) for round_ in (1, 2, 3)]
-    for path in paths[1:]:
-        (path / WEIGHTS).write_bytes(b"")
-    with pytest.raises(CheckpointError, match="goes on from round-000001, which is intact"):
-        kept.load(paths[2])
+@pytest.mark.parametrize(
+    ("damaged", "loaded", "intact"), [((2, 3), 3, 1), ((3,), 3, 2), ((2,), 2, 1)], ids=["two", "newest", "older"]
+)
+def test_the_newest_intact_checkpoint_before_a_damaged_one_is_named(
+    kept: Checkpoints, damaged: tuple[int, ...], loaded: int, intact: int
+) -> None:
+    paths = {round_: save(kept, round_) for round_ in (1, 2, 3)}
+    for round_ in damaged:
+        (paths[round_] / WEIGHTS).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=f"goes on from round-00000{intact}, which is intact"):
+        kept.load(paths[loaded])
 
 
 def test_without_an_intact_checkpoint_the_run_is_said_to_start_from_the_first_model(kept: Checkpoints) -> None:

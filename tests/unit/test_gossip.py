@@ -242,6 +242,13 @@ def test_a_summary_is_answered_with_what_either_side_lacks() -> None:
     assert set(summary.items) == {item(held[1]), item(held[2])}
 
 
+def test_two_records_with_one_seq_are_shown_to_both_sides() -> None:
+    here, there = member(0, seq=3, says="a"), member(0, seq=3, says="b")
+    peer, _ = peer_with(here)
+    answers = said(peer.receive(YOU, Summary((item(there),), b"", True), now=NOW))
+    assert answers == [Want((there.slot,)), Push((here.raw,))]
+
+
 def test_an_answer_is_never_answered_by_a_summary() -> None:
     peer, _ = peer_with(member(0), peers=[YOU])
     peer.tick(now=NOW, rng=random.Random(1))

@@ -116,6 +116,7 @@ ISSUED = int(NOW * 1000)
         (set_field(1, RUN[:-1]), "malformed"),
         (set_field(2, "chunks"), "unknown kind"),
         (set_field(2, "progress"), "malformed"),
+        (lambda fields: fields.__setitem__(slice(2, 9), ["progress", *fields[3:8], "x" * 1536]), "too large"),
         (set_field(3, Identity.from_seed(b"2" * 32).public_key), "bad signature"),
         (set_field(4, "second"), "unknown key"),
         (set_field(5, 0), "malformed"),
