@@ -172,7 +172,13 @@ class Follower:
         self._act_at = now if self._unapplied else float("inf")
         payload = applied_payload(self.ledger.run, round_, commit.block.hash, model)
         self._said = Applied(
-            round_, commit.block.hash, model, self._signer.sign(payload), cost.train_s, cost.wall_s, cost.sent_bytes
+            round_,
+            commit.block.hash,
+            model,
+            self._signer.sign(payload),
+            cost.train_s,
+            cost.wall_s,
+            tuple(sorted(cost.sent_bytes.items())),
         )
         return [*self._say_applied(), *self._advance(now)]
 

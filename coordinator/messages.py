@@ -206,7 +206,7 @@ class Commit(Message, frozen=True):
 class Applied(Message, frozen=True):
     """What a peer's model is after a round, signed over `applied_payload`, and what the round cost the peer.
 
-    The cost (seconds in training, seconds since the round before, bytes sent by kind) informs and decides nothing.
+    The cost (seconds in training, seconds since the round before, (kind, bytes) sent) informs and decides nothing.
     """
 
     round: Count
@@ -215,7 +215,7 @@ class Applied(Message, frozen=True):
     signature: Signature
     train_s: Seconds
     wall_s: Seconds
-    sent_bytes: Annotated[dict[Annotated[str, Meta(max_length=16)], Count], Meta(max_length=16)]
+    sent_bytes: Annotated[tuple[tuple[Annotated[str, Meta(max_length=16)], Count], ...], Meta(max_length=16)]
 
 
 class Report(Message, frozen=True):

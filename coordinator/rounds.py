@@ -62,6 +62,15 @@ class Assign(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut:
+    """The work of `peer` does not count in this round, for a reason in a word or two."""
+
+    peer: PeerId
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class Keep:
     """Keep durably what `peer` signed to have applied; nothing waits for it."""
 
@@ -69,7 +78,7 @@ class Keep:
     said: Applied
 
 
-Effect = following.Effect | Keep
+Effect = following.Effect | Keep | LeftOut
 
 
 class Phase(StrEnum):
@@ -248,15 +257,15 @@ class Leader:
     def _on_contribution(self, sender: PeerId, said: Contribution, now: float) -> list[Effect]:
         work, head = self._round, self.follower.ledger.head
         if work is None or (said.epoch, said.round, said.head) != (head.epoch, head.round + 1, head.hash):
-            return [Refused(sender, "stale contribution", f"round {said.round}; this is round {head.round + 1}")]
+            return [LeftOut(sender, "stale contribution", f"round {said.round}; this is round {head.round + 1}")]
         seat = work.seats.get(sender)
         if seat is None:
-            return [Refused(sender, "no seat", f"no work was given in round {said.round}")]
+            return [LeftOut(sender, "no seat", f"no work was given in round {said.round}")]
         samples = ranges.count(seat.ranges)
         if not 0 < said.samples <= samples or said.tokens != said.samples * self._recipe.model.context:
-            return [Refused(sender, "bad contribution", f"{said.samples} of {samples} samples, {said.tokens} tokens")]
+            return [LeftOut(sender, "bad contribution", f"{said.samples} of {samples} samples, {said.tokens} tokens")]
         if not abs(said.loss) < float("inf"):
-            return [Refused(sender, "non-finite", "its loss is not a finite number")]
+            return [LeftOut(sender, "non-finite", "its loss is not a finite number")]
         work.contributions[sender] = said
         return []
 
@@ -459,7 +468,12 @@ class Leader:
         work.freeze = Freeze(work.plan.round, work.plan.term, work.plan.view, entries)
         work.deadline = now + self._recipe.rounds.exchange_s
         self.phase = Phase.REDUCE
-        return self._tell(work.plan.members, work.freeze, now)
+        counted = {entry.peer for entry in entries}
+        late = [
+            LeftOut(peer, "late", f"not all of its bytes were there when round {work.plan.round} was frozen")
+            for peer in sorted(work.contributions.keys() - counted)
+        ]
+        return [*late, *self._tell(work.plan.members, work.freeze, now)]
 
     def _reduce(self, now: float) -> list[Effect]:
         work = self._round

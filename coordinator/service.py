@@ -23,7 +23,7 @@ from dugnad.coordinator.messages import (
     StateRequest,
     delegation_payload,
 )
-from dugnad.coordinator.rounds import Assign, Keep, Leader, Phase
+from dugnad.coordinator.rounds import Assign, Keep, Leader, LeftOut, Phase
 from dugnad.coordinator.shell import Model, ResultsHeader, Shell
 from dugnad.coordinator.votes import has_quorum
 from dugnad.dht.identity import Identity, PeerId, nickname
@@ -182,6 +182,9 @@ class Coordinator(Shell):
         match effect:
             case Keep(peer, said):
                 self.chain.applied(peer, said)
+            case LeftOut(peer, reason, detail):
+                self.metrics.rejected_contribution(reason)
+                log.info("the work of %s is left out (%s): %s", nickname(peer), reason, detail)
             case Resync(reason):
                 raise RestoreError(
                     f"this folder's model is of no use any more: {reason}. "

@@ -371,7 +371,7 @@ class Shell:
 
     def lookup(self, digest: bytes) -> bytes | memoryview | None:
         """A blob that we can give: a tensor of a recent model, or a part of a recent round."""
-        for _, model in reversed(self.models):
+        for _, model in reversed(tuple(self.models)):  # called in a thread
             tensor = model.blob(digest)
             if tensor is not None:
                 return tensor

@@ -1,100 +1,76 @@
-"""Many bytes over raw streams: pushed to a peer, or fetched from peers by their hash.
+"""Bulk bytes over raw streams: pushed to a peer that expects them, or fetched by their hash from whoever has them.
 
-push    sender    u32 header bytes | u8 kind bytes | kind | header | u32 buffers | u64 bytes of each | the bytes
-        receiver  any number of BEAT | OK or REFUSED, u32 bytes, reply or reason
-fetch   asker     u8 kind bytes | kind | digest
-        donor     FOUND, u64 bytes, the bytes | GONE
+    push    u32 header length, header, u8 kind length, kind, u32 count, u64 sizes       ->
+            u8 verdict, u32 length, words                                               <-   1 refuses, and that is all
+            the payloads, one after the other                                           ->
+            u8 verdict, u32 length, reply                                               <-
+    fetch   digest (32), u64 size, u8 kind length, kind                                 ->
+            u8 0 gone / 1 here, then the bytes                                          <-
 
-The kind is what both ends count the bytes as. Numbers are big-endian. A push is sent without waiting to be accepted;
-a receiver may refuse at any moment, and then the sender stops. Nothing limits how long a transfer takes, only how
-long it may stand still: bytes that we wrote may wait in buffers on the way, so a receiver beats while it is at work.
+Every length is checked before anything is allocated for it, and every wait is for progress: a peer that sends nothing
+for a while is given up, one that is slow is not.
 """
 
 import asyncio
-import contextlib
-import re
 import struct
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TypeVar
 
 from blake3 import blake3
 
-from dugnad.dht.chunks import Cancel, Effect, Failure, Fetcher, Request, Stuck
+from dugnad.dht.chunks import Cancel, Failure, Fetcher, Request, Stuck
 from dugnad.dht.identity import PeerId
-from dugnad.dht.transport import Stream, Transport, TransportError, Unreachable
+from dugnad.dht.transport import Stream, Transport, TransportError
+
+T = TypeVar("T")
 
 BLOB_CHANNEL = "dugnad/blob/1"
-REPLY_BYTES = 64 * 1024
-"""The longest reply to a push."""
-MAX_BUFFERS = 16 * 1024
-"""How many buffers one push may have."""
-STREAMS_PER_PEER = 8
-"""How many transfers of one channel a peer may have under way with us."""
-READ_BYTES = 16 * 1024
-"""Read at once: a peer that sends less than this in a timeout counts as silent."""
-WRITE_BYTES = 256 * 1024
+PIECE_BYTES = 64 * 1024
+"""How many bytes must move within the silence limit, again and again."""
+SLOWEST_BYTES_PER_S = 64 * 1024
+"""How fast what lies in buffers on the way is assumed to drain, at least."""
+MAX_BUFFERS = 8192
+KIND_CHARACTERS = 16
+SILENCE_S = 5.0
+"""How long who accepts a stream waits for the next bytes."""
+_WORDS_BYTES = 64 * 1024
+_REFUSED, _FINE = 1, 0
 
 Accept = Callable[[PeerId, bytes, tuple[int, ...]], str | None]
-"""Called with (sender, header, bytes of each buffer) before anything is allocated; a reason refuses the push."""
-Done = Callable[[PeerId, bytes, list[bytearray]], Awaitable[bytes]]
-"""Called with (sender, header, buffers); returns the reply, or raises Refused."""
-Lookup = Callable[[bytes], bytes | memoryview | None]
-"""The blob of a digest, if we have it."""
+"""(sender, header, sizes): why the payloads are not wanted, or None."""
+Take = Callable[[PeerId, bytes, list[bytearray]], Awaitable[bytes]]
+"""(sender, header, payloads): the reply; raises Refused."""
 OnBlob = Callable[[bytes, bytes], None]
-"""Called with (digest, blob)."""
-
-_OK, _REFUSED, _BEAT = b"\0", b"\1", b"\2"
-_FOUND, _GONE = b"\0", b"\1"
-_KIND = re.compile(rb"[a-z][a-z0-9-]{0,15}")
-_DIGEST_BYTES = 32
-_BEATS_PER_TIMEOUT = 5
-_Heard = Callable[[], None]
+"""(digest, bytes) of a blob that has come and is what its digest says."""
+Lookup = Callable[[bytes], bytes | memoryview | None]
 
 
 class Refused(TransportError):
-    """A push is not wanted; says why."""
+    """The other side does not take these bytes, for a reason in words."""
 
     def __init__(self, peer: PeerId, reason: str) -> None:
-        super().__init__(f"{peer}: refused: {reason}")
-        self.peer = peer
-        self.reason = reason
+        super().__init__(f"{peer} refused: {reason}")
+        self.peer, self.reason = peer, reason
 
 
-class Malformed(TransportError):
-    """A peer sent bytes that make no sense here."""
+class Stalled(TransportError):
+    """The other side sent or took nothing for too long."""
 
-    def __init__(self, peer: PeerId, what: str) -> None:
-        super().__init__(f"{peer}: malformed: {what}")
-        self.peer = peer
+
+class Nonsense(TransportError):
+    """The other side does not keep to the framing."""
 
 
 class WrongHash(TransportError):
     """A donor gave other bytes than those that were asked for."""
 
-    def __init__(self, peer: PeerId, digest: bytes) -> None:
-        super().__init__(f"{peer} gave something else for blob {digest.hex()[:16]}")
-        self.peer = peer
-        self.digest = digest
-
 
 class Gone(TransportError):
-    """A donor does not have a blob."""
-
-    def __init__(self, peer: PeerId, digest: bytes) -> None:
-        super().__init__(f"{peer} does not have blob {digest.hex()[:16]}")
-        self.peer = peer
-        self.digest = digest
+    """A donor does not have the blob (any more)."""
 
 
 class Unavailable(TransportError):
-    """Blobs that no donor could give; says how many, and why."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
-# -- push
+    """No donor is left that could give what is missing."""
 
 
 async def push(
@@ -107,190 +83,85 @@ async def push(
     kind: str,
     timeout_s: float,
 ) -> bytes:
-    """Send `buffers` to `peer`, and return its reply. Counted as `kind`: up to 16 of a-z, 0-9 and "-".
+    """Send `buffers` to `peer`, and return its reply; nothing but the header travels if it refuses.
 
-    Raises Refused, or another TransportError if nothing moves for `timeout_s`.
+    kind: what the bytes are counted as. timeout_s: how long nothing may move. Raises Refused, Stalled, Unreachable.
     """
-    views = [_bytes_of(buffer) for buffer in buffers]
-    head = _push_head(kind, header, [len(view) for view in views])
     stream = await transport.open(peer, channel, kind=kind)
     try:
-        async with _patience(peer, timeout_s) as heard, _beside(_send(stream, [head, *views], heard)) as sending:
-            status, reply = await _read_reply(peer, stream, heard)
-            if status == _REFUSED:
-                raise Refused(peer, _readable(reply))
-            broke = await sending
-            if broke is not None:
-                raise broke
+        sizes = [len(memoryview(buffer).cast("B")) for buffer in buffers]
+        opening = _length(header) + header + _kind_bytes(kind) + struct.pack(f">I{len(sizes)}Q", len(sizes), *sizes)
+        await _moving(stream.write(opening), peer, timeout_s)
+        await _verdict(stream, peer, timeout_s)
+        for buffer in buffers:
+            await _write_pieces(stream, peer, memoryview(buffer).cast("B"), timeout_s)
+        return await _verdict(stream, peer, timeout_s + sum(sizes) / SLOWEST_BYTES_PER_S)
     finally:
         await stream.close()
-    return reply
 
 
 async def serve_push(
-    transport: Transport,
-    channel: str,
-    accept: Accept,
-    done: Done,
-    *,
-    header_cap: int,
-    total_cap: int,
-    timeout_s: float = 10.0,
+    transport: Transport, channel: str, accept: Accept, take: Take, *, header_cap: int, total_cap: int
 ) -> None:
-    """Take pushes on `channel`: headers of at most `header_cap` bytes, payloads of at most `total_cap`.
+    """Take pushes on `channel`, one at a time from each sender.
 
-    A sender from whom nothing comes for `timeout_s` is given up.
+    `accept` is asked before anything is allocated, `take` gets the payloads. header_cap, total_cap: in bytes.
     """
-    seats = _Seats()
+    busy: set[PeerId] = set()
 
     async def serve(sender: PeerId, stream: Stream) -> None:
+        if sender in busy:  # else one sender could have us hold any number of vectors
+            await _moving(stream.write(_said(_REFUSED, b"one push at a time")), sender, SILENCE_S)
+            return
+        busy.add(sender)
         try:
-            with seats.of(sender):
-                async with _patience(sender, timeout_s) as heard:
-                    header, sizes = await _read_push_head(sender, stream, header_cap, total_cap)
-                    heard()
-                if (reason := accept(sender, header, sizes)) is not None:
-                    raise Refused(sender, reason)
-                async with _beside(_beat(stream, timeout_s / _BEATS_PER_TIMEOUT)):
-                    buffers = await _read_buffers(sender, stream, sizes, timeout_s)
-                    reply = await done(sender, header, buffers)
-            await _write_reply(sender, stream, _OK, reply, timeout_s)
-        except Refused as refused:
-            await _write_reply(sender, stream, _REFUSED, refused.reason.encode()[:REPLY_BYTES], timeout_s)
-            await _drain(stream, timeout_s)
+            await _moving(stream.write(await receive(sender, stream)), sender, SILENCE_S)
+        finally:
+            busy.discard(sender)
+
+    async def receive(sender: PeerId, stream: Stream) -> bytes:
+        try:
+            header, sizes = await _read_opening(stream, sender, header_cap, total_cap)
+            why = accept(sender, header, sizes)
+            if why is not None:
+                raise Refused(sender, why)
+            await _moving(stream.write(_said(_FINE, b"")), sender, SILENCE_S)
+            buffers = [await _read_pieces(stream, sender, size) for size in sizes]
+            return _said(_FINE, await take(sender, header, buffers))
+        except Refused as error:
+            return _said(_REFUSED, error.reason.encode())
 
     await transport.serve_stream(channel, serve)
 
 
-def _push_head(kind: str, header: bytes, sizes: Sequence[int]) -> bytes:
-    assert len(sizes) <= MAX_BUFFERS, f"a push of {len(sizes)} buffers, at most {MAX_BUFFERS}"
-    return b"".join(
-        (struct.pack(">I", len(header)), _kind_field(kind), header, struct.pack(f">I{len(sizes)}Q", len(sizes), *sizes))
-    )
-
-
-async def _read_push_head(
-    sender: PeerId, stream: Stream, header_cap: int, total_cap: int
-) -> tuple[bytes, tuple[int, ...]]:
-    """(header, sizes); sets the stream's kind. Raises Refused for anything odd or above a cap, unread."""
-    (header_bytes,) = struct.unpack(">I", await stream.read_exactly(4))
-    if header_bytes > header_cap:
-        raise Refused(sender, f"a header of {header_bytes} bytes, at most {header_cap} are taken")
-    stream.kind = await _read_kind(sender, stream)
-    header = await stream.read_exactly(header_bytes)
-    (count,) = struct.unpack(">I", await stream.read_exactly(4))
-    if count > MAX_BUFFERS:
-        raise Refused(sender, f"{count} buffers, at most {MAX_BUFFERS} are taken")
-    sizes = struct.unpack(f">{count}Q", await stream.read_exactly(8 * count))
-    if sum(sizes) > total_cap:
-        raise Refused(sender, f"{sum(sizes)} bytes, at most {total_cap} are taken")
-    return header, sizes
-
-
-async def _read_buffers(
-    sender: PeerId, stream: Stream, sizes: tuple[int, ...], timeout_s: float
-) -> list[bytearray]:
-    buffers = []
-    async with _patience(sender, timeout_s) as heard:
-        for size in sizes:
-            buffers.append(bytearray(size))  # one by one: a sender costs us little more memory than it has sent
-            view = memoryview(buffers[-1])
-            for start in range(0, size, READ_BYTES):
-                await stream.read_into(view[start : start + READ_BYTES])
-                heard()
-    return buffers
-
-
-async def _send(stream: Stream, views: Sequence[bytes | memoryview], heard: _Heard) -> TransportError | None:
-    """Write everything; returns what broke, as the peer may have said before why it closed."""
-    try:
-        for view in views:
-            for start in range(0, len(view), WRITE_BYTES):
-                await stream.write(view[start : start + WRITE_BYTES])
-                heard()
-    except TransportError as error:
-        return error
-    return None
-
-
-async def _read_reply(peer: PeerId, stream: Stream, heard: _Heard) -> tuple[bytes, bytes]:
-    while (status := await stream.read_exactly(1)) == _BEAT:
-        heard()
-    if status not in (_OK, _REFUSED):
-        raise Malformed(peer, f"a reply of status {status[0]}")
-    (num_bytes,) = struct.unpack(">I", await stream.read_exactly(4))
-    if num_bytes > REPLY_BYTES:
-        raise Malformed(peer, f"a reply of {num_bytes} bytes, at most {REPLY_BYTES}")
-    return status, await stream.read_exactly(num_bytes)
-
-
-async def _write_reply(peer: PeerId, stream: Stream, status: bytes, reply: bytes, timeout_s: float) -> None:
-    assert len(reply) <= REPLY_BYTES, f"a reply of {len(reply)} bytes, at most {REPLY_BYTES}"
-    async with _patience(peer, timeout_s):
-        await stream.write(status + struct.pack(">I", len(reply)) + reply)
-
-
-async def _beat(stream: Stream, every_s: float) -> None:
-    """Say that we are at work, until cancelled or nobody listens."""
-    with contextlib.suppress(TransportError):
-        while True:
-            await asyncio.sleep(every_s)
-            await stream.write(_BEAT)
-
-
-async def _drain(stream: Stream, within_s: float) -> None:
-    """Read what is under way still: closing on unread bytes resets the stream, and may lose our refusal."""
-    with contextlib.suppress(TransportError, TimeoutError):
-        async with asyncio.timeout(within_s):
-            while True:
-                await stream.read_exactly(READ_BYTES)
-
-
-# -- fetch
-
-
-async def fetch(
-    transport: Transport, peer: PeerId, digest: bytes, size: int, *, kind: str, timeout_s: float
-) -> bytes:
-    """The blob of `digest` (32 bytes), which has `size` bytes, from `peer`; its hash is checked.
-
-    Raises WrongHash, Gone, or another TransportError if nothing comes for `timeout_s`.
-    """
+async def fetch(transport: Transport, peer: PeerId, digest: bytes, size: int, *, kind: str, timeout_s: float) -> bytes:
+    """The blob `digest`, `size` bytes, from `peer`. Raises Gone, WrongHash, Stalled, Unreachable."""
     stream = await transport.open(peer, BLOB_CHANNEL, kind=kind)
     try:
-        async with _patience(peer, timeout_s) as heard:
-            await stream.write(_kind_field(kind) + digest)
-            status = await stream.read_exactly(1)
-            if status == _GONE:
-                raise Gone(peer, digest)
-            if status != _FOUND:
-                raise Malformed(peer, f"an answer of status {status[0]}")
-            if struct.unpack(">Q", await stream.read_exactly(8)) != (size,):
-                raise WrongHash(peer, digest)
-            data = await _read_checked(stream, size, digest, heard)
+        await _moving(stream.write(digest + struct.pack(">Q", size) + _kind_bytes(kind)), peer, timeout_s)
+        if await _moving(stream.read_exactly(1), peer, timeout_s) != b"\1":
+            raise Gone(f"{peer} does not have blob {digest.hex()[:12]}")
+        data = bytes(await _read_pieces(stream, peer, size, timeout_s))
     finally:
         await stream.close()
-    if data is None:
-        raise WrongHash(peer, digest)
+    if await asyncio.to_thread(lambda: blake3(data).digest()) != digest:
+        raise WrongHash(f"{peer} gave other bytes than those of {digest.hex()[:12]}")
     return data
 
 
-async def serve_blobs(transport: Transport, lookup: Lookup, *, timeout_s: float = 30.0) -> None:
-    """Give blobs to whoever asks. An asker who takes nothing for `timeout_s` is given up."""
-    seats = _Seats()
+async def serve_blobs(transport: Transport, lookup: Lookup) -> None:
+    """Give blobs to whoever asks for them by hash and size."""
 
-    async def serve(asker: PeerId, stream: Stream) -> None:
-        with contextlib.suppress(Refused), seats.of(asker):  # closing the stream is answer enough
-            async with _patience(asker, timeout_s) as heard:
-                stream.kind = await _read_kind(asker, stream)
-                blob = lookup(await stream.read_exactly(_DIGEST_BYTES))
-                if blob is None:
-                    await stream.write(_GONE)
-                    return
-                view = _bytes_of(blob)
-                broke = await _send(stream, [_FOUND + struct.pack(">Q", len(view)), view], heard)
-                if broke is not None:
-                    raise broke
+    async def serve(sender: PeerId, stream: Stream) -> None:
+        asked = await _moving(stream.read_exactly(40), sender, SILENCE_S)
+        stream.kind = await _read_kind(stream, sender)
+        (size,) = struct.unpack(">Q", asked[32:])
+        blob = await asyncio.to_thread(lookup, asked[:32])
+        if blob is None or len(memoryview(blob).cast("B")) != size:
+            await _moving(stream.write(b"\0"), sender, SILENCE_S)
+            return
+        await _moving(stream.write(b"\1"), sender, SILENCE_S)
+        await _write_pieces(stream, sender, memoryview(blob).cast("B"), SILENCE_S)
 
     await transport.serve_stream(BLOB_CHANNEL, serve)
 
@@ -304,88 +175,126 @@ async def fetch_all(
     timeout_s: float,
     on_blob: OnBlob,
 ) -> None:
-    """Get all blobs `wanted`, {digest: bytes}, from any of `donors`; each goes to `on_blob` once, checked.
+    """Get every blob of `wanted`, {digest: bytes}, from any of `donors`. Raises Unavailable if one can't be had."""
+    machine = Fetcher(wanted)
+    ended: asyncio.Queue[tuple[Request, bytes | Failure]] = asyncio.Queue()
+    running: dict[tuple[PeerId, bytes], asyncio.Task[None]] = {}
+    stuck: str | None = None if donors else "there is nobody to ask"
 
-    Raises Unavailable when all that can be had is here and something is missing still. What `on_blob` raises ends
-    the transfers and passes through.
-    """
-    fetcher, tasks, reasons = Fetcher(wanted), dict[tuple[PeerId, bytes], asyncio.Task[None]](), ["no donor"]
+    async def run(request: Request) -> None:
+        got = await _try_fetch(transport, request, kind=kind, timeout_s=timeout_s)
+        ended.put_nowait((request, got))
 
-    async def get(request: Request) -> None:
-        donor, digest = request.donor, request.digest
-        try:
-            data = await fetch(transport, donor, digest, request.size, kind=kind, timeout_s=timeout_s)
-        except TransportError as error:
-            perform(fetcher.failed(digest, donor, _failure(error)))
-        else:
-            on_blob(digest, data)
-            perform(fetcher.arrived(digest, donor))
+    async with asyncio.TaskGroup() as tasks:
+        pending = [effect for donor in donors for effect in machine.add_donor(donor)]
+        while not machine.done and stuck is None:
+            for effect in pending:
+                match effect:
+                    case Request(donor, digest):
+                        running[donor, digest] = tasks.create_task(run(effect))
+                    case Cancel(donor, digest):
+                        running.pop((donor, digest)).cancel()
+                    case Stuck(reason):
+                        stuck = reason
+            if stuck is not None or machine.done:
+                break
+            request, got = await ended.get()
+            running.pop((request.donor, request.digest), None)
+            if isinstance(got, Failure):
+                pending = machine.failed(request.digest, request.donor, got)
+                continue
+            if request.digest in machine.missing:
+                on_blob(request.digest, got)
+            pending = machine.arrived(request.digest, request.donor)
+        for task in running.values():
+            task.cancel()
+    if not machine.done:
+        raise Unavailable(f"{len(machine.missing)} of {len(wanted)} blobs can't be had: {stuck}")
 
-    def perform(effects: Sequence[Effect]) -> None:
-        for effect in effects:
-            match effect:
-                case Request(donor, digest):
-                    tasks[donor, digest] = group.create_task(get(effect))
-                case Cancel(donor, digest):
-                    tasks[donor, digest].cancel()
-                case Stuck(reason):
-                    reasons.append(reason)
 
+async def _try_fetch(transport: Transport, request: Request, *, kind: str, timeout_s: float) -> bytes | Failure:
     try:
-        async with asyncio.TaskGroup() as group:
-            for donor in donors:
-                perform(fetcher.add_donor(donor))
-    except ExceptionGroup as failed:
-        raise failed.exceptions[0] from None  # what on_blob raised: the caller knows of no group
-    if not fetcher.done:
-        raise Unavailable(reasons[-1])
+        return await fetch(transport, request.donor, request.digest, request.size, kind=kind, timeout_s=timeout_s)
+    except WrongHash:
+        return Failure.WRONG_HASH
+    except Gone:
+        return Failure.GONE
+    except TransportError:
+        return Failure.BROKEN
 
 
-def _failure(error: TransportError) -> Failure:
-    match error:
-        case WrongHash():
-            return Failure.WRONG_HASH
-        case Gone():
-            return Failure.GONE
-        case _:
-            return Failure.BROKEN
+# -- framing
 
 
-async def _read_checked(stream: Stream, size: int, digest: bytes, heard: _Heard) -> bytes | None:
-    """The next `size` bytes, or None if they don't have that hash. Hashed as they come: the loop is never held up."""
-    pieces, hasher = [], blake3()
-    for start in range(0, size, READ_BYTES):
-        pieces.append(await stream.read_exactly(min(READ_BYTES, size - start)))
-        hasher.update(pieces[-1])
-        heard()
-    return b"".join(pieces) if hasher.digest() == digest else None
+def _length(data: bytes) -> bytes:
+    return struct.pack(">I", len(data))
 
 
-# -- both
+def _kind_bytes(kind: str) -> bytes:
+    encoded = kind.encode("ascii")
+    assert 0 < len(encoded) <= KIND_CHARACTERS, f"{kind!r} is no kind of bytes"
+    return bytes([len(encoded)]) + encoded
 
 
-@contextlib.asynccontextmanager
-async def _patience(peer: PeerId, timeout_s: float) -> AsyncIterator[_Heard]:
-    """Ends the block with Unreachable when what it gives hasn't been called for `timeout_s`."""
-    now = asyncio.get_running_loop().time
+def _said(verdict: int, words: bytes) -> bytes:
+    return bytes([verdict]) + _length(words[:_WORDS_BYTES]) + words[:_WORDS_BYTES]
 
-    def heard() -> None:
-        if not limit.expired():
-            limit.reschedule(now() + timeout_s)
 
+async def _moving(work: Awaitable[T], peer: PeerId, timeout_s: float) -> T:
+    """The result of one small piece of work on a stream. Raises Stalled if it takes too long."""
     try:
-        async with asyncio.timeout(timeout_s) as limit:
-            yield heard
+        async with asyncio.timeout(timeout_s):
+            return await work
     except TimeoutError:
-        raise Unreachable(peer, f"silent for {timeout_s:g} s") from None
+        raise Stalled(f"{peer}: no byte moved for {timeout_s:g} s") from None
 
 
-@contextlib.asynccontextmanager
-async def _beside[T](work: Coroutine[None, None, T]) -> AsyncIterator[asyncio.Task[T]]:
-    """Run `work` beside the block, and end it with it; unlike a TaskGroup, it leaves the block's errors bare."""
-    task = asyncio.create_task(work)
+async def _read_kind(stream: Stream, peer: PeerId) -> str:
+    (length,) = await _moving(stream.read_exactly(1), peer, SILENCE_S)
+    if not 0 < length <= KIND_CHARACTERS:
+        raise Nonsense(f"{peer}: a kind of {length} characters")
     try:
-        yield task
-    finally:
-        task.cancel()
-        await asyncio.wait({task})
+        return (await _moving(stream.read_exactly(length), peer, SILENCE_S)).decode("ascii")
+    except UnicodeDecodeError as error:
+        raise Nonsense(f"{peer}: a kind that is no word") from error
+
+
+async def _read_opening(stream: Stream, peer: PeerId, header_cap: int, total_cap: int) -> tuple[bytes, tuple[int, ...]]:
+    """(header, sizes) of a push. Raises Refused for more than is allowed, Nonsense for bad framing."""
+    (length,) = struct.unpack(">I", await _moving(stream.read_exactly(4), peer, SILENCE_S))
+    if length > header_cap:
+        raise Refused(peer, f"a header of {length} bytes; at most {header_cap} are allowed")
+    header = await _moving(stream.read_exactly(length), peer, SILENCE_S)
+    stream.kind = await _read_kind(stream, peer)
+    (count,) = struct.unpack(">I", await _moving(stream.read_exactly(4), peer, SILENCE_S))
+    if count > MAX_BUFFERS:
+        raise Refused(peer, f"{count} payloads; at most {MAX_BUFFERS} are allowed")
+    sizes = struct.unpack(f">{count}Q", await _moving(stream.read_exactly(8 * count), peer, SILENCE_S))
+    if sum(sizes) > total_cap:
+        raise Refused(peer, f"{sum(sizes)} bytes; at most {total_cap} are allowed")
+    return header, sizes
+
+
+async def _verdict(stream: Stream, peer: PeerId, timeout_s: float) -> bytes:
+    """What the other side says. Raises Refused where it refuses."""
+    said = await _moving(stream.read_exactly(5), peer, timeout_s)
+    verdict, length = said[0], int.from_bytes(said[1:])
+    if verdict not in (_FINE, _REFUSED) or length > _WORDS_BYTES:
+        raise Nonsense(f"{peer}: a verdict {verdict} of {length} bytes")
+    words = await _moving(stream.read_exactly(length), peer, timeout_s)
+    if verdict == _REFUSED:
+        raise Refused(peer, words.decode(errors="replace")[:200])
+    return words
+
+
+async def _write_pieces(stream: Stream, peer: PeerId, data: memoryview, timeout_s: float) -> None:
+    for start in range(0, len(data), PIECE_BYTES):
+        await _moving(stream.write(data[start : start + PIECE_BYTES]), peer, timeout_s)
+
+
+async def _read_pieces(stream: Stream, peer: PeerId, size: int, timeout_s: float = SILENCE_S) -> bytearray:
+    data = bytearray(size)
+    view = memoryview(data)
+    for start in range(0, size, PIECE_BYTES):
+        await _moving(stream.read_into(view[start : start + PIECE_BYTES]), peer, timeout_s)
+    return data

@@ -85,6 +85,11 @@ class Swarm:
         mine = self._identity.peer_id
         return {one.owner: one.body.role for one in found if one.owner != mine and isinstance(one.body, MemberBody)}
 
+    def progress_of(self, peer: PeerId) -> ProgressBody | None:
+        """What `peer` last said that it is doing, if that still holds."""
+        found = self.records.get("progress", peer, now=time.time())
+        return found.body if found is not None and isinstance(found.body, ProgressBody) else None
+
     async def look_around(self) -> dict[PeerId, str]:
         """Ask the DHT who is there, and return every other member that we know of, with its role."""
         for raw in await self._host.discover(self._run):

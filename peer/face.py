@@ -5,6 +5,7 @@ from collections import Counter
 
 from dugnad.coordinator.service import Coordinator
 from dugnad.dht.records import ProgressBody
+from dugnad.dht.swarm import Swarm
 from dugnad.monitoring.metrics import Metrics
 from dugnad.peer import report
 from dugnad.peer.report import Report
@@ -14,19 +15,20 @@ _LOOK_S = 1.0
 
 
 class Face:
-    """Says what `role` is doing, once it is set."""
+    """Says what `role` is doing, once it and the swarm are set."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
         self.role: Coordinator | Session | None = None
+        self.swarm: Swarm | None = None
 
     def status(self) -> Report:
         """The role's report; an empty one before there is a role."""
-        if self.role is None:
+        if self.role is None or self.swarm is None:
             return {}
-        return (
-            report.of_coordinator(self.role) if isinstance(self.role, Coordinator) else report.of_volunteer(self.role)
-        )
+        if isinstance(self.role, Coordinator):
+            return report.of_coordinator(self.role)
+        return report.of_volunteer(self.role, self.swarm)
 
     def line(self) -> str:
         """One line for a person who waits."""

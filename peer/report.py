@@ -5,7 +5,9 @@ from typing import Any
 
 from dugnad.coordinator.service import Coordinator
 from dugnad.coordinator.shell import Shell
-from dugnad.dht.identity import nickname
+from dugnad.dht.identity import PeerId, nickname
+from dugnad.dht.records import ProgressBody
+from dugnad.dht.swarm import Swarm
 from dugnad.peer.session import Session
 
 Report = dict[str, Any]
@@ -42,8 +44,8 @@ def of_coordinator(role: Coordinator) -> Report:
     }
 
 
-def of_volunteer(role: Session) -> Report:
-    """Where the run stands, as one of its volunteers sees it."""
+def of_volunteer(role: Session, swarm: Swarm) -> Report:
+    """Where the run stands, as one of its volunteers sees it; of the others it knows what they say in gossip."""
     volunteer, plan = role.machine, role.machine.plan
     standing = volunteer.standing
     seats = plan.seats if plan else ()
@@ -58,7 +60,9 @@ def of_volunteer(role: Session) -> Report:
         "tokens_per_s": role.tokens_per_s,
         "step": volunteer.step,
         "of_steps": next((seat.steps for seat in seats if seat.peer == role.identity.peer_id), 0),
-        "peers": [{"peer": seat.peer, "nickname": nickname(seat.peer), "state": "unknown"} for seat in seats],
+        "peers": [
+            _of_other(peer, swarm.progress_of(peer)) for peer, what in swarm.roles().items() if what == "volunteer"
+        ],
         "coordinator": {"peer": role.follower.leader, "alive": silent_s is None, "silent_s": silent_s or 0.0},
     }
 
@@ -83,6 +87,13 @@ def _of_any(role: Shell, name: str) -> Report:
         "bytes_sent": role.metrics.sent_bytes(),
         "bytes_received": role.metrics.received_bytes(),
     }
+
+
+def _of_other(peer: PeerId, progress: ProgressBody | None) -> Report:
+    said: Report = {"peer": peer, "nickname": nickname(peer), "state": "unknown", "reason": "it has not said"}
+    if progress is not None:
+        said |= {"state": progress.state, "reason": progress.reason, "round": progress.round, "step": progress.step}
+    return said
 
 
 def line(said: Report) -> str:

@@ -172,6 +172,7 @@ async def _placed(
         ) as host,
         Swarm(host, identity, run, role=role, refused=metrics.rejected_message, progress=face.progress) as swarm,
     ):
+        face.swarm = swarm
         yield Place(identity, host, swarm, face, exporter.url)
 
 

@@ -54,7 +54,9 @@ def main() -> None:
                 took[name].append(time.perf_counter() - since)
             error[name] = float(np.linalg.norm(decoded - x) / np.linalg.norm(x))
     base = statistics.median(took["dugnad int8"])
-    print(f"encode and decode {options.elements / 1e6:.0f}M float32, one thread, {options.repeat} interleaved repetitions")
+    print(
+        f"encode and decode {options.elements / 1e6:.0f}M float32, one thread, {options.repeat} interleaved repetitions"
+    )
     for name, seconds in took.items():
         median, spread = statistics.median(seconds), max(seconds) - min(seconds)
         print(

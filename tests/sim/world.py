@@ -20,7 +20,7 @@ from dugnad.coordinator.audit import Audit, audit
 from dugnad.coordinator.follower import NO_COST, Follower
 from dugnad.coordinator.ledger import Ledger
 from dugnad.coordinator.messages import Block, Commit, Delegation, Message, Plan, Vote, delegation_payload
-from dugnad.coordinator.rounds import Keep, Leader
+from dugnad.coordinator.rounds import Keep, Leader, LeftOut
 from dugnad.dht.identity import PeerId
 from dugnad.optim import reduce as reducing
 from dugnad.optim.plan import assign_parts
@@ -320,8 +320,8 @@ class Node:
                 world.after(world.delay() * 2, lambda: self.do(lambda node: node.fetch(digests, donors)))
             case following.CatchUp(donor, after_round):
                 world.after(world.delay() * 2, lambda: self.do(lambda node: node.catch_up(donor, after_round)))
-            case Keep():
-                pass  # the world sees every model as it is applied
+            case Keep() | LeftOut():
+                pass  # the world sees every model as it is applied, and every block
             case following.Refused():
                 world.refusals.append(effect)
             case _:

@@ -129,7 +129,7 @@ def applied(
     said = model_after(round_) if model is None else model
     block = digest(f"block {round_}")
     signature = FakeSigner(PeerId(peer)).sign(applied_payload(RUN, round_, block, said))
-    return Applied(round_, block, said, signature, wall_s / 2, wall_s, dict(sent or {}))
+    return Applied(round_, block, said, signature, wall_s / 2, wall_s, tuple(sorted((sent or {}).items())))
 
 
 @st.composite

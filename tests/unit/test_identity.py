@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dugnad.dht import identity as identity_module
-from dugnad.dht.identity import Identity, IdentityError, PeerId, nickname, peer_id_of, public_key_of, verify, write_private
+from dugnad.dht.identity import (
+    Identity,
+    IdentityError,
+    PeerId,
+    nickname,
+    peer_id_of,
+    public_key_of,
+    verify,
+    write_private,
+)
 
 ALPHABET = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 SEED = bytes(range(32))
