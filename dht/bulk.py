@@ -1,10 +1,10 @@
 """Bulk bytes over raw streams: pushed to a peer that expects them, or fetched by their hash from whoever has them.
 
-    push    u32 header length, header, u8 kind length, kind, u32 count, u64 sizes       ->
+    push    u8 kind length, kind, u32 header length, header, u32 count, u64 sizes       ->
             u8 verdict, u32 length, words                                               <-   1 refuses, and that is all
             the payloads, one after the other                                           ->
             u8 verdict, u32 length, reply                                               <-
-    fetch   digest (32), u64 size, u8 kind length, kind                                 ->
+    fetch   u8 kind length, kind, digest (32), u64 size                                 ->
             u8 0 gone / 1 here, then the bytes                                          <-
 
 Every length is checked before anything is allocated for it, and every wait is for progress: a peer that sends nothing
@@ -90,7 +90,7 @@ async def push(
     stream = await transport.open(peer, channel, kind=kind)
     try:
         sizes = [len(memoryview(buffer).cast("B")) for buffer in buffers]
-        opening = _length(header) + header + _kind_bytes(kind) + struct.pack(f">I{len(sizes)}Q", len(sizes), *sizes)
+        opening = _kind_bytes(kind) + _length(header) + header + struct.pack(f">I{len(sizes)}Q", len(sizes), *sizes)
         await _moving(stream.write(opening), peer, timeout_s)
         await _verdict(stream, peer, timeout_s)
         for buffer in buffers:
@@ -138,7 +138,7 @@ async def fetch(transport: Transport, peer: PeerId, digest: bytes, size: int, *,
     """The blob `digest`, `size` bytes, from `peer`. Raises Gone, WrongHash, Stalled, Unreachable."""
     stream = await transport.open(peer, BLOB_CHANNEL, kind=kind)
     try:
-        await _moving(stream.write(digest + struct.pack(">Q", size) + _kind_bytes(kind)), peer, timeout_s)
+        await _moving(stream.write(_kind_bytes(kind) + digest + struct.pack(">Q", size)), peer, timeout_s)
         if await _moving(stream.read_exactly(1), peer, timeout_s) != b"\1":
             raise Gone(f"{peer} does not have blob {digest.hex()[:12]}")
         data = bytes(await _read_pieces(stream, peer, size, timeout_s))
@@ -153,8 +153,8 @@ async def serve_blobs(transport: Transport, lookup: Lookup) -> None:
     """Give blobs to whoever asks for them by hash and size."""
 
     async def serve(sender: PeerId, stream: Stream) -> None:
-        asked = await _moving(stream.read_exactly(40), sender, SILENCE_S)
         stream.kind = await _read_kind(stream, sender)
+        asked = await _moving(stream.read_exactly(40), sender, SILENCE_S)
         (size,) = struct.unpack(">Q", asked[32:])
         blob = await asyncio.to_thread(lookup, asked[:32])
         if blob is None or len(memoryview(blob).cast("B")) != size:
@@ -261,11 +261,11 @@ async def _read_kind(stream: Stream, peer: PeerId) -> str:
 
 async def _read_opening(stream: Stream, peer: PeerId, header_cap: int, total_cap: int) -> tuple[bytes, tuple[int, ...]]:
     """(header, sizes) of a push. Raises Refused for more than is allowed, Nonsense for bad framing."""
+    stream.kind = await _read_kind(stream, peer)
     (length,) = struct.unpack(">I", await _moving(stream.read_exactly(4), peer, SILENCE_S))
     if length > header_cap:
         raise Refused(peer, f"a header of {length} bytes; at most {header_cap} are allowed")
     header = await _moving(stream.read_exactly(length), peer, SILENCE_S)
-    stream.kind = await _read_kind(stream, peer)
     (count,) = struct.unpack(">I", await _moving(stream.read_exactly(4), peer, SILENCE_S))
     if count > MAX_BUFFERS:
         raise Refused(peer, f"{count} payloads; at most {MAX_BUFFERS} are allowed")

@@ -52,7 +52,7 @@ def of_volunteer(role: Session, swarm: Swarm) -> Report:
     silent_s = volunteer.coordinator_silent_s(now=role.now())
     return {
         **_of_any(role, "volunteer"),
-        "state": volunteer.state,
+        "state": volunteer.stage,
         "reason": volunteer.reason,
         "val_loss": standing.val_loss if standing else None,
         "val_round": standing.val_round if standing else 0,
@@ -100,7 +100,7 @@ def line(said: Report) -> str:
     """One line for a person who waits."""
     total = said["total_steps"]
     head = f"round {said['round']}  step {said['global_step']}/{total}"
-    if said["role"] == "volunteer" and said["of_steps"] and said["state"] == "train":
+    if said["role"] == "volunteer" and said["of_steps"] and said["state"] == "training":
         doing = f"training {said['step']}/{said['of_steps']}"
         if said["loss"] is not None:
             doing += f"  loss {said['loss']:.3f}  {said['tokens_per_s']:.0f} tokens/s"

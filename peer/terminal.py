@@ -8,7 +8,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
-from rich.logging import RichHandler
 from rich.spinner import Spinner
 from rich.text import Text
 
@@ -28,17 +27,21 @@ def log_to(directory: Path) -> None:
     root.propagate = False
     for handler in root.handlers[:]:
         root.removeHandler(handler)
-    if console.is_terminal:
-        shown: logging.Handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)
-        shown.setFormatter(logging.Formatter("%(message)s"))
-    else:
-        shown = logging.StreamHandler()
-        shown.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    shown = _Shown() if console.is_terminal else logging.StreamHandler()
+    shown.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
     root.addHandler(shown)
     directory.mkdir(parents=True, exist_ok=True)
     kept = logging.FileHandler(directory / "log.txt", encoding="utf-8")
     kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root.addHandler(kept)
+
+
+class _Shown(logging.Handler):
+    """Prints above the live line; a warning stands out."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else ""
+        console.print(Text(self.format(record), style=style), soft_wrap=True)
 
 
 @contextlib.asynccontextmanager
