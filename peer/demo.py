@@ -145,7 +145,7 @@ async def run_demo(
     async with _ended(demo), live_line(lambda: demo.line):
         await _start(demo, name)
         await _watch(demo)
-    found = _account(demo, [process.pid for process in demo.started if process.is_running()])
+    found = _account(demo, [process.pid for process in demo.started if _is_alive(process)])
     _show_end(found)
     if json_file is not None:
         json_file.write_text(json.dumps(found, indent=1))
@@ -363,6 +363,13 @@ def _broken(demo: Demo, found: dict[str, Any], trained: Sequence[RoundRow]) -> l
         "a process ended badly: " + ", ".join(_ended_badly(demo)): not _ended_badly(demo),
     }
     return [sentence for sentence, held in checks.items() if not held]
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """Whether it runs: one that has ended and that its new parent has not yet asked about does not."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _ended_badly(demo: Demo) -> list[str]:

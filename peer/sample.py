@@ -12,9 +12,9 @@ from dugnad.peer.numerics import Numerics
 
 
 def write(source: Path, prompt: str, length: int, *, temperature: float, top_k: int, seed: int) -> str:
-    """What the model in `source` writes after `prompt`: a checkpoint's folder, or one that holds `checkpoints/`.
+    """`prompt`, and `length` bytes that the model in `source` writes after it.
 
-    `length` in bytes. Raises CheckpointError.
+    source: a checkpoint's folder, or one that holds `checkpoints/`. Raises CheckpointError.
     """
     checkpoints = Checkpoints(source / "checkpoints", keep=1)
     path = source if (source / MANIFEST).exists() else checkpoints.latest()
@@ -33,4 +33,4 @@ def write(source: Path, prompt: str, length: int, *, temperature: float, top_k: 
     load_weights(network, numerics.layout, model.weights)
     with torch.inference_mode():
         written = generate(network, prompt.encode(), length, temperature=temperature, top_k=top_k, seed=seed)
-    return written.decode("utf-8", errors="replace")
+    return prompt + written.decode("utf-8", errors="replace")
