@@ -75,7 +75,7 @@ class Corpus:
                 f"model.context is {context}, but only {self.train.size} bytes are there to train on; make it smaller"
             )
         starts_B = _mixed(self.seed, samples) % np.uint64(places)
-        return self.train[starts_B.astype(np.int64)[:, None] + np.arange(context + 1)]
+        return np.take(self.train, starts_B.astype(np.int64)[:, None] + np.arange(context + 1))
 
     def validation_batch(self, sequences: int, *, context: int) -> NDArray[np.uint8]:
         """Return evenly spaced sequences of the validation text that do not overlap: uint8 (sequences, context + 1).
@@ -89,7 +89,7 @@ class Corpus:
                 "bytes are held back; raise data.validation_bytes or lower evaluation.sequences"
             )
         starts_B = np.arange(sequences) * stride
-        return self.validation[starts_B[:, None] + np.arange(context + 1)]
+        return np.take(self.validation, starts_B[:, None] + np.arange(context + 1))
 
 
 def _mixed(seed: int, samples: Sequence[int]) -> NDArray[np.uint64]:

@@ -119,7 +119,7 @@ def _first_values(seed: int, parameter: _Parameter) -> NDArray[np.float32]:
     # odd integers between -2^24 and 2^24: symmetric around zero, and exact in float32
     odd = (raw >> np.uint64(64 - _UNIFORM_BITS)).astype(np.int64) * 2 + (1 - 2**_UNIFORM_BITS)
     step = np.float32(parameter.spread * math.sqrt(3) / 2**_UNIFORM_BITS)
-    values = odd.astype(np.float32) * step + np.float32(parameter.centre)
+    values: NDArray[np.float32] = odd.astype(np.float32) * step + np.float32(parameter.centre)
     return values.reshape(parameter.shape)
 
 

@@ -115,7 +115,7 @@ class Trainer:
         with torch.no_grad():
             losses = [
                 loss_of(self._model, piece.to(self._device)).item() * len(piece)
-                for piece in sequences_BS.split(self._recipe.inner.batch_sequences)
+                for piece in torch.split(sequences_BS, self._recipe.inner.batch_sequences)
             ]
         return math.fsum(losses) / len(sequences_BS)
 

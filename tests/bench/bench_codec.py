@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
+from numpy.typing import NDArray
 
 from dugnad.optim.codec import Int8Codec
 
@@ -37,7 +38,8 @@ def main() -> None:
 
     def bitsandbytes_blockwise() -> np.ndarray:
         codes, state = quantize_blockwise(tensor, blocksize=BLOCK)
-        return dequantize_blockwise(codes, state).numpy()
+        decoded: NDArray[np.float32] = dequantize_blockwise(codes, state).numpy()
+        return decoded
 
     ways: dict[str, Callable[[], np.ndarray]] = {
         "dugnad int8": lambda: ours.decode(ours.encode(x), x.size),

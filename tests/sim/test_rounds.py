@@ -66,7 +66,7 @@ def test_a_volunteer_killed_in_the_middle_of_a_round_costs_only_its_own_work(mom
     def ripe() -> bool:
         if leader.phase is not phases[moment]:
             return False
-        return moment != "gathering" or len(leader._round.contributions) >= 2
+        return moment != "gathering" or (leader._round is not None and len(leader._round.contributions) >= 2)
 
     world.when(ripe, lambda: world.crash("p01"), every_s=0.001)
     before = rounds(world)
@@ -107,7 +107,8 @@ def test_leaving_in_order_shrinks_the_committee_until_the_coordinator_is_alone()
     world.run(600, until=committed(world, 3))
     for name in names:
         node = world.nodes[PeerId(name)]
-        node.do(lambda node: node.perform(node.machine.leave(now=world.now)))
+        assert isinstance(node, VolunteerNode)
+        node.leave()
     world.run(world.now + 120, until=lambda: len(world.left) == 3)
     assert set(world.left.values()) == {"left in order"}
     committee = world.disks[COORDINATOR].commits[-1].block.committee

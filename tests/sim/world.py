@@ -473,6 +473,10 @@ class VolunteerNode(Node):
             case _:
                 super().perform_one(effect)
 
+    def leave(self) -> None:
+        """Ctrl+C."""
+        self.do(lambda _: self.perform(self.machine.leave(now=self.world.now)))
+
     def _sync(self) -> None:
         leader = self.world.nodes.get(COORDINATOR)
         if leader is None or leader.frozen or not self.world.reaches(self.peer, COORDINATOR):

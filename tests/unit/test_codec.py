@@ -3,12 +3,14 @@ import os
 import subprocess
 import sys
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
 
 from dugnad.optim import codec as codec_module
 from dugnad.optim.codec import CodecError, Int8Codec, NonFinite
@@ -255,7 +257,12 @@ def test_payloads_of_a_wrong_size_are_refused(codec: Int8Codec, size: int) -> No
 def test_vectors_that_are_not_whole_blocks_of_float32_are_refused(codec: Int8Codec) -> None:
     with pytest.raises(ValueError, match="not whole blocks"):
         codec.encode(np.zeros(BLOCK + 1, np.float32))
-    for wrong in (np.zeros(BLOCK), np.zeros(2 * BLOCK, np.float32)[::2], np.zeros((1, BLOCK), np.float32)):
+    vectors: list[NDArray[Any]] = [
+        np.zeros(BLOCK, np.float64),
+        np.zeros(2 * BLOCK, np.float32)[::2],
+        np.zeros((1, BLOCK), np.float32),
+    ]
+    for wrong in vectors:
         with pytest.raises(ValueError, match="contiguous float32"):
             codec.encode(wrong)
         with pytest.raises(ValueError, match="contiguous float32"):

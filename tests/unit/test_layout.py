@@ -1,7 +1,10 @@
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from dugnad.optim.layout import Layout, LayoutError
 
@@ -138,11 +141,12 @@ def test_tensors_that_do_not_fit_are_refused_by_name() -> None:
 
 def test_vectors_that_do_not_fit_are_refused() -> None:
     layout = Layout(TENSORS, 64, 128)
-    for vector in (
+    wrong: list[NDArray[Any]] = [
         np.zeros(layout.total_elements - 1, np.float32),
-        np.zeros(layout.total_elements),
+        np.zeros(layout.total_elements, np.float64),
         np.zeros(2 * layout.total_elements, np.float32)[::2],
-    ):
+    ]
+    for vector in wrong:
         with pytest.raises(LayoutError, match="vector is"):
             layout.unflatten(vector)
         with pytest.raises(LayoutError, match="vector is"):

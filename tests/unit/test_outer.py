@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from dugnad.configs.recipe import OuterSettings
 from dugnad.optim.codec import CodecError, Int8Codec, NonFinite
@@ -100,7 +102,8 @@ def test_a_step_to_values_that_are_not_finite_is_refused(bad: float, at: int) ->
 
 def test_vectors_of_different_lengths_or_types_are_refused() -> None:
     x = random_vector(1, 10)
-    for wrong in (x[:9], x.astype(np.float64), x.reshape(2, 5)):
+    vectors: list[NDArray[Any]] = [x[:9], x.astype(np.float64), x.reshape(2, 5)]
+    for wrong in vectors:
         with pytest.raises(ValueError, match="float32 vectors of one length"):
             outer_step(x, x, wrong, lr=0.7, momentum_factor=0.9)
         with pytest.raises(ValueError, match="float32 vectors of one length"):
@@ -217,7 +220,7 @@ def test_missing_short_and_corrupt_blobs_are_named_by_their_tensor() -> None:
             SharedModel.from_manifest(LAYOUT, model.manifest(), blobs)
 
 
-def changed(edit: Callable[[list], object]) -> bytes:
+def changed(edit: Callable[[list[Any]], object]) -> bytes:
     parsed = msgspec.msgpack.decode(a_model().manifest())
     edit(parsed)
     return msgspec.msgpack.encode(parsed)

@@ -22,7 +22,7 @@ def test_parts_are_proportional_to_uplinks() -> None:
 
 
 def test_a_member_without_uplink_owns_nothing() -> None:
-    assert set(assign_parts(5, swarm(a=0.0, b=1.0), previous=("a",) * 5)) == {"b"}
+    assert set(assign_parts(5, swarm(a=0.0, b=1.0), previous=(PeerId("a"),) * 5)) == {"b"}
 
 
 def test_the_parts_of_a_lost_owner_move_and_no_others() -> None:
