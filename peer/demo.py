@@ -381,15 +381,18 @@ def _show_end(found: dict[str, Any]) -> None:
     from dugnad.peer.sample import write
 
     say("")
-    say(f"validation loss    {found['val_loss_first']:.3f} -> {found['val_loss_last']:.3f} nats per byte")
-    say(
-        f"bytes sent         {found['bytes_sent'] / 1e6:.1f} MB; data-parallel training in fp32 would have sent "
-        f"{found['bytes_data_parallel'] / 1e6:.0f} MB, {found['bytes_vs_data_parallel']:.0f} times as much"
-    )
+    if found["val_loss_first"] is not None:
+        say(f"validation loss    {found['val_loss_first']:.3f} -> {found['val_loss_last']:.3f} nats per byte")
+    if found["bytes_vs_data_parallel"] is not None:
+        say(
+            f"bytes sent         {found['bytes_sent'] / 1e6:.1f} MB; data-parallel training in fp32 would have sent "
+            f"{found['bytes_data_parallel'] / 1e6:.0f} MB, {found['bytes_vs_data_parallel']:.0f} times as much"
+        )
     for peer, share in found["utilization"].items():
         seconds = found["compute_s"][peer]
         say(f"computing          {found['nicknames'][peer]:<20} {seconds:5.0f} s, {100 * share:.0f} % of its time")
-    say(f"audit              {found['audit']['rounds']} rounds, nothing lost, nothing doubled")
+    if found["audit"]["clean"]:
+        say(f"audit              {found['audit']['rounds']} rounds: no data range lost, none doubled, all models agree")
     say(f"checkpoint         {found['checkpoint']}")
     say(f"took               {found['duration_s']:.0f} s")
     say("")
