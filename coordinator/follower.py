@@ -125,7 +125,7 @@ class Follower:
         """(round, term, view) of the newest vote, and for which block."""
         self._said: Applied | None = None
         self._unapplied: deque[Commit] = deque(maxlen=REPLAY_ROUNDS)
-        self._applying = False
+        self._applying: Commit | None = None
         self._act_at = float("inf")
         """When to fetch missing parts, first or again."""
         self._catching_up_until = 0.0
@@ -157,17 +157,16 @@ class Follower:
 
     def synced(self, round_: int, model: bytes, *, now: float) -> list[Effect]:
         """The shell holds the model after `round_`, whose digest peers certified."""
-        self.model_round, self.model, self._applying = round_, model, False
-        while self._unapplied and self._unapplied[0].block.round <= round_:
-            self._unapplied.popleft()
+        self._has_model(round_, model)
         self._act_at = now
         return self._advance(now)
 
     def applied(self, round_: int, model: bytes, cost: Cost, *, now: float) -> list[Effect]:
         """The model after `round_` is in place."""
-        commit = self._unapplied.popleft()
+        commit = self._applying
+        assert commit is not None
         assert commit.block.round == round_ == self.model_round + 1, "commits are applied one by one, in order"
-        self.model_round, self.model, self._applying = round_, model, False
+        self._has_model(round_, model)
         self._held.difference_update(commit.block.parts)
         self._act_at = now if self._unapplied else float("inf")
         payload = applied_payload(self.ledger.run, round_, commit.block.hash, model)
@@ -243,16 +242,21 @@ class Follower:
         self._proposal = None
         self._unapplied.append(said)
         self._catching_up_until = 0.0
-        if not self._applying:
+        if self._applying is None:
             self._act_at = now + grace_s
         return [Store(said), *self._advance(now)]
+
+    def _has_model(self, round_: int, model: bytes) -> None:
+        self.model_round, self.model, self._applying = round_, model, None
+        while self._unapplied and self._unapplied[0].block.round <= round_:
+            self._unapplied.popleft()
 
     def _say_applied(self) -> list[Effect]:
         return [] if self._said is None or self.leader is None else [Send((self.leader,), self._said)]
 
     def _advance(self, now: float) -> list[Effect]:
         """Apply the next commit, or vote on the proposal, as soon as all of its bytes are held."""
-        if self.model is None or self._applying:
+        if self.model is None or self._applying is not None:
             return []
         if self._unapplied:
             return self._apply_next(now)
@@ -283,7 +287,7 @@ class Follower:
             return [Resync(f"{self.ledger.head.round - self.model_round} rounds behind: too many to replay")]
         if self._missing(commit.block):
             return self._fetch_missing(now) if now >= self._act_at else []
-        self._applying = True
+        self._applying = commit  # kept here: when many more arrive meanwhile, it falls out of `_unapplied`
         self._act_at = float("inf")
         return [Apply(commit)]
 
@@ -293,7 +297,7 @@ class Follower:
     def _fetch_missing(self, now: float) -> list[Effect]:
         """Ask for the parts of the next commit, or of the proposal, that are not here."""
         self._act_at = float("inf")
-        if self.model is None or self._applying:
+        if self.model is None or self._applying is not None:
             return []
         if self._unapplied:
             commit = self._unapplied[0]

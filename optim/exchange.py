@@ -69,10 +69,11 @@ class Exchange:
         )
 
     def begin(self, round_: int) -> None:
-        """A round begins: forget the bytes of the one before."""
-        self._round = round_
-        self._own = ([], ())
-        self._held.clear()
+        """A round begins: forget the bytes of the one before. Said again of the same round, it changes nothing."""
+        if round_ != self._round:
+            self._round = round_
+            self._own = ([], ())
+            self._held.clear()
 
     async def contribute(self, pseudo_gradient: Vector) -> bytes:
         """Encode our work, float32 (layout.total_elements,), and return its root. Raises NonFinite."""

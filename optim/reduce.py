@@ -115,6 +115,11 @@ class Reducer:
         self._held[self._me, root].update(range(len(self._owners)))
         return [*self._upload(now), *self._holds(now)]
 
+    def restart(self) -> None:
+        """Our own work is void, and other work is on its way; what others sent us stays held."""
+        self._root = None
+        self._sent.clear()
+
     def uploaded(self, owner: PeerId, parts: tuple[int, ...], *, now: float) -> list[Effect]:
         """`owner` has acknowledged `parts` of ours."""
         self._sent[owner].update(parts)

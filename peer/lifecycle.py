@@ -253,11 +253,15 @@ class Volunteer:
         receivers = (*plan.members, sender)
         if before is not None and before.round == plan.round and before.seat_of(self._me) == seat and self._working:
             return [*self._promised(), *self._reduced(self._reducer.plan(plan.owners, receivers, now=now))]
-        self._reducer, self._promise = Reducer(self._me), None
-        self._reducer.plan(plan.owners, receivers, now=now)
+        if before is not None and before.round == plan.round:
+            self._reducer.restart()
+        else:
+            self._reducer = Reducer(self._me)
+        self._promise = None
+        held = self._reduced(self._reducer.plan(plan.owners, receivers, now=now))
         self._turn(State.TRAIN, f"round {plan.round}: training {seat.steps} steps with {len(plan.seats)} peers")
         self._train_until = now + plan.train_s
-        return [Train(plan, seat)]
+        return [Train(plan, seat), *held]
 
     @property
     def _working(self) -> bool:

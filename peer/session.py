@@ -84,12 +84,20 @@ class Session(Shell):
         self._training: asyncio.Task[None] | None = None
         self._order = _Order()
         self._trained_s = 0.0
+        self._contributed_at: float | None = None
 
     def leave(self) -> None:
         """Finish what others count on, then leave."""
         self.perform(self.machine.leave(now=self.now()))
 
     # -- the role's part of the shell
+
+    async def serve(self) -> None:
+        """Take part until it is time to leave; the training thread, if any, ends after its step."""
+        try:
+            await super().serve()
+        finally:
+            self._order.end(discard=True)
 
     async def begin(self) -> None:
         """Take up our own copy of the chain, and learn who leads."""
@@ -102,6 +110,7 @@ class Session(Shell):
         """Train, exchange, sync, leave."""
         match effect:
             case Train():
+                self._exchange.begin(effect.plan.round)  # at once: who is faster may send its parts any moment
                 self._order.end(discard=True)
                 self._order = _Order()
                 self._training = self.spawn(self._train(effect, self._order, after=self._training))
@@ -135,6 +144,9 @@ class Session(Shell):
         if not block.entries:
             return
         self.metrics.round_committed(block.round, block.global_step, cost.wall_s)
+        if self._contributed_at is not None:
+            self.metrics.phase_took("exchange", self.now() - self._contributed_at)
+            self._contributed_at = None
         if cost.wall_s > 0:
             self.metrics.utilized(cost.train_s / cost.wall_s)
         tokens = sum(entry.tokens for entry in block.entries)
@@ -158,12 +170,13 @@ class Session(Shell):
         if order.discard:
             return
         plan = effect.plan
-        self._exchange.begin(plan.round)
         self.machine.step = 0
         for other in plan.seats:
             await self.transport.learn(other.peer, other.addresses)
         try:
             interval = await self._interval(effect, order.stop)
+            if order.discard:
+                return
             root = await self._exchange.contribute(interval.pseudo_gradient)
         except (NonFinite, training.NonFinite) as error:
             log.warning("round %d: nothing to contribute: %s", plan.round, error)
@@ -175,6 +188,7 @@ class Session(Shell):
         if interval.steps == 0:
             self.perform(self.machine.not_trained(plan, "no step was done in time", now=self.now()))
             return
+        self._contributed_at = self.now()
         work = Work(root, interval.samples, interval.tokens, interval.loss)
         self.perform(self.machine.trained(plan, work, now=self.now()))
 

@@ -113,11 +113,17 @@ def refused(raw: bytes, *, run: bytes = RUN, codec: Codec = CODEC) -> str:
 def envelope(**changed: Any) -> bytes:
     """`SAID`, sealed by hand with some fields changed and a signature that holds for what it then says."""
     body = CODEC.encode(SAID)
-    fields = {"version": VERSION, "run": RUN, "tag": "delegation", "sender": ME.public_key, "body": body} | changed
+    fields: dict[str, Any] = {
+        "version": VERSION,
+        "run": RUN,
+        "tag": "delegation",
+        "sender": ME.public_key,
+        "body": body,
+    } | changed
     tag = fields["tag"]
     signed = b"dugnad/message/1" + fields["run"] + bytes([len(tag)]) + tag.encode() + fields["body"]
-    head = b"\x96" + b"".join(msgpack.packb(fields[name]) for name in ("version", "run", "tag", "sender"))
-    return head + bytes(fields["body"]) + msgpack.packb(fields.get("signature", ME.sign(signed)))
+    head: bytes = b"\x96" + b"".join(msgpack.packb(fields[name]) for name in ("version", "run", "tag", "sender"))
+    return head + fields["body"] + msgpack.packb(fields.get("signature", ME.sign(signed)))
 
 
 # -- what is honest comes through
