@@ -392,12 +392,12 @@ class Shell:
         header = _results_header.decode(raw)
         for (part, digest), buffer in zip(header.parts, buffers, strict=True):
             if blake3(buffer).digest() != digest:
-                raise bulk.Refused(sender, f"part {part} is not what its digest promised")
+                raise bulk.PushRefused(sender, f"part {part} is not what its digest promised")
         try:
             await asyncio.to_thread(self.store_blobs, buffers)
         except OSError as error:  # our disk, not their stream: it must not pass for a broken transfer
             self.spawn(_fail(error))
-            raise bulk.Refused(sender, "the disk here takes no more") from error
+            raise bulk.PushRefused(sender, "the disk here takes no more") from error
         self.took_results(sender, header)
         return b""
 

@@ -39,13 +39,13 @@ _REFUSED, _FINE = 1, 0
 Accept = Callable[[PeerId, bytes, tuple[int, ...]], str | None]
 """(sender, header, sizes): why the payloads are not wanted, or None."""
 Take = Callable[[PeerId, bytes, list[bytearray]], Awaitable[bytes]]
-"""(sender, header, payloads): the reply; raises Refused."""
+"""(sender, header, payloads): the reply; raises PushRefused."""
 OnBlob = Callable[[bytes, bytes], None]
 """(digest, bytes) of a blob that has come and is what its digest says."""
 Lookup = Callable[[bytes], bytes | memoryview | None]
 
 
-class Refused(TransportError):
+class PushRefused(TransportError):
     """The other side does not take these bytes, for a reason in words."""
 
     def __init__(self, peer: PeerId, reason: str) -> None:
@@ -85,7 +85,7 @@ async def push(
 ) -> bytes:
     """Send `buffers` to `peer`, and return its reply; nothing but the header travels if it refuses.
 
-    kind: what the bytes are counted as. timeout_s: how long nothing may move. Raises Refused, Stalled, Unreachable.
+    kind: what the bytes are counted as. timeout_s: how long nothing may move. Raises PushRefused, Stalled, Unreachable.
     """
     stream = await transport.open(peer, channel, kind=kind)
     try:
@@ -124,11 +124,11 @@ async def serve_push(
             header, sizes = await _read_opening(stream, sender, header_cap, total_cap)
             why = accept(sender, header, sizes)
             if why is not None:
-                raise Refused(sender, why)
+                raise PushRefused(sender, why)
             await _moving(stream.write(_said(_FINE, b"")), sender, SILENCE_S)
             buffers = [await _read_pieces(stream, sender, size) for size in sizes]
             return _said(_FINE, await take(sender, header, buffers))
-        except Refused as error:
+        except PushRefused as error:
             return _said(_REFUSED, error.reason.encode())
 
     await transport.serve_stream(channel, serve)
@@ -260,30 +260,30 @@ async def _read_kind(stream: Stream, peer: PeerId) -> str:
 
 
 async def _read_opening(stream: Stream, peer: PeerId, header_cap: int, total_cap: int) -> tuple[bytes, tuple[int, ...]]:
-    """(header, sizes) of a push. Raises Refused for more than is allowed, Nonsense for bad framing."""
+    """(header, sizes) of a push. Raises PushRefused for more than is allowed, Nonsense for bad framing."""
     stream.kind = await _read_kind(stream, peer)
     (length,) = struct.unpack(">I", await _moving(stream.read_exactly(4), peer, SILENCE_S))
     if length > header_cap:
-        raise Refused(peer, f"a header of {length} bytes; at most {header_cap} are allowed")
+        raise PushRefused(peer, f"a header of {length} bytes; at most {header_cap} are allowed")
     header = await _moving(stream.read_exactly(length), peer, SILENCE_S)
     (count,) = struct.unpack(">I", await _moving(stream.read_exactly(4), peer, SILENCE_S))
     if count > MAX_BUFFERS:
-        raise Refused(peer, f"{count} payloads; at most {MAX_BUFFERS} are allowed")
+        raise PushRefused(peer, f"{count} payloads; at most {MAX_BUFFERS} are allowed")
     sizes = struct.unpack(f">{count}Q", await _moving(stream.read_exactly(8 * count), peer, SILENCE_S))
     if sum(sizes) > total_cap:
-        raise Refused(peer, f"{sum(sizes)} bytes; at most {total_cap} are allowed")
+        raise PushRefused(peer, f"{sum(sizes)} bytes; at most {total_cap} are allowed")
     return header, sizes
 
 
 async def _verdict(stream: Stream, peer: PeerId, timeout_s: float) -> bytes:
-    """What the other side says. Raises Refused where it refuses."""
+    """What the other side says. Raises PushRefused where it refuses."""
     said = await _moving(stream.read_exactly(5), peer, timeout_s)
     verdict, length = said[0], int.from_bytes(said[1:])
     if verdict not in (_FINE, _REFUSED) or length > _WORDS_BYTES:
         raise Nonsense(f"{peer}: a verdict {verdict} of {length} bytes")
     words = await _moving(stream.read_exactly(length), peer, timeout_s)
     if verdict == _REFUSED:
-        raise Refused(peer, words.decode(errors="replace")[:200])
+        raise PushRefused(peer, words.decode(errors="replace")[:200])
     return words
 
 

@@ -125,7 +125,7 @@ class Exchange:
         why = await asyncio.to_thread(self._fault, header, buffers)
         if why is not None:
             log.warning("parts from %s refused: %s", sender, why)
-            raise bulk.Refused(sender, why)
+            raise bulk.PushRefused(sender, why)
         if header.round == self._round:
             root = root_of(header.digests)
             self._held.setdefault((sender, root), {}).update(zip(header.parts, buffers, strict=True))

@@ -122,6 +122,8 @@ class Reducer:
 
     def uploaded(self, owner: PeerId, parts: tuple[int, ...], *, now: float) -> list[Effect]:
         """`owner` has acknowledged `parts` of ours."""
+        if self._root is None:
+            return []  # of work that is void: our other work is not there yet
         self._sent[owner].update(parts)
         if self._uploading.get(owner) == parts:
             del self._uploading[owner]

@@ -143,7 +143,7 @@ class Volunteer:
 
     def trained(self, plan: Plan, work: Work, *, now: float) -> list[Effect]:
         """The interval of `plan` is done and encoded."""
-        if self.state is not State.TRAIN or self.plan is None or plan.round != self.plan.round:
+        if not self._trains(plan):
             return []
         self._turn(State.REDUCE, f"round {plan.round}: sending our work to its owners")
         self._train_until = float("inf")
@@ -152,7 +152,7 @@ class Volunteer:
 
     def not_trained(self, plan: Plan, why: str, *, now: float) -> list[Effect]:
         """Nothing of the interval can be contributed; the round goes on without us."""
-        if self.state is State.TRAIN and self.plan is not None and plan.round == self.plan.round:
+        if self._trains(plan):
             self._turn(State.WAIT, why)
             self._train_until = float("inf")
         return self._settle([], now)
@@ -262,6 +262,12 @@ class Volunteer:
         self._turn(State.TRAIN, f"round {plan.round}: training {seat.steps} steps with {len(plan.seats)} peers")
         self._train_until = now + plan.train_s
         return [Train(plan, seat), *held]
+
+    def _trains(self, plan: Plan) -> bool:
+        """Whether the interval of `plan` is the one under way: a new leader may have given other samples meanwhile."""
+        now = self.plan
+        given = now is not None and (plan.round, plan.seat_of(self._me)) == (now.round, now.seat_of(self._me))
+        return given and self.state is State.TRAIN
 
     @property
     def _working(self) -> bool:

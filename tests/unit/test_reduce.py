@@ -97,6 +97,18 @@ def test_an_acknowledgment_of_an_older_view_still_counts() -> None:
     assert reducer.tick(now=3.0) == [Upload(ANN, (0, 2, 3))]
 
 
+def test_work_that_is_void_leaves_no_trace_in_what_is_uploaded_of_the_other_work() -> None:
+    reducer = planned()
+    reducer.contribute(ROOTS[ME], now=0.0)
+    reducer.received(ANN, ROOTS[ANN], (0, 2), now=0.0)
+    reducer.restart()
+    assert reducer.plan(OWNERS, PEERS, now=1.0) == [Holds(ANN, ROOTS[ANN]), Holds(ME, ROOTS[ME])]
+    assert not reducer.contributed
+    assert reducer.uploaded(ANN, (1, 4), now=1.1) == []
+    effects = reducer.contribute(b"other work".ljust(32), now=2.0)
+    assert [e for e in effects if isinstance(e, Upload)] == [Upload(ANN, (1, 4)), Upload(BOB, (3,))]
+
+
 # -- holding
 
 

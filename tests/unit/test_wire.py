@@ -122,8 +122,9 @@ def envelope(**changed: Any) -> bytes:
     } | changed
     tag = fields["tag"]
     signed = b"dugnad/message/1" + fields["run"] + bytes([len(tag)]) + tag.encode() + fields["body"]
-    head: bytes = b"\x96" + b"".join(msgpack.packb(fields[name]) for name in ("version", "run", "tag", "sender"))
-    return head + fields["body"] + msgpack.packb(fields.get("signature", ME.sign(signed)))
+    head = b"\x96" + b"".join(msgpack.packb(fields[name]) for name in ("version", "run", "tag", "sender"))
+    raw: bytes = head + fields["body"] + msgpack.packb(fields.get("signature", ME.sign(signed)))
+    return raw
 
 
 # -- what is honest comes through
