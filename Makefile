@@ -1,6 +1,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test soak lint bench clean
 
+SHELL := /bin/bash
 BIN := .venv/bin
 
 help: ## this list
@@ -16,8 +17,8 @@ test: setup ## units and simulations on two cores, then sockets and processes on
 	$(BIN)/pytest -q -n 2 --dist loadgroup -m "not (net or e2e or soak)"
 	$(BIN)/pytest -q -m "(net or e2e) and not soak"
 
-soak: setup ## what takes hours: many seeds, long runs, random kills
-	$(BIN)/pytest -q -m soak --timeout 0
+soak: setup ## what takes an hour: 900 seeds of chaos, random kills of real processes; keeps its output in docs/
+	set -o pipefail; $(BIN)/pytest -v --no-header --durations 0 --durations-min 1 -m soak --timeout 0 | tee docs/soak.txt
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check

@@ -110,7 +110,7 @@ def reference(recipe: Recipe, corpus: Corpus) -> list[Tensors]:
                 theta[name] = theta[name] - mean
             else:
                 momentum[name] = factor * momentum[name] + mean
-                theta[name] = theta[name] - rate * (mean + factor * momentum[name])
+                theta[name] = theta[name] - rate * (mean + factor * momentum[name])  # type: ignore[assignment]
         after.append(dict(theta))
         global_step += steps
     return after

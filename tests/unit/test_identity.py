@@ -1,3 +1,4 @@
+import os
 import stat
 from pathlib import Path
 
@@ -5,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dugnad.dht import identity as identity_module
 from dugnad.dht.identity import (
     Identity,
     IdentityError,
@@ -169,7 +169,7 @@ def test_a_write_that_fails_leaves_neither_a_half_file_nor_a_temporary_one(
 
     path = tmp_path / "secret"
     write_private(path, b"before")
-    monkeypatch.setattr(identity_module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="disk full"):
         write_private(path, b"after")
     assert path.read_bytes() == b"before"
