@@ -270,7 +270,7 @@ class Follower:
         if all(voter.peer != self._signer.peer_id for voter in self.ledger.head.committee):
             return []
         vote = ((block.round, block.term, block.view), block.hash)
-        if vote[0] == self._voted[0] and vote != self._voted:
+        if vote[0] <= self._voted[0] and vote != self._voted:
             assert self.leader is not None
             return [Refused(self.leader, "two proposals", f"two blocks in view {block.view} of round {block.round}")]
         self._voted = vote

@@ -30,6 +30,8 @@ Address = Annotated[str, Meta(max_length=256)]
 Addresses = Annotated[tuple[Address, ...], Meta(max_length=16)]
 Member = Annotated[PeerId, Meta(min_length=1, max_length=80)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+Rate = Annotated[float, Meta(ge=0, le=1e15)]
+"""Bytes per second."""
 Range = tuple[Count, Count]
 """Half-open range [start, end) of sample indices."""
 Ranges = Annotated[tuple[Range, ...], Meta(max_length=MAX_RANGES)]
@@ -235,7 +237,7 @@ class Report(Message, frozen=True):
     of_steps: Count
     leaving: bool
     accepts: bool
-    uplink: Seconds
+    uplink: Rate
     addresses: Addresses
 
 

@@ -235,6 +235,8 @@ class Leader:
         self.membership.heard(sender, said, now=now)
         if said.term < self._delegation.term:
             return [Send((sender,), self._delegation)]
+        if said.head_round > self.follower.ledger.head.round:  # our disk is an older copy
+            return list(self.follower.behind(said.head_round, sender, now=now))
         if now < self._told_at.get(sender, 0.0) + self._recipe.rounds.report_s:
             return []
         again = self._unheard(sender, said)

@@ -330,6 +330,9 @@ class Node:
     def apply(self, commit: Commit) -> None:
         if not set(commit.block.parts) <= self.disk.blobs:
             self.world.fail(f"{self.peer} applies bytes that it does not hold")
+        known = self.world.committed.get(commit.block.round)
+        if known is None or known.block.hash != commit.block.hash:
+            self.world.fail(f"{self.peer} applies a block that was not committed")
         model = blake3(self.disk.model + b"".join(commit.block.parts)).digest()
         self.disk.model_round, self.disk.model = commit.block.round, model
         self.world.saw_model(commit.block.round, model)

@@ -161,6 +161,20 @@ def test_a_later_view_gets_a_vote_and_an_earlier_one_none_any_more() -> None:
     assert {vote.view for vote in votes(follower.receive(FOUNDER, earlier, now=0.0))} <= {2}
 
 
+def test_a_vote_is_not_forgotten_when_another_proposal_makes_it_take_the_model_anew() -> None:
+    follower = a_follower()
+    blocks = [proposal(2, view=view).block for view in (0, 1)]
+    twins = [proposal(2, view=view, part="other").block for view in (0, 1)]
+    foreign = replace(proposal(2, view=2).block, model_before=digest("another model"))
+    follower.holds(tuple(part for block in (*blocks, *twins) for part in block.parts), now=0.0)
+    for block in blocks:
+        assert [vote.block for vote in votes(follower.receive(FOUNDER, Proposal(block), now=0.0))] == [block.hash]
+    assert kinds(follower.receive(FOUNDER, Proposal(foreign), now=0.0)) == [Resync]
+    assert follower.synced(1, model_after(1), now=1.0) == []
+    for block in twins:
+        assert kinds(follower.receive(FOUNDER, Proposal(block), now=1.0)) == [Refused]
+
+
 def test_who_has_no_vote_holds_the_bytes_and_says_nothing() -> None:
     follower = a_follower(me=EVE)
     follower.holds(proposal(2).block.parts, now=0.0)
