@@ -90,6 +90,10 @@ class Chain:
         for round_, body in rows:
             yield self._decode(body, Commit, f"round {round_}")
 
+    def head_round(self) -> int:
+        """The round of the newest commit; 0 without any."""
+        return max((int(round_) for (round_,) in self._read("SELECT max(round) FROM commits") if round_), default=0)
+
     def committed_at(self) -> Mapping[int, float]:
         """round -> wall-clock time of its commit here, in seconds since 1970."""
         return dict(self._read("SELECT round, at_s FROM commits"))

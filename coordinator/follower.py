@@ -181,6 +181,19 @@ class Follower:
         )
         return [*self._say_applied(), *self._advance(now)]
 
+    def damaged(self, digests: tuple[bytes, ...], *, now: float) -> list[Effect]:
+        """These parts of the commit under way are no longer what they were on disk: get them anew."""
+        assert self._applying is not None
+        self._held.difference_update(digests)
+        if not self._unapplied or self._unapplied[0] is not self._applying:
+            self._unapplied.appendleft(self._applying)
+        self._applying, self._act_at = None, now
+        return self._advance(now)
+
+    def forget(self, digests: Iterable[bytes]) -> None:
+        """These blobs are no longer on disk, and belong to nothing that was committed."""
+        self._held.difference_update(digests)
+
     def behind(self, head_round: int, donor: PeerId, *, now: float) -> list[Effect]:
         """`donor` says that the chain has reached `head_round`: catch up if that is news."""
         if head_round <= self.ledger.head.round or now < self._catching_up_until:

@@ -13,6 +13,8 @@ from dugnad.coordinator.messages import Block, Commit, Voter, vote_payload
 from dugnad.coordinator.votes import Signer, certified_by, committee_of, has_quorum
 from dugnad.dht.identity import PeerId
 
+KEPT_HASHES = 64
+
 
 class LedgerError(Exception):
     """A block or commit that this chain refuses; the message says why."""
@@ -41,6 +43,8 @@ class Ledger:
     tip: Commit | None = field(init=False, default=None)
     credit: Counter[PeerId] = field(init=False, default_factory=Counter)
     """Committed tokens per peer."""
+    hashes: dict[int, bytes] = field(init=False, default_factory=dict)
+    """round -> hash of its block, of the newest rounds."""
 
     def __post_init__(self) -> None:
         self.head = Head(0, 0, self.run, 0, (), 0, committee_of(self.founder, ()))
@@ -78,6 +82,8 @@ class Ledger:
         for entry in block.entries:
             self.credit[entry.peer] += entry.tokens
         self.tip = commit
+        self.hashes[block.round] = block.hash
+        self.hashes.pop(block.round - KEPT_HASHES, None)
         self.head = Head(
             block.epoch, block.round, block.hash, block.global_step, block.redo, block.cursor, block.committee
         )

@@ -45,11 +45,6 @@ class Mail:
         if self._workers:
             await asyncio.wait(self._workers.values(), timeout=within_s)
 
-    def close(self) -> None:
-        """Drop what is still waiting."""
-        for worker in self._workers.values():
-            worker.cancel()
-
     async def _empty(self, to: PeerId) -> None:
         outbox = self._outboxes[to]
         try:
@@ -59,6 +54,6 @@ class Mail:
             outbox.clear()
             self._unreachable(to, str(error))
         finally:
-            del self._workers[to]
-            if outbox:  # posted by `unreachable` itself
-                self.post(to, outbox.popleft())
+            del self._workers[to], self._outboxes[to]
+            for raw in outbox:  # posted by `unreachable` itself
+                self.post(to, raw)

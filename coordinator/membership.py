@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from dugnad.coordinator.ledger import Head
-from dugnad.coordinator.messages import Report
+from dugnad.coordinator.messages import MAX_PEERS, Report
 from dugnad.dht.identity import PeerId
 
 
@@ -50,9 +50,12 @@ class Membership:
         self._silence_s = silence_s
         self._peers: dict[PeerId, _Presence] = {}
 
-    def heard(self, peer: PeerId, report: Report, *, now: float) -> None:
-        """`peer` said `report`."""
+    def heard(self, peer: PeerId, report: Report, *, now: float) -> bool:
+        """`peer` said `report`; whether there is room for it."""
+        if peer not in self._peers and len(self._peers) >= MAX_PEERS:
+            return False
         self._peers[peer] = _Presence(report, now)
+        return True
 
     def lose(self, peer: PeerId, why: str) -> None:
         """The network says that `peer` does not answer; it is back with its next report."""

@@ -24,6 +24,7 @@ from dugnad.coordinator import ranges
 from dugnad.coordinator.follower import Cost, Follower, Refused, Send, Store
 from dugnad.coordinator.membership import Membership, Stage
 from dugnad.coordinator.messages import (
+    MAX_PEERS,
     Applied,
     Ballot,
     Block,
@@ -102,8 +103,8 @@ class _Round:
     deadline: float
     seats: dict[PeerId, Seat] = field(default_factory=dict)
     contributions: dict[PeerId, Contribution] = field(default_factory=dict)
-    held: set[tuple[PeerId, PeerId, bytes]] = field(default_factory=set)
-    """(owner, contributor, root) of this view."""
+    held: dict[tuple[PeerId, PeerId], bytes] = field(default_factory=dict)
+    """(owner, contributor) -> root of what the owner holds whole, in this view."""
     slow: set[PeerId] = field(default_factory=set)
     """Owners that were here and did not deliver."""
     freeze: Freeze | None = None
@@ -175,6 +176,10 @@ class Leader:
         """The coordinator's own copy of the model has taken `round_`."""
         return self._settle(self.follower.applied(round_, model, cost, now=now), now)
 
+    def damaged(self, digests: tuple[bytes, ...], *, now: float) -> list[Effect]:
+        """Blobs of the round being applied are damaged on this disk."""
+        return self._settle(self.follower.damaged(digests, now=now), now)
+
     def lost(self, peer: PeerId, why: str, *, now: float) -> list[Effect]:
         """The network says that `peer` does not answer."""
         self.membership.lose(peer, why)
@@ -232,7 +237,8 @@ class Leader:
     # -- messages
 
     def _on_report(self, sender: PeerId, said: Report, now: float) -> list[Effect]:
-        self.membership.heard(sender, said, now=now)
+        if not self.membership.heard(sender, said, now=now):
+            return [Refused(sender, "full", f"{MAX_PEERS} peers are here already")]
         if said.term < self._delegation.term:
             return [Send((sender,), self._delegation)]
         if said.head_round > self.follower.ledger.head.round:  # our disk is an older copy
@@ -273,31 +279,42 @@ class Leader:
 
     def _on_have(self, sender: PeerId, said: Have, now: float) -> list[Effect]:
         work = self._round
-        if work is not None and (said.round, said.term, said.view) == work.plan.order:
-            work.held.add((sender, said.contributor, said.root))
+        if work is None or (said.round, said.term, said.view) != work.plan.order:
+            return []
+        if sender not in work.plan.owners or said.contributor not in work.seats:
+            return [Refused(sender, "no seat", f"it holds parts of {said.contributor} that nobody gave it")]
+        work.held[sender, said.contributor] = said.root
         return []
 
     def _on_vote(self, sender: PeerId, said: Vote, now: float) -> list[Effect]:
-        work = self._round
+        work, ledger = self._round, self.follower.ledger
         if work is None or work.proposal is None or said.block != work.proposal.block.hash:
             return []
-        payload = vote_payload(self.follower.ledger.run, said.epoch, said.round, said.term, said.view, said.block)
+        if all(voter.peer != sender for voter in ledger.head.committee):
+            return [Refused(sender, "not a member", "it has no vote in this round")]
+        block = work.proposal.block
+        # the block's own words, not the vote's: a certificate is checked against those
+        payload = vote_payload(ledger.run, block.epoch, block.round, block.term, block.view, said.block)
         if not self._signer.verify(sender, payload, said.signature):
             return [Refused(sender, "bad signature", f"vote on round {said.round}")]
         work.ballots[sender] = Ballot(sender, said.signature)
         return []
 
     def _on_applied(self, sender: PeerId, said: Applied, now: float) -> list[Effect]:
-        payload = applied_payload(self.follower.ledger.run, said.round, said.block, said.model)
+        ledger = self.follower.ledger
+        if said.block != ledger.hashes.get(said.round):
+            return [Refused(sender, "foreign chain", f"it applied another block of round {said.round}, or an old one")]
+        payload = applied_payload(ledger.run, said.round, said.block, said.model)
         if not self._signer.verify(sender, payload, said.signature):
             return [Refused(sender, "bad signature", f"model digest after round {said.round}")]
         kept: list[Effect] = []
-        if said.round > self.follower.ledger.head.round - KEPT_ROUNDS:
+        known_here = sender == self._signer.peer_id or self.membership.report(sender) is not None
+        if known_here and said.round > ledger.head.round - KEPT_ROUNDS:
             known = self.digests.setdefault(said.round, {})
             if sender not in known or known[sender].model != said.model:  # said again, it may have forgotten its cost
                 known[sender] = said
                 kept = [Keep(sender, said)]
-        for old in [r for r in self.digests if r <= self.follower.ledger.head.round - KEPT_ROUNDS]:
+        for old in [r for r in self.digests if r <= ledger.head.round - KEPT_ROUNDS]:
             del self.digests[old]
         return kept
 
@@ -405,7 +422,9 @@ class Leader:
         if not able:
             work.slow.clear()
             able = list(members)
-        weighed = [(peer, reports[peer].uplink) for peer in able]
+        # who does not know its uplink counts as the slowest who does
+        slowest = min((reports[peer].uplink for peer in able if reports[peer].uplink > 0), default=1.0)
+        weighed = [(peer, reports[peer].uplink or slowest) for peer in able]
         return self._assign(self._num_parts, weighed, previous=work.plan.owners or None)
 
     def _abandon(self, reason: str) -> list[Effect]:
@@ -426,7 +445,7 @@ class Leader:
         return {
             peer: said
             for peer, said in sorted(work.contributions.items())
-            if all((owner, peer, said.root) in work.held for owner in owners)
+            if all(work.held.get((owner, peer)) == said.root for owner in owners)
         }
 
     def _declined(self, work: _Round, peer: PeerId) -> bool:
@@ -454,8 +473,8 @@ class Leader:
         return self._plan_view(work, now)
 
     def _holds_nothing(self, work: _Round, owner: PeerId) -> bool:
-        promised = {(owner, peer, said.root) for peer, said in work.contributions.items() if peer != owner}
-        return bool(promised) and not promised & work.held
+        promised = {peer: said.root for peer, said in work.contributions.items() if peer != owner}
+        return bool(promised) and not any(work.held.get((owner, peer)) == root for peer, root in promised.items())
 
     @staticmethod
     def _mark_slow(work: _Round, owners: set[PeerId]) -> None:

@@ -54,6 +54,9 @@ class Numerics(Protocol):
     """Bytes of each encoded part."""
     assign_parts: Assign
 
+    def check_part(self, payload: bytes | bytearray | memoryview) -> None:
+        """Raise ValueError for part bytes that no encoder makes, or with values that no training has."""
+
     def first_model(self) -> Model:
         """The model before round 1, the same everywhere."""
 
@@ -87,6 +90,7 @@ class Coordinator(Shell):
             directory=directory,
             metrics=metrics,
             part_bytes=numerics.part_bytes,
+            check_part=numerics.check_part,
         )
         self.checkpoints = Checkpoints(directory / "checkpoints", self.recipe.checkpoints.keep)
         self.checkpoint: Path | None = None

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -58,6 +58,10 @@ COMMITS_BYTES = 512 * 1024
 """How many bytes of commits one answer holds, about."""
 SILENCE_S = 5.0
 """How long a transfer may stand still."""
+
+
+CheckPart = Callable[[bytes | bytearray | memoryview], None]
+"""Raises ValueError for part bytes that no encoder makes, or with values that no sane training has."""
 
 
 class Model(Protocol):
@@ -112,6 +116,9 @@ class Machine(Protocol):
     def applied(self, round_: int, model: bytes, cost: Cost, *, now: float) -> Sequence[object]:
         """A round is applied."""
 
+    def damaged(self, digests: tuple[bytes, ...], *, now: float) -> Sequence[object]:
+        """Blobs of the round being applied are damaged."""
+
     def tick(self, *, now: float) -> Sequence[object]:
         """Time has passed."""
 
@@ -133,6 +140,7 @@ class Shell:
         directory: Path,
         metrics: Metrics,
         part_bytes: Sequence[int],
+        check_part: CheckPart,
     ) -> None:
         self.identity, self.genesis, self.run = identity, genesis, genesis.run
         self.recipe = decode(genesis.recipe)
@@ -148,7 +156,11 @@ class Shell:
         self.models: deque[tuple[int, Model]] = deque(maxlen=KEPT_MODELS)
         """The newest (round, model), newest last."""
         self._part_bytes = tuple(part_bytes)
+        self._check_part = check_part
         self._changed = asyncio.Event()
+        self._attempted: dict[bytes, int] = {}
+        """Blobs of attempts at rounds that are not committed yet -> the round."""
+        self._failed = False
         self._sent_before: Counter[str] = Counter()
         self._applied_at = time.monotonic()
         self._tasks: asyncio.TaskGroup
@@ -206,6 +218,7 @@ class Shell:
                     self.transport, RESULTS_CHANNEL, self._accept_results, self._take_results,
                     header_cap=512 * 1024, total_cap=sum(self._part_bytes),
                 )  # fmt: skip
+                self._sweep_blobs()
                 await self.begin()
                 self.spawn(self._drive())
                 await self.done.wait()
@@ -241,10 +254,23 @@ class Shell:
     # -- effects
 
     def perform(self, effects: Sequence[object]) -> None:
-        """Do the effects of one machine call, in order."""
-        for effect in effects:
-            self._perform_one(effect)
+        """Do the effects of one machine call, in order; if one fails, the role ends, and does nothing more.
+
+        Callers may be handlers of the network, which survive anything: the failure must reach the role itself.
+        """
+        if self._failed:
+            return
+        try:
+            for effect in effects:
+                self._perform_one(effect)
+        except Exception as error:
+            self.fail(error)
         self._changed.set()
+
+    def fail(self, error: Exception) -> None:
+        """End the role with `error`."""
+        self._failed = True
+        self.spawn(_raise(error))
 
     def _perform_one(self, effect: object) -> None:
         match effect:
@@ -269,24 +295,23 @@ class Shell:
 
     async def _apply(self, commit: Commit) -> None:
         block, (_, model), since = commit.block, self.models[-1], self.now()
-        if block.parts:
-            model = await asyncio.to_thread(self._outer_step, model, commit)
+        payloads = await asyncio.to_thread(lambda: [self.blobs.get(digest) for digest in block.parts])
+        whole = [payload for payload in payloads if payload is not None]
+        if len(whole) < len(payloads):
+            lost = tuple(digest for digest, data in zip(block.parts, payloads, strict=True) if data is None)
+            log.warning("%d parts of round %d were damaged on this disk; fetching them again", len(lost), block.round)
+            self.perform(self.machine.damaged(lost, now=self.now()))
+            return
+        if whole:
+            before = block.global_step - block.steps
+            model = await asyncio.to_thread(model.apply, whole, self.recipe.outer, global_step=before)
         digest = await asyncio.to_thread(model.digest)
         self.models.append((block.round, model))
         self.metrics.phase_took("apply", self.now() - since)
-        self._forget_blobs(block.round - KEPT_ROUNDS)
+        self._forget_blobs(commit)
         cost = self._cost()
         self.on_applied(commit, model, cost)
         self.perform(self.machine.applied(block.round, digest, cost, now=self.now()))
-
-    def _outer_step(self, model: Model, commit: Commit) -> Model:
-        block = commit.block
-        payloads = [self.blobs.get(digest) for digest in block.parts]
-        damaged = [part for part, payload in enumerate(payloads) if payload is None]
-        if damaged:
-            raise OSError(f"{self.blobs.directory}: parts {damaged} of round {block.round} were damaged on this disk")
-        whole = [payload for payload in payloads if payload is not None]
-        return model.apply(whole, self.recipe.outer, global_step=block.global_step - block.steps)
 
     def _cost(self) -> Cost:
         """What the time since the last applied round cost us."""
@@ -295,11 +320,24 @@ class Shell:
         self._sent_before, self._applied_at = sent, now
         return cost
 
-    def _forget_blobs(self, round_: int) -> None:
-        if round_ > 0:
-            for commit in self.chain.commits(after_round=round_ - 1, limit=1):
-                for digest in commit.block.parts:
-                    self.blobs.delete(digest)
+    def _forget_blobs(self, applied: Commit) -> None:
+        """Delete what failed attempts at this round left, and the parts of the round that is too old now."""
+        number = applied.block.round
+        stale = {digest for digest, round_ in self._attempted.items() if round_ <= number} - set(applied.block.parts)
+        self._attempted = {digest: round_ for digest, round_ in self._attempted.items() if round_ > number}
+        self.follower.forget(stale)
+        if number > KEPT_ROUNDS:
+            for old in self.chain.commits(after_round=number - KEPT_ROUNDS - 1, limit=1):
+                stale.update(old.block.parts)
+        for digest in stale:
+            self.blobs.delete(digest)
+
+    def _sweep_blobs(self) -> None:
+        """Delete what a process that ended in the midst of a round left."""
+        newest = max(0, self.chain.head_round() - KEPT_ROUNDS)
+        kept = {digest for commit in self.chain.commits(after_round=newest) for digest in commit.block.parts}
+        for digest in self.blobs.digests() - kept:
+            self.blobs.delete(digest)
 
     async def _fetch(self, wanted: Sequence[tuple[int, bytes]], donors: Sequence[PeerId]) -> None:
         sizes = {digest: self._part_bytes[part] for part, digest in wanted}
@@ -390,28 +428,40 @@ class Shell:
 
     async def _take_results(self, sender: PeerId, raw: bytes, buffers: list[bytearray]) -> bytes:
         header = _results_header.decode(raw)
-        for (part, digest), buffer in zip(header.parts, buffers, strict=True):
-            if blake3(buffer).digest() != digest:
-                raise bulk.PushRefused(sender, f"part {part} is not what its digest promised")
+        why = await asyncio.to_thread(self._fault, header, buffers)
+        if why is not None:
+            log.warning("averages of %s refused: %s", nickname(sender), why)
+            raise bulk.PushRefused(sender, why)
         try:
-            await asyncio.to_thread(self.store_blobs, buffers)
+            await self.store_attempt(header.round, buffers)
         except OSError as error:  # our disk, not their stream: it must not pass for a broken transfer
-            self.spawn(_fail(error))
+            self.fail(error)
             raise bulk.PushRefused(sender, "the disk here takes no more") from error
         self.took_results(sender, header)
         return b""
 
-    def store_blobs(self, buffers: Sequence[bytes | bytearray | memoryview]) -> list[bytes]:
-        """Store part bytes durably, and return their digests."""
-        return [self.blobs.put(buffer) for buffer in buffers]
+    def _fault(self, header: ResultsHeader, buffers: Sequence[bytearray]) -> str | None:
+        for (part, digest), buffer in zip(header.parts, buffers, strict=True):
+            if blake3(buffer).digest() != digest:
+                return f"part {part} is not what its digest promised"
+            try:
+                self._check_part(buffer)
+            except ValueError as error:
+                return f"part {part}: {error}"
+        return None
+
+    async def store_attempt(self, round_: int, buffers: Sequence[bytes | bytearray | memoryview]) -> tuple[bytes, ...]:
+        """Store averages of an attempt at `round_` durably, and return their digests."""
+        digests = await asyncio.to_thread(lambda: tuple(self.blobs.put(buffer) for buffer in buffers))
+        self._attempted.update(dict.fromkeys(digests, round_))
+        return digests
 
 
 class _Done(Exception):
     """The role is done: its tasks are to end."""
 
 
-async def _fail(error: OSError) -> None:
-    """End the role with `error`."""
+async def _raise(error: Exception) -> None:
     raise error
 
 

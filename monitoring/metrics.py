@@ -73,7 +73,7 @@ _BAD_MESSAGE = Label(
         "malformed", "version", "unknown kind", "too large", "foreign run", "bad signature", "not the sender",
         "wrong answer", "not a member", "not leader", "not the leader", "delegation", "foreign chain", "two proposals",
         "invalid block", "invalid commit", "stale contribution", "bad contribution", "no seat", "non-finite",
-        "from the future", "lifetime", "unknown key", OTHER,
+        "from the future", "lifetime", "unknown key", "full", OTHER,
     ),
 )  # fmt: skip
 _BAD_CONTRIBUTION = Label("reason", ("non-finite", "late", "bad contribution", "stale contribution", "no seat", OTHER))

@@ -46,6 +46,9 @@ _LARGEST_SCALE = 0x7C01  # what the largest float32 / 127 rounds to; 127 times t
 _CODE_LIMIT = np.float32(MAX_CODE)
 _ROUNDER = np.float32(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to an integer, half to even
 
+MAX_CHANGE = 2.0**20
+"""How far a weight may move in a round: sums of such values, and the momentum of them, are far from overflowing."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -156,6 +159,17 @@ class Int8Codec:
             raise CodecError(f"block {block} has scale 0x{scales[block]:04x}, which no encoder makes")
         if codes.size and codes.min() < -MAX_CODE:
             raise CodecError(f"value {int(np.argmin(codes))} has code -128, which no encoder makes")
+
+    def check(self, payload: Payload) -> None:
+        """Raise CodecError unless encode could make `payload`, and no value in it can exceed MAX_CHANGE."""
+        self.check_scales(payload)
+        num_blocks = len(payload) // (self.block_elements + SCALE_BYTES)
+        scales = _float32_scales(self._split(payload, num_blocks * self.block_elements)[0])
+        largest = float(scales.max(initial=0.0)) * MAX_CODE
+        if largest > MAX_CHANGE:
+            raise CodecError(
+                f"it changes weights by up to {largest:.3g}, and no training does by over {MAX_CHANGE:.3g}"
+            )
 
     @functools.cached_property
     def _kernels(self) -> _Kernels:

@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 from dugnad.dht import bulk
 from dugnad.dht.identity import PeerId
 from dugnad.dht.transport import Transport
-from dugnad.optim.codec import CodecError, Int8Codec
+from dugnad.optim.codec import CodecError, Int8Codec, NonFinite
 from dugnad.optim.layout import Layout, Vector
 from dugnad.optim.reduce import Weighed
 
@@ -92,13 +92,21 @@ class Exchange:
         await bulk.push(self._transport, owner, CHANNEL, header, chosen, kind="upload", timeout_s=SILENCE_S)
 
     async def fold(self, parts: Sequence[int], entries: Sequence[Weighed]) -> dict[int, memoryview]:
-        """The encoded average of `entries`, in that order, for each of `parts`, all of which we hold."""
-        sources = [self._held[entry.peer, entry.root] for entry in entries]
+        """The encoded average of `entries`, in that order, for each of `parts`; empty if we lack some."""
+        sources = [self._held.get((entry.peer, entry.root), {}) for entry in entries]
+        if not all(held.keys() >= set(parts) for held in sources):
+            return {}  # a round that is over: its bytes are forgotten
         weights = [entry.tokens for entry in entries]
         return await asyncio.to_thread(self._fold, parts, sources, weights)
 
     def _encode(self, vector: Vector) -> list[memoryview]:
-        return [self._codec.encode(vector[part.start : part.stop]) for part in self.layout.parts]
+        payloads = [self._codec.encode(vector[part.start : part.stop]) for part in self.layout.parts]
+        try:
+            for payload in payloads:
+                self._codec.check(payload)
+        except CodecError as error:  # the owners would refuse it
+            raise NonFinite(str(error)) from error
+        return payloads
 
     def _fold(
         self, parts: Sequence[int], sources: Sequence[dict[int, bytes | bytearray | memoryview]], weights: list[int]
@@ -128,16 +136,23 @@ class Exchange:
             raise bulk.PushRefused(sender, why)
         if header.round == self._round:
             root = root_of(header.digests)
+            self._make_room(sender, root)
             self._held.setdefault((sender, root), {}).update(zip(header.parts, buffers, strict=True))
             self._received(sender, root, header.parts)
         return b""
+
+    def _make_room(self, sender: PeerId, root: bytes) -> None:
+        """Hold two different vectors of one sender at most: its newest, and the one that may be frozen already."""
+        roots = [held for peer, held in self._held if peer == sender and held != root]
+        for oldest in roots[: max(0, len(roots) - 1)]:
+            del self._held[sender, oldest]
 
     def _fault(self, header: _Header, buffers: list[bytearray]) -> str | None:
         for part, buffer in zip(header.parts, buffers, strict=True):
             if blake3(buffer).digest() != header.digests[part]:
                 return f"part {part} is not what its digest promised"
             try:
-                self._codec.check_scales(buffer)
+                self._codec.check(buffer)
             except CodecError as error:
                 return f"part {part}: {error}"
         return None

@@ -193,6 +193,10 @@ class Volunteer:
         self._turn(State.WAIT, f"round {round_} applied; waiting for the next plan")
         return self._settle(self.follower.applied(round_, model, cost, now=now), now)
 
+    def damaged(self, digests: tuple[bytes, ...], *, now: float) -> list[Effect]:
+        """Blobs of the round being applied are damaged on this disk."""
+        return self._settle(self.follower.damaged(digests, now=now), now)
+
     def leave(self, *, now: float) -> list[Effect]:
         """The user wants to go: finish what others count on, then `Leave`."""
         self.leaving = True

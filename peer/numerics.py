@@ -33,9 +33,13 @@ class Numerics:
                 f"codec.part_elements is {codec.part_elements}: that cuts the model into {len(self.layout.parts)} "
                 f"parts, at most {MAX_PARTS} are allowed. Make it larger."
             )
-        sizes = Int8Codec(codec.block_elements)
-        self.part_bytes = tuple(sizes.part_bytes(len(part)) for part in self.layout.parts)
+        self._codec = Int8Codec(codec.block_elements)
+        self.part_bytes = tuple(self._codec.part_bytes(len(part)) for part in self.layout.parts)
         self.assign_parts = assign_parts
+
+    def check_part(self, payload: bytes | bytearray | memoryview) -> None:
+        """Raise CodecError for part bytes that no encoder makes, or with values that no training has."""
+        self._codec.check(payload)
 
     def first_model(self) -> SharedModel:
         """The model before round 1."""

@@ -69,6 +69,7 @@ class Session(Shell):
             directory=directory,
             metrics=metrics,
             part_bytes=numerics.part_bytes,
+            check_part=numerics.check_part,
         )
         rounds = self.recipe.rounds
         self.machine = Volunteer(
@@ -234,7 +235,7 @@ class Session(Shell):
 
     async def _fold(self, plan: Plan, fold: reducing.Fold) -> None:
         averages = await self._exchange.fold(fold.parts, fold.entries)
-        digests = await asyncio.to_thread(self.store_blobs, list(averages.values()))
+        digests = await self.store_attempt(plan.round, list(averages.values()))
         results = dict(zip(averages, digests, strict=True))
         self.perform(self.machine.folded(plan, results, now=self.now()))
 
