@@ -202,8 +202,8 @@ class EvaluationSettings:
 class CheckpointSettings:
     """How often the shared model is written to disk, and how many copies stay."""
 
-    every_rounds: RoundCount
-    """Rounds from one checkpoint to the next."""
+    every_rounds: Annotated[int, Meta(ge=1, le=16)]
+    """Rounds from one checkpoint to the next; what follows the last but one can still be replayed, hence the limit."""
     keep: Annotated[int, Meta(ge=1, le=1000)]
     """Newest checkpoints that are kept; older ones are deleted."""
 

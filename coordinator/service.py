@@ -24,7 +24,7 @@ from dugnad.coordinator.messages import (
     delegation_payload,
 )
 from dugnad.coordinator.rounds import Assign, Keep, Leader, LeftOut, Phase
-from dugnad.coordinator.shell import Model, ResultsHeader, Shell
+from dugnad.coordinator.shell import KEPT_ROUNDS, Model, ResultsHeader, Shell
 from dugnad.coordinator.votes import has_quorum
 from dugnad.dht.identity import Identity, PeerId, nickname
 from dugnad.dht.transport import Transport
@@ -191,8 +191,8 @@ class Coordinator(Shell):
                 log.info("the work of %s is left out (%s): %s", nickname(peer), reason, detail)
             case Resync(reason):
                 raise RestoreError(
-                    f"this folder's model is of no use any more: {reason}. "
-                    "Move its newest checkpoint away and resume again."
+                    f"the newest checkpoint in {self.checkpoints.folder} can't be used: {reason}. "
+                    f"The averages of {KEPT_ROUNDS} rounds are kept: put back one that is no older, and resume."
                 )
             case _:
                 super().perform_role(effect)

@@ -120,7 +120,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         ),
         codec=CodecSettings(kind="int8", block_elements=block, part_elements=block * draw(st.integers(1, 4096))),
         evaluation=EvaluationSettings(every_rounds=draw(st.integers(1, 10**6)), sequences=sequences),
-        checkpoints=CheckpointSettings(every_rounds=draw(st.integers(1, 10**6)), keep=draw(st.integers(1, 1000))),
+        checkpoints=CheckpointSettings(every_rounds=draw(st.integers(1, 16)), keep=draw(st.integers(1, 1000))),
     )
 
 
