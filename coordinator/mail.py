@@ -53,7 +53,6 @@ class Mail:
         except TransportError as error:
             outbox.clear()
             self._unreachable(to, str(error))
-        finally:
-            del self._workers[to], self._outboxes[to]
-            for raw in outbox:  # posted by `unreachable` itself
-                self.post(to, raw)
+        del self._workers[to], self._outboxes[to]
+        for raw in outbox:  # posted by `unreachable` itself
+            self.post(to, raw)

@@ -160,7 +160,8 @@ class Shell:
         self._changed = asyncio.Event()
         self._attempted: dict[bytes, int] = {}
         """Blobs of attempts at rounds that are not committed yet -> the round."""
-        self._failed = False
+        self._over = False
+        """Whether the role is ending: from then on nothing is done or answered any more."""
         self._sent_before: Counter[str] = Counter()
         self._applied_at = time.monotonic()
         self._tasks: asyncio.TaskGroup
@@ -219,11 +220,14 @@ class Shell:
                     header_cap=512 * 1024, total_cap=sum(self._part_bytes),
                 )  # fmt: skip
                 self._sweep_blobs()
-                await self.begin()
-                self.spawn(self._drive())
-                await self.done.wait()
-                await self._mail.flush(within_s=2.0)
-                raise _Done
+                try:
+                    await self.begin()
+                    self.spawn(self._drive())
+                    await self.done.wait()
+                    await self._mail.flush(within_s=2.0)
+                    raise _Done
+                finally:
+                    self._over = True
         except* _Done:
             pass
         finally:
@@ -236,7 +240,14 @@ class Shell:
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Run `work` beside; if it fails, the role ends with its error."""
-        return self._tasks.create_task(work)
+        return self._tasks.create_task(self._or_end(work))
+
+    async def _or_end(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except Exception:
+            self._over = True  # now: before the task group hears of it, a handler may run that would start more
+            raise
 
     async def _drive(self) -> None:
         while True:
@@ -258,7 +269,7 @@ class Shell:
 
         Callers may be handlers of the network, which survive anything: the failure must reach the role itself.
         """
-        if self._failed:
+        if self._over:
             return
         try:
             for effect in effects:
@@ -268,9 +279,10 @@ class Shell:
         self._changed.set()
 
     def fail(self, error: Exception) -> None:
-        """End the role with `error`."""
-        self._failed = True
-        self.spawn(_raise(error))
+        """End the role with `error`, unless it is ending already."""
+        if not self._over:
+            self._over = True
+            self.spawn(_raise(error))
 
     def _perform_one(self, effect: object) -> None:
         match effect:
@@ -390,7 +402,7 @@ class Shell:
             self._rejected(peer, error)
             return b""
         assert isinstance(question, Message)
-        reply = await self.answer(sender, question)
+        reply = None if self._over else await self.answer(sender, question)
         return b"" if reply is None else seal(self.identity, self.run, sync.CODEC, reply)
 
     def _rejected(self, peer: PeerId, error: WireError) -> None:
@@ -416,6 +428,8 @@ class Shell:
         return self.blobs.get(digest)
 
     def _accept_results(self, sender: PeerId, raw: bytes, sizes: tuple[int, ...]) -> str | None:
+        if self._over:
+            return "this peer is leaving"
         try:
             header = _results_header.decode(raw)
         except msgspec.DecodeError as error:

@@ -120,5 +120,5 @@ class Faults(RuleBasedStateMachine):
         assert world.audit().clean, world.audit()
 
 
-Faults.TestCase.settings = settings(max_examples=15, stateful_step_count=30, deadline=None)
+Faults.TestCase.settings = settings(max_examples=15, stateful_step_count=30)
 TestFaults = Faults.TestCase

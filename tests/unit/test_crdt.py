@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable
 
 from blake3 import blake3
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dugnad.dht.crdt import RecordMap, bucket_hashes
@@ -42,7 +42,6 @@ def contents(records: RecordMap, *, now: float = NOW) -> list[bytes]:
 
 
 @given(some, st.randoms(use_true_random=False))
-@settings(deadline=None)
 def test_merging_is_commutative(records: list[Record], rng: object) -> None:
     shuffled = list(records)
     rng.shuffle(shuffled)  # type: ignore[attr-defined]
@@ -50,7 +49,6 @@ def test_merging_is_commutative(records: list[Record], rng: object) -> None:
 
 
 @given(some, some, some)
-@settings(deadline=None)
 def test_merging_is_associative(a: list[Record], b: list[Record], c: list[Record]) -> None:
     def all_of(one: RecordMap) -> list[Record]:
         return [*one.items("member", now=NOW), *one.items("progress", now=NOW)]
@@ -61,7 +59,6 @@ def test_merging_is_associative(a: list[Record], b: list[Record], c: list[Record
 
 
 @given(some)
-@settings(deadline=None)
 def test_merging_is_idempotent(records: list[Record]) -> None:
     once = merged(records)
     changes, before = once.changes, contents(once)
@@ -70,7 +67,6 @@ def test_merging_is_idempotent(records: list[Record]) -> None:
 
 
 @given(some)
-@settings(deadline=None)
 def test_each_slot_holds_the_highest_seq_and_hash(records: list[Record]) -> None:
     expected: dict[bytes, Record] = {}
     for one in records:
@@ -81,7 +77,6 @@ def test_each_slot_holds_the_highest_seq_and_hash(records: list[Record]) -> None
 
 
 @given(some, some)
-@settings(deadline=None)
 def test_records_of_one_owner_never_change_what_another_says(mine: list[Record], others: list[Record]) -> None:
     me = OWNERS[0].peer_id
     mine = [one for one in mine if one.owner == me]
@@ -94,7 +89,6 @@ def test_records_of_one_owner_never_change_what_another_says(mine: list[Record],
 
 
 @given(some)
-@settings(deadline=None)
 def test_no_clock_changes_what_a_merge_keeps(records: list[Record]) -> None:
     reading = RecordMap()
     for late, one in enumerate(records):

@@ -518,5 +518,5 @@ class Following(RuleBasedStateMachine):
             assert self.applying is not None
 
 
-Following.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Following.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestFollowing = Following.TestCase

@@ -380,7 +380,7 @@ def test_the_largest_messages_fit_under_their_caps() -> None:
 
 
 @given(st.binary(max_size=300), st.sampled_from([kind.tag for kind in GOSSIP_KINDS]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_garbage_is_a_wire_error_or_harmless(body: bytes, tag: str) -> None:
     peer, records = peer_with(member(0))
     try:
@@ -402,7 +402,7 @@ messages = (
 
 
 @given(st.lists(messages, max_size=5))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_false_summaries_change_nothing_and_are_answered_to_their_sender_only(sent: list[Struct]) -> None:
     peer, records = peer_with(*(member(owner) for owner in range(5)), peers=[THIRD])
     before = records.changes

@@ -5,7 +5,7 @@ import base64
 import msgspec
 import pytest
 from blake3 import blake3
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dugnad.dht.identity import Identity
@@ -34,7 +34,6 @@ def text_of(body: bytes) -> str:
 
 
 @given(keys, keys, addresses, names, st.integers(0, 253_402_300_799))
-@settings(deadline=None)
 def test_what_was_written_is_what_is_read(run: bytes, organizer: bytes, at: list[str], name: str, until: int) -> None:
     invite = Invite(run, organizer, tuple(at), name, until)
     assert parse_invite(encode_invite(invite), now=0.0) == invite
@@ -146,13 +145,11 @@ def test_an_invite_has_one_text_only() -> None:
 @given(st.text(max_size=300), st.booleans())
 @example("\x00" * 20_000, True)
 @example("a" * 20_000, True)
-@settings(deadline=None)
 def test_garbage_is_an_invite_error(text: str, with_prefix: bool) -> None:
     assert failure("dugnad1:" * with_prefix + text).code == "E101"
 
 
 @given(st.text("abcdefghijklmnopqrstuvwxyz234567", max_size=300))
-@settings(deadline=None)
 def test_garbage_in_the_right_alphabet_is_an_invite_error(text: str) -> None:
     assert failure(f"dugnad1:{text}").code == "E101"
 

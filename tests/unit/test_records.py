@@ -60,7 +60,7 @@ def reason(raw: bytes, *, now: float = NOW) -> str:
 
 
 @given(members | progresses, st.integers(1, 2**63 - 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_was_issued_is_what_is_parsed(body: Body, seq: int) -> None:
     kind = "member" if isinstance(body, MemberBody) else "progress"
     record = issue(ME, RUN, kind, "", seq, body, now=NOW, lifetime_s=60.0)

@@ -395,5 +395,5 @@ class Reducing(RuleBasedStateMachine):
                 assert owner == ME or part in self.acknowledged[owner] or under_way or owner in self.failed
 
 
-Reducing.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+Reducing.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
 TestReducing = Reducing.TestCase
