@@ -4,9 +4,11 @@ identity.key   this peer's key        run.key       the organizer's key, with wh
 chain.sqlite   the chain              blobs/        bytes of recent rounds
 checkpoints/   of a coordinator       log.txt       everything that was said
 role.json      while a process lives here: its pid, and where to ask it      address   where a coordinator listens
+lock           held while a process lives here
 """
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,14 +95,28 @@ class Folder:
         except (OSError, msgspec.DecodeError):
             return None
 
-    def check_free(self) -> None:
-        """Raise FolderError if another process lives here."""
+    @contextlib.contextmanager
+    def occupied(self) -> Iterator[None]:
+        """Keep every other process out, until this ends or the process does. Raises FolderError if one is in."""
+        self.create()
+        with (self.path / "lock").open("ab") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise FolderError(
+                    f"{self.path}: {self._inhabitant()}. Stop it first, or choose another folder with --dir."
+                ) from None
+            except OSError as error:
+                raise FolderError(
+                    f"{self.path}: can't be locked: {error.strerror}. Choose a folder on a local disk with --dir."
+                ) from error
+            yield
+
+    def _inhabitant(self) -> str:
         role = self.role()
-        if role is not None and role.alive and role.pid != os.getpid():
-            raise FolderError(
-                f"{self.path}: a {role.role} of run {role.name!r} lives here (pid {role.pid}). "
-                "Stop it first, or choose another folder with --dir."
-            )
+        if role is None or not role.alive:
+            return "another dugnad is just starting here"
+        return f"a {role.role} of run {role.name!r} lives here (pid {role.pid})"
 
     @contextlib.contextmanager
     def inhabited(self, role: RoleName, run: bytes, name: str, url: str) -> Iterator[None]:

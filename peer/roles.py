@@ -69,23 +69,24 @@ class Place:
 
 async def launch(recipe: Recipe, folder: Folder, network: Network, *, told: Callable[[str, str], None]) -> None:
     """Begin a run as its organizer and coordinator; `told` hears the invite and the exporter's URL."""
-    if folder.chain.exists():
-        raise FolderError(
-            f"{folder.path}: a run was launched here before. Go on with it: dugnad launch --resume {folder.path}. "
-            "For another run, choose another folder with --dir."
-        )
-    numerics = Numerics(recipe)
-    first = await asyncio.to_thread(numerics.first_model)
-    founder, organizer = folder.identity().peer_id, folder.organizer().peer_id
-    genesis = Genesis(encode(recipe), organizer, founder, first.digest())
-    await _coordinate(genesis, numerics, folder, network, told)
+    with folder.occupied():
+        if folder.chain.exists():
+            raise FolderError(
+                f"{folder.path}: a run was launched here before. Go on with it: dugnad launch --resume {folder.path}. "
+                "For another run, choose another folder with --dir."
+            )
+        numerics = Numerics(recipe)
+        first = await asyncio.to_thread(numerics.first_model)
+        founder, organizer = folder.identity().peer_id, folder.organizer().peer_id
+        genesis = Genesis(encode(recipe), organizer, founder, first.digest())
+        await _coordinate(genesis, numerics, folder, network, told)
 
 
 async def resume(folder: Folder, network: Network, *, told: Callable[[str, str], None]) -> None:
     """Go on with the run that was launched in `folder`."""
-    folder.check_free()
-    genesis = _genesis_of(folder)
-    await _coordinate(genesis, Numerics(decode(genesis.recipe)), folder, network, told)
+    with folder.occupied():
+        genesis = _genesis_of(folder)
+        await _coordinate(genesis, Numerics(decode(genesis.recipe)), folder, network, told)
 
 
 async def join(
@@ -95,22 +96,25 @@ async def join(
 
     told: hears the recipe, our nickname and the exporter's URL.
     """
-    async with _placed("volunteer", folder, invite.run, network.listen, network, bootstrap=invite.addresses) as place:
-        welcome = await _welcome(place, invite.run)
-        recipe = decode(welcome.genesis.recipe)
-        told(recipe, nickname(place.identity.peer_id), place.url)
-        role = Session(
-            place.identity,
-            welcome,
-            Numerics(recipe, threads=threads),
-            transport=place.host,
-            directory=folder.path,
-            metrics=place.face.metrics,
-            abilities=Abilities(addresses=place.host.addresses(), accepts=True, uplink=UNKNOWN_UPLINK),
-        )
-        place.face.role = role
-        with folder.inhabited("volunteer", invite.run, recipe.name, place.url):
-            await _until_done(role, place.face, role.leave, "leaving after this round; Ctrl+C again leaves now")
+    with folder.occupied():
+        async with _placed(
+            "volunteer", folder, invite.run, network.listen, network, bootstrap=invite.addresses
+        ) as place:
+            welcome = await _welcome(place, invite.run)
+            recipe = decode(welcome.genesis.recipe)
+            told(recipe, nickname(place.identity.peer_id), place.url)
+            role = Session(
+                place.identity,
+                welcome,
+                Numerics(recipe, threads=threads),
+                transport=place.host,
+                directory=folder.path,
+                metrics=place.face.metrics,
+                abilities=Abilities(addresses=place.host.addresses(), accepts=True, uplink=UNKNOWN_UPLINK),
+            )
+            place.face.role = role
+            with folder.inhabited("volunteer", invite.run, recipe.name, place.url):
+                await _until_done(role, place.face, role.leave, "leaving after this round; Ctrl+C again leaves now")
     return role.left_because
 
 
@@ -155,8 +159,6 @@ async def _placed(
     role: RoleName, folder: Folder, run: bytes, listen: str, network: Network, *, bootstrap: tuple[str, ...]
 ) -> AsyncIterator[Place]:
     """Be a peer of the run, whom others can see and ask."""
-    folder.create()
-    folder.check_free()
     identity = folder.identity()
     face = Face(Metrics(role, run.hex()[:8], nickname=nickname(identity.peer_id)))
     metrics = face.metrics

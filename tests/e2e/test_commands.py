@@ -7,13 +7,14 @@ import re
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.processes import QUICK, Running, dugnad
+from tests.e2e.processes import PATIENCE_S, QUICK, Running, dugnad
 
 Start = Callable[..., Running]
 
@@ -183,14 +184,31 @@ def test_an_occupied_port_is_named_and_nothing_is_started(tmp_path: Path, start:
 def test_a_folder_is_lived_in_by_one_role_at_a_time(start: Start) -> None:
     coordinator = start("coordinator", "launch", QUICK)
     coordinator.until(lambda said: True, "status")
-    second = dugnad("launch", "--resume", coordinator.directory)
-    assert second.returncode == 2
-    assert str(coordinator.process.pid) in second.stderr
-    third = dugnad("launch", QUICK, "--dir", coordinator.directory)
-    assert third.returncode == 2
-    assert "--resume" in third.stderr
+    commands: list[list[str | Path]] = [
+        ["launch", "--resume", coordinator.directory],
+        ["launch", QUICK, "--dir", coordinator.directory],
+        ["join", coordinator.invite(), "--dir", coordinator.directory],
+    ]
+    for command in commands:
+        tried = dugnad(*command)
+        assert tried.returncode == 2
+        assert f"lives here (pid {coordinator.process.pid})" in tried.stderr
     coordinator.interrupt()
     assert coordinator.ended(20) == 0
+    again = dugnad("launch", QUICK, "--dir", coordinator.directory)
+    assert again.returncode == 2
+    assert "--resume" in again.stderr
+
+
+def test_of_two_joins_started_at_once_in_one_folder_one_is_refused(start: Start) -> None:
+    coordinator = start("coordinator", "launch", QUICK)
+    invite = coordinator.invite()
+    twins = [start("both", "join", invite) for _ in range(2)]
+    deadline = time.monotonic() + PATIENCE_S
+    while all(twin.process.poll() is None for twin in twins) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert sorted(twin.process.poll() or 0 for twin in twins) == [0, 2], "one goes on, one does not begin"
+    assert f"dugnad: {twins[0].directory}: " in twins[0].text()
 
 
 def test_a_corrupt_checkpoint_is_named_and_moving_it_away_loses_nothing(start: Start) -> None:

@@ -1,0 +1,67 @@
+"""A folder is lived in by one process at a time, from its first moment to its last."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dugnad.configs.recipe import load
+from dugnad.dht.invite import Invite
+from dugnad.peer import roles
+from dugnad.peer.folder import Folder, FolderError
+
+HOLD = """
+import sys
+from pathlib import Path
+from dugnad.peer.folder import Folder
+with Folder(Path(sys.argv[1])).occupied():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path / "role")
+
+
+def test_an_occupied_folder_is_refused_until_it_is_free_again(folder: Folder) -> None:
+    with folder.occupied():
+        with pytest.raises(FolderError, match="another dugnad is just starting here"), Folder(folder.path).occupied():
+            pass
+        with (
+            folder.inhabited("volunteer", b"run", "quick", "http://here"),
+            pytest.raises(FolderError, match=r"a volunteer of run 'quick' lives here \(pid \d+\)\. Stop it first"),
+            Folder(folder.path).occupied(),
+        ):
+            pass
+    with folder.occupied():
+        pass
+
+
+def test_a_killed_process_leaves_its_folder_free(folder: Folder) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(FolderError), folder.occupied():
+        pass
+    holder.kill()
+    holder.communicate()
+    with folder.occupied():
+        pass
+
+
+@pytest.mark.parametrize("command", ["launch", "resume", "join"])
+async def test_no_role_begins_in_an_occupied_folder(folder: Folder, command: str) -> None:
+    network = roles.Network()
+    invite = Invite(b"r" * 32, b"o" * 32, (), "quick", 0)
+    with folder.occupied(), pytest.raises(FolderError, match="is just starting here"):
+        if command == "launch":
+            await roles.launch(load("tiny-books"), folder, network, told=print)
+        elif command == "resume":
+            await roles.resume(folder, network, told=print)
+        else:
+            await roles.join(invite, folder, network, threads=1, told=print)
