@@ -9,10 +9,10 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from importlib.metadata import version
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from dugnad.dht import records
 from dugnad.dht.crdt import RecordMap
@@ -63,21 +63,33 @@ class Swarm:
         self._rng = random.Random()
         self._tasks = asyncio.TaskGroup()
         self._running: list[asyncio.Task[None]] = []
+        self._over = False
+        """Whether we are leaving: from then on gossip that arrives is ignored."""
 
     async def __aenter__(self) -> Self:
         await self._tasks.__aenter__()
         await self._host.serve(CHANNEL, self._on_message)
         await self._announce()
         for work in (self._keep_announcing(), self._keep_telling(), self._keep_gossiping()):
-            self._running.append(self._tasks.create_task(work))
+            self._running.append(self._spawn(work))
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._over = True
         for task in self._running:
             task.cancel()
         await self._tasks.__aexit__(kind, error, trace)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self._tasks.create_task(work)
+        task.add_done_callback(self._ended)  # right behind the task group's own, which takes no more after a failure
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            self._over = True
 
     def roles(self) -> dict[PeerId, str]:
         """Every other member that we know of, and its role."""
@@ -146,6 +158,8 @@ class Swarm:
                 await self._host.learn(record.owner, record.body.addresses)
 
     async def _on_message(self, peer: PeerId, raw: bytes) -> bytes:
+        if self._over:
+            return b""
         try:
             sender, message = open_sealed(raw, self._run, CODEC)
             if sender != peer:
@@ -154,7 +168,7 @@ class Swarm:
         except WireError as error:
             self._refused(error.reason)
             return b""
-        self._tasks.create_task(self._perform(effects))
+        self._spawn(self._perform(effects))
         return b""
 
     async def _perform(self, effects: list[Send | Changed]) -> None:
