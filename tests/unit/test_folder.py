@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,7 @@ with Folder(Path(sys.argv[1])).occupied():
     print("held", flush=True)
     sys.stdin.read()
 """
+INVITE = Invite(b"r" * 32, b"o" * 32, (), "quick", 0)
 
 
 @pytest.fixture
@@ -54,14 +57,14 @@ def test_a_killed_process_leaves_its_folder_free(folder: Folder) -> None:
         pass
 
 
-@pytest.mark.parametrize("command", ["launch", "resume", "join"])
+BEGIN: dict[str, Callable[[Folder], Coroutine[Any, Any, object]]] = {
+    "launch": lambda folder: roles.launch(load("tiny-books"), folder, roles.Network(), told=print),
+    "resume": lambda folder: roles.resume(folder, roles.Network(), told=print),
+    "join": lambda folder: roles.join(INVITE, folder, roles.Network(), threads=1, told=print),
+}
+
+
+@pytest.mark.parametrize("command", BEGIN)
 async def test_no_role_begins_in_an_occupied_folder(folder: Folder, command: str) -> None:
-    network = roles.Network()
-    invite = Invite(b"r" * 32, b"o" * 32, (), "quick", 0)
     with folder.occupied(), pytest.raises(FolderError, match="is just starting here"):
-        if command == "launch":
-            await roles.launch(load("tiny-books"), folder, network, told=print)
-        elif command == "resume":
-            await roles.resume(folder, network, told=print)
-        else:
-            await roles.join(invite, folder, network, threads=1, told=print)
+        await BEGIN[command](folder)
