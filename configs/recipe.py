@@ -82,7 +82,7 @@ class InnerSettings:
     """How each volunteer trains by itself between two exchanges."""
 
     optimizer: Literal["adamw", "adamw8bit"]
-    """The inner optimizer; `adamw8bit` keeps its moments in 8 bits."""
+    """The inner optimizer; `adamw8bit` keeps its moments in 8 bits, and volunteers need an NVIDIA GPU for it."""
     lr: Annotated[float, Meta(gt=0, le=1)]
     """Learning rate after the warm-up."""
     beta1: Annotated[float, Meta(ge=0, lt=1)]

@@ -18,8 +18,16 @@ _KNOWN = {
     "dugnad.coordinator.chain.ChainError": FAILED,
     "dugnad.coordinator.service.RestoreError": FAILED,
     "dugnad.coordinator.sync.SyncError": FAILED,
+    "dugnad.coordinator.ledger.LedgerError": FAILED,
     "dugnad.peer.ask.AskError": FAILED,
+    "dugnad.peer.data.CorpusError": FAILED,
     "dugnad.peer.demo.DemoError": FAILED,
+    "dugnad.peer.trainer.OptimizerError": FAILED,
+}
+_ADVICE = {
+    # what others send is refused where it arrives: only what lies on our own disk gets as far as here
+    "dugnad.coordinator.ledger.LedgerError": "The chain.sqlite in this role's folder does not hold together: put back "
+    "a copy of it. A volunteer can also move it away, and gets it from the others again.",
 }
 
 
@@ -30,9 +38,9 @@ def sentence_of(error: BaseException) -> tuple[str, int] | None:
         known = [one for one in said if one is not None]
         return known[0] if known and len(known) == len(said) else None
     for kind in type(error).__mro__:
-        status = _KNOWN.get(f"{kind.__module__}.{kind.__qualname__}")
-        if status is not None:
-            return str(error), status
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        if name in _KNOWN:
+            return f"{error}. {_ADVICE[name]}" if name in _ADVICE else str(error), _KNOWN[name]
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
         where = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror}{where}. What was committed is safe; make room or fix the permissions, then resume.", 1

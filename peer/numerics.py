@@ -1,38 +1,37 @@
 """What the roles are handed from above: the recipe's vector, its models, and the loss on held-out data."""
 
 import functools
+import math
 
 import torch
+from torch import nn
 
-from dugnad.configs.recipe import Recipe
+from dugnad.configs.recipe import Recipe, RecipeError
 from dugnad.coordinator.checkpoints import Tensors
 from dugnad.coordinator.messages import MAX_PARTS
 from dugnad.coordinator.shell import Model
 from dugnad.optim.codec import Int8Codec
-from dugnad.optim.layout import Layout, LayoutError
+from dugnad.optim.layout import Layout
 from dugnad.optim.outer import SharedModel
 from dugnad.optim.plan import assign_parts
 from dugnad.peer.data import Corpus
 from dugnad.peer.models import build, initial_weights, tensor_shapes
-from dugnad.peer.trainer import Trainer
+from dugnad.peer.trainer import Trainer, _make_optimizer
 
 
 class Numerics:
     """Everything of one recipe that needs numpy or torch; `coordinator.service.Numerics` in full.
 
     threads: how many torch may use; two peers that share cores slow each other down a lot with more than one each.
+    Raises RecipeError where the codec's settings do not go with the model's.
     """
 
     def __init__(self, recipe: Recipe, *, threads: int = 1) -> None:
         self.recipe = recipe
         torch.set_num_threads(threads)
+        _check_parts(recipe)
         codec = recipe.codec
         self.layout = Layout(tensor_shapes(recipe.model), codec.block_elements, codec.part_elements)
-        if len(self.layout.parts) > MAX_PARTS:
-            raise LayoutError(
-                f"codec.part_elements is {codec.part_elements}: that cuts the model into {len(self.layout.parts)} "
-                f"parts, at most {MAX_PARTS} are allowed. Make it larger."
-            )
         self._codec = Int8Codec(codec.block_elements)
         self.part_bytes = tuple(self._codec.part_bytes(len(part)) for part in self.layout.parts)
         self.assign_parts = assign_parts
@@ -54,7 +53,34 @@ class Numerics:
         assert isinstance(model, SharedModel)
         return self.trainer.evaluate(model.weights)
 
+    def prepare(self, *, to_train: bool) -> None:
+        """Read the corpus, and see that the recipe's optimizer runs here: better at the start than in a round.
+
+        Raises CorpusError, OptimizerError.
+        """
+        if to_train:
+            _make_optimizer(self.recipe.inner, nn.Linear(1, 1, device=self._device), torch.device(self._device))
+        assert self.trainer
+
     @functools.cached_property
     def trainer(self) -> Trainer:
-        """The one network of this process, made when it is first needed."""
-        return Trainer(self.recipe, build(self.recipe.model), Corpus.load(self.recipe.data))
+        """The one network of this process, made when it is first needed. Raises CorpusError."""
+        corpus = Corpus.load(self.recipe.data)
+        return Trainer(self.recipe, build(self.recipe.model), corpus, device=self._device)
+
+    @property
+    def _device(self) -> str:
+        needs_gpu = self.recipe.inner.optimizer == "adamw8bit"
+        return "cuda" if needs_gpu and torch.cuda.is_available() else "cpu"
+
+
+def _check_parts(recipe: Recipe) -> None:
+    # before there is a layout, which lists all parts: a stranger's recipe may ask for billions
+    block, part = recipe.codec.block_elements, recipe.codec.part_elements
+    blocks = sum(-(-math.prod(shape) // block) for _, shape in tensor_shapes(recipe.model))
+    parts = -(-blocks * block // part)
+    if parts > MAX_PARTS:
+        raise RecipeError(
+            f"{recipe.name}: codec.part_elements is {part} (with codec.block_elements = {block}), which cuts the model "
+            f"into {parts} parts; at most {MAX_PARTS} are allowed: make it at least {-(-blocks // MAX_PARTS) * block}"
+        )

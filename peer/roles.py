@@ -103,10 +103,12 @@ async def join(
             welcome = await _welcome(place, invite.run)
             recipe = decode(welcome.genesis.recipe)
             told(recipe, nickname(place.identity.peer_id), place.url)
+            numerics = Numerics(recipe, threads=threads)
+            await asyncio.to_thread(numerics.prepare, to_train=True)
             role = Session(
                 place.identity,
                 welcome,
-                Numerics(recipe, threads=threads),
+                numerics,
                 transport=place.host,
                 directory=folder.path,
                 metrics=place.face.metrics,
@@ -134,6 +136,7 @@ def _genesis_of(folder: Folder) -> Genesis:
 async def _coordinate(
     genesis: Genesis, numerics: Numerics, folder: Folder, network: Network, told: Callable[[str, str], None]
 ) -> None:
+    await asyncio.to_thread(numerics.prepare, to_train=False)
     listen = network.listen if network.port or folder.address is None else folder.address
     async with _placed("coordinator", folder, genesis.run, listen, network, bootstrap=()) as place:
         folder.keep_address(network.listen_on(_tcp_port(place.host)))  # a resumed run keeps its invites good
