@@ -48,9 +48,11 @@ def demo(
 ) -> None:
     """Watch a whole run on this machine: it trains, one volunteer joins late, one is killed, and it ends by itself."""
     with _told_errors():
+        if json_file is not None and (json_file.is_dir() or not os.access(json_file.absolute().parent, os.W_OK)):
+            raise UsageError(f"--json {json_file} can't be written: name a file in a folder that is there")
+        _recipe(recipe, rounds)
         from dugnad.peer.demo import run_demo
 
-        _recipe(recipe, rounds)
         raise typer.Exit(asyncio.run(run_demo(recipe, rounds, peers, directory, json_file)))
 
 

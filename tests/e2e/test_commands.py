@@ -141,6 +141,8 @@ def test_a_volunteer_that_comes_back_takes_the_state_from_its_peers(start: Start
         (["audit", "nowhere"], 1, "no chain.sqlite"),
         (["sample", "nowhere"], 1, "no checkpoint here"),
         (["launch", "tiny-books", "--rounds", "9999"], 2, "39 rounds"),
+        (["demo", "--json", "missing/x.json"], 2, "missing/x.json can't be written"),
+        (["demo", "--json", "."], 2, "can't be written"),
     ],
 )
 def test_bad_input_is_told_in_a_sentence(tmp_path: Path, arguments: list[str], status: int, words: str) -> None:
@@ -169,6 +171,26 @@ def test_a_bad_recipe_names_file_key_and_what_is_allowed(
     for word in ["mine.toml", *words]:
         assert word in tried.stderr
     assert "Traceback" not in tried.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "instead", "words"),
+    [
+        ("part_elements = 8192", "part_elements = 64", "codec.part_elements is 64 (with codec.block_elements = 64)"),
+        ("validation_bytes = 65536", "validation_bytes = 99999999", "data.validation_bytes is 99999999"),
+    ],
+)
+def test_a_recipe_that_does_not_go_with_its_model_or_corpus_begins_no_run(
+    tmp_path: Path, line: str, instead: str, words: str
+) -> None:
+    recipe = tmp_path / "mine.toml"
+    text = QUICK.read_text().replace("width = 64", "width = 256").replace("block_elements = 256", "block_elements = 64")
+    recipe.write_text(text.replace(line, instead))
+    tried = dugnad("launch", recipe, "--dir", tmp_path / "run")
+    assert tried.returncode in (1, 2)
+    assert words in tried.stderr
+    assert "Traceback" not in tried.stderr
+    assert not (tmp_path / "run" / "chain.sqlite").exists()
 
 
 def test_an_occupied_port_is_named_and_nothing_is_started(tmp_path: Path, start: Start) -> None:
