@@ -70,7 +70,7 @@ class Place:
 async def launch(recipe: Recipe, folder: Folder, network: Network, *, told: Callable[[str, str], None]) -> None:
     """Begin a run as its organizer and coordinator; `told` hears the invite and the exporter's URL."""
     with folder.occupied():
-        if folder.chain.exists():
+        if _kept_genesis(folder) is not None:
             raise FolderError(
                 f"{folder.path}: a run was launched here before. Go on with it: dugnad launch --resume {folder.path}. "
                 "For another run, choose another folder with --dir."
@@ -120,12 +120,16 @@ async def join(
     return role.left_because
 
 
+def _kept_genesis(folder: Folder) -> Genesis | None:
+    """What was launched in `folder`; nothing yet if whoever tried was killed after making the file of the chain."""
+    if not folder.chain.exists():
+        return None
+    with contextlib.closing(Chain(folder.chain)) as chain:
+        return chain.genesis()
+
+
 def _genesis_of(folder: Folder) -> Genesis:
-    genesis = None
-    if folder.chain.exists():
-        chain = Chain(folder.chain)
-        genesis = chain.genesis()
-        chain.close()
+    genesis = _kept_genesis(folder)
     if genesis is None:
         raise FolderError(f"{folder.path}: no run was launched here. Name the folder that holds its chain.sqlite.")
     if genesis.organizer != folder.organizer().peer_id or genesis.founder != folder.identity().peer_id:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from dugnad.coordinator.chain import Chain
 from tests.e2e.processes import PATIENCE_S, QUICK, Running, dugnad
 
 Start = Callable[..., Running]
@@ -220,6 +221,19 @@ def test_a_folder_is_lived_in_by_one_role_at_a_time(start: Start) -> None:
     again = dugnad("launch", QUICK, "--dir", coordinator.directory)
     assert again.returncode == 2
     assert "--resume" in again.stderr
+
+
+@pytest.mark.parametrize("left", ["an empty file", "tables without a genesis"])
+def test_a_launch_killed_before_its_run_began_is_launched_again(tmp_path: Path, start: Start, left: str) -> None:
+    chain = tmp_path / "coordinator" / "chain.sqlite"
+    chain.parent.mkdir()
+    chain.touch()
+    if left == "tables without a genesis":
+        Chain(chain).close()
+    refused = dugnad("launch", "--resume", chain.parent)
+    assert refused.returncode == 2
+    assert "no run was launched here" in refused.stderr
+    assert start("coordinator", "launch", QUICK).invite()
 
 
 def test_of_two_joins_started_at_once_in_one_folder_one_is_refused(start: Start) -> None:
