@@ -26,9 +26,9 @@ class Face:
         """The role's report; an empty one before there is a role."""
         if self.role is None or self.swarm is None:
             return {}
-        if isinstance(self.role, Coordinator):
-            return report.of_coordinator(self.role)
-        return report.of_volunteer(self.role, self.swarm)
+        role = self.role
+        said = report.of_coordinator(role) if isinstance(role, Coordinator) else report.of_volunteer(role, self.swarm)
+        return said | {"reason": _printable(str(said["reason"]))}
 
     def line(self) -> str:
         """One line for a person who waits."""
@@ -53,3 +53,8 @@ class Face:
                 self.metrics.peers_seen(Counter(str(peer["state"]) for peer in said["peers"]))
                 self.metrics.coordinator_silent(said["coordinator"]["silent_s"])
             await asyncio.sleep(_LOOK_S)
+
+
+def _printable(text: str) -> str:
+    # a stranger may have written it, in refusing us: nothing of it may steer a terminal, or be what no record may hold
+    return "".join(character if character.isprintable() else " " for character in text)
