@@ -3,6 +3,7 @@
 Everything else folds out of these: head, credit, data ranges, the audit, the history of rounds.
 """
 
+import os
 import sqlite3
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,10 +30,16 @@ class ChainError(Exception):
 
 
 class Chain:
-    """The commits that this peer has proven, in order; each write returns once it is on disk."""
+    """The commits that this peer has proven, in order; each write returns once it is on disk.
 
-    def __init__(self, path: Path) -> None:
+    read_only: of whoever only looks; the role whose file it is may be writing to it.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path = path
+        if read_only:
+            self._db = self._open_to_read()
+            return
         try:
             self._db = sqlite3.connect(path, isolation_level=None)
         except sqlite3.Error as error:
@@ -44,6 +51,24 @@ class Chain:
         except sqlite3.Error as error:
             self._db.close()
             raise self._unusable(error) from error
+
+    def _open_to_read(self) -> sqlite3.Connection:
+        journal = self.path.with_name(f"{self.path.name}-wal")
+        # SQLite wants to make a file beside one that has a journal, though not beside one that never changes
+        complete = not journal.exists() or journal.stat().st_size == 0
+        immutable = complete and not os.access(self.path.parent, os.W_OK)
+        try:
+            db = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro&immutable={int(immutable)}", uri=True)
+            if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'validation'").fetchone():
+                db.close()  # its role has only just made the file: there is nothing in it
+                db = sqlite3.connect(":memory:")
+                db.executescript(_SCHEMA)
+        except sqlite3.Error as error:
+            raise ChainError(
+                f"{self.path}: {error}. It can't be read here: copy it, with {journal.name} if there is one, "
+                "to a folder that you can write to."
+            ) from error
+        return db
 
     def close(self) -> None:
         """Release the file."""
@@ -75,12 +100,16 @@ class Chain:
         self._write("INSERT OR IGNORE INTO applied VALUES (?, ?, ?)", row)
 
     def validated(self, round_: int, loss: float) -> None:
-        """Keep the loss on held-out data after a round, in nats per token."""
+        """Keep the loss on held-out data after a round, in nats per byte."""
         self._write("INSERT OR REPLACE INTO validation VALUES (?, ?)", (round_, loss))
 
-    def next_term(self) -> int:
-        """Take the next term of leading, durably: no two starts of a coordinator may share one."""
-        term = 1 + int(next(self._read("SELECT coalesce(max(term), 0) FROM terms"))[0])
+    def next_term(self, *, at_s: float) -> int:
+        """Take the next term of leading, durably: no two starts of a coordinator may share one.
+
+        at_s: the wall clock, which is more than any term before; so also where this file is an older copy.
+        """
+        newest = int(next(self._read("SELECT coalesce(max(term), 0) FROM terms"))[0])
+        term = max(newest + 1, int(at_s))
         self._write("INSERT INTO terms VALUES (?)", (term,))
         return term
 
@@ -107,7 +136,7 @@ class Chain:
         return out
 
     def validation(self) -> Mapping[int, float]:
-        """round -> loss on held-out data, in nats per token."""
+        """round -> loss on held-out data, in nats per byte."""
         return dict(self._read("SELECT round, loss FROM validation"))
 
     def _unusable(self, error: sqlite3.Error) -> ChainError:

@@ -102,9 +102,6 @@ class Cost:
     sent_bytes: dict[str, int]
 
 
-NO_COST = Cost(0.0, 0.0, {})
-
-
 class Follower:
     """Votes and follows as `signer.peer_id`; `organizer` is who may delegate the lead."""
 
@@ -139,7 +136,6 @@ class Follower:
         """Take up the chain that this peer's own disk kept, and say which blobs are there; then `synced` may follow."""
         for commit in commits:
             self.ledger.append(commit)
-            self._unapplied.append(commit)
         self._held.update(held)
 
     def handles(self, message: Message) -> bool:
@@ -155,8 +151,9 @@ class Follower:
         self._held.update(digests)
         return self._advance(now)
 
-    def synced(self, round_: int, model: bytes, *, now: float) -> list[Effect]:
-        """The shell holds the model after `round_`, whose digest peers certified."""
+    def synced(self, round_: int, model: bytes, since: Iterable[Commit], *, now: float) -> list[Effect]:
+        """The shell holds the model after `round_`, whose digest peers certified; `since` are the commits after it."""
+        self._unapplied = deque(since, maxlen=REPLAY_ROUNDS)
         self._has_model(round_, model)
         self._act_at = now
         return self._advance(now)

@@ -25,7 +25,6 @@ class Stage(StrEnum):
     """Its parts are promised and on their way."""
     REDUCING = "reducing"
     """It knows the frozen set."""
-    VOTED = "voted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +111,15 @@ class Membership:
     def decide(self, head: Head, *, min_peers: int, awaited: Iterable[PeerId]) -> Decision:
         """Who takes part in the round after `head`.
 
-        awaited: peers worth a short wait (those who still apply the last round); empty once the wait is over.
+        awaited: peers worth a short wait (those of the last round, who still apply it); empty once the wait is over.
         """
         ready = self.ready(head)
         applying = [p for p in awaited if self.is_live(p) and p not in ready and p not in self.leaving()]
         if applying:
             return Decision((), f"waiting for {len(applying)} to apply round {head.round}")
+        unheard = [p for p in awaited if p not in self._peers]
+        if unheard:
+            return Decision((), f"waiting for {len(unheard)} of the last round to say that they are here")
         if len(ready) < min_peers:
             missing = min_peers - len(ready)
             syncing = sum(1 for p in self.live() if p not in ready and p not in self.leaving())

@@ -21,10 +21,13 @@ from dugnad.dht.wire import Kind
 MAX_PEERS = 1024
 MAX_PARTS = 8192
 MAX_RANGES = 4096
+COMMIT_BYTES = 1024 * 1024 + 160 * 1024
+"""The largest commit: the largest proposal, and a ballot of everyone."""
 
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
 Count = Annotated[int, Meta(ge=0, lt=2**53)]
+Some = Annotated[int, Meta(ge=1, lt=2**53)]
 Text = Annotated[str, Meta(max_length=200)]
 Address = Annotated[str, Meta(max_length=256)]
 Addresses = Annotated[tuple[Address, ...], Meta(max_length=16)]
@@ -97,16 +100,16 @@ class Plan(Message, frozen=True):
 class Contribution(Message, frozen=True):
     """A member's promise, before any byte of it moves: the digests of its parts hash to `root`.
 
-    It binds the round and the head, not the view: a failed attempt wastes no work. `samples` is how much of the
-    seat's ranges was trained on, from their start.
+    It binds the round, the head and the samples, not the view: a failed attempt wastes no work. `ranges` are the
+    samples that it was trained on: the first of its seat, maybe all.
     """
 
     epoch: Count
     round: Count
     head: Digest
     root: Digest
-    samples: Count
-    tokens: Count
+    ranges: Ranges
+    tokens: Some
     loss: float
 
 
@@ -125,18 +128,18 @@ class Entry(Message, frozen=True):
 
     peer: Member
     root: Digest
-    tokens: Count
+    tokens: Some
     loss: float
     ranges: Ranges
 
 
 class Freeze(Message, frozen=True):
-    """The one set of contributions that every part of this attempt is folded from."""
+    """The one set of contributions that every part of this attempt is folded from, in peer-id order."""
 
     round: Count
     term: Count
     view: Count
-    entries: Annotated[tuple[Entry, ...], Meta(max_length=MAX_PEERS)]
+    entries: Annotated[tuple[Entry, ...], Meta(min_length=1, max_length=MAX_PEERS)]
 
 
 class Voter(Message, frozen=True):
@@ -223,7 +226,8 @@ class Applied(Message, frozen=True):
 class Report(Message, frozen=True):
     """What a member is doing, said each `report_s` and at every change; silence means that it is lost.
 
-    `stage` is a `Stage` value; `round`, `term`, `view` are of the plan it follows (zeros without one).
+    `term` is the newest that it has heard of, `stage` a `Stage` value; `round` and `view` are of the plan of that term
+    which it follows (zeros without one).
     `uplink` is its sending rate in bytes/s, 0 where unknown; a peer that can't accept connections owns no part.
     """
 
@@ -310,12 +314,12 @@ class StateOffer(Message, frozen=True):
 ROUND_KINDS: tuple[Kind, ...] = (
     Kind("delegation", Delegation, 1024),
     Kind("plan", Plan, 1024 * 1024),
-    Kind("contribution", Contribution, 1024),
+    Kind("contribution", Contribution, 64 * 1024),
     Kind("have", Have, 1024),
     Kind("freeze", Freeze, 1024 * 1024),
     Kind("proposal", Proposal, 1024 * 1024),
     Kind("vote", Vote, 1024),
-    Kind("commit", Commit, 1024 * 1024),
+    Kind("commit", Commit, COMMIT_BYTES),
     Kind("applied", Applied, 4096),
     Kind("report", Report, 8192),
     Kind("standing", Standing, 4096),
@@ -326,7 +330,7 @@ SYNC_KINDS: tuple[Kind, ...] = (
     Kind("welcome?", WelcomeRequest, 256),
     Kind("welcome", Welcome, 300 * 1024),
     Kind("commits?", CommitsRequest, 256),
-    Kind("commits", Commits, 1024 * 1024),
+    Kind("commits", Commits, COMMIT_BYTES + 1024),
     Kind("state?", StateRequest, 256),
     Kind("state", StateOffer, 1024 * 1024),
 )

@@ -13,7 +13,7 @@ Reports say what each member last saw, so what was lost on the way is said again
 The lead itself is a seat that one peer holds, by the organizer's delegation, for a term.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -47,9 +47,11 @@ from dugnad.coordinator.messages import (
 from dugnad.coordinator.votes import Signer, committee_of, has_quorum, quorum_weight, weight_of
 from dugnad.dht.identity import PeerId
 
+MAX_VECTORS = 2
+"""How many vectors of one contributor an owner holds: the newest, and one of a seat that was changed."""
 SETTLE_S = 5.0
 """How long those who stood at the head are awaited, after a commit, to apply it before the next round is planned."""
-KEPT_ROUNDS = 8
+SHOWN_ROUNDS = 8
 """Of how many rounds the signed model digests are kept to show to joiners."""
 
 
@@ -103,8 +105,8 @@ class _Round:
     deadline: float
     seats: dict[PeerId, Seat] = field(default_factory=dict)
     contributions: dict[PeerId, Contribution] = field(default_factory=dict)
-    held: dict[tuple[PeerId, PeerId], bytes] = field(default_factory=dict)
-    """(owner, contributor) -> root of what the owner holds whole, in this view."""
+    held: dict[tuple[PeerId, PeerId], tuple[bytes, ...]] = field(default_factory=dict)
+    """(owner, contributor) -> roots of what the owner holds whole, in this view; newest last, MAX_VECTORS at most."""
     slow: set[PeerId] = field(default_factory=set)
     """Owners that were here and did not deliver."""
     freeze: Freeze | None = None
@@ -159,11 +161,16 @@ class Leader:
             return self._settle(self.follower.receive(sender, message, now=now), now)
         return self._settle([Refused(sender, "not a member", f"{type(message).__name__} is a leader's word")], now)
 
-    def result(self, owner: PeerId, term: int, view: int, parts: dict[int, bytes], *, now: float) -> list[Effect]:
-        """`owner` sent the bytes of encoded averages, {part: digest}; they are checked and on disk here."""
+    def result(
+        self, owner: PeerId, order: tuple[int, int, int], parts: dict[int, bytes], *, now: float
+    ) -> list[Effect]:
+        """`owner` sent the bytes of encoded averages, {part: digest}; they are checked and on disk here.
+
+        order: the (round, term, view) that they were made in.
+        """
         out = self.follower.holds(tuple(parts.values()), now=now)
         work = self._round
-        if work is not None and self.phase is Phase.REDUCE and (term, view) == (work.plan.term, work.plan.view):
+        if work is not None and self.phase is Phase.REDUCE and order == work.plan.order:
             owned = {part for part, who in enumerate(work.plan.owners) if who == owner}
             work.results.update((part, digest) for part, digest in parts.items() if part in owned)
         return self._settle(out, now)
@@ -190,9 +197,12 @@ class Leader:
         self.digests.update({round_: dict(said) for round_, said in digests.items()})
         self.validation = validation
 
-    def synced(self, round_: int, model: bytes, *, now: float) -> list[Effect]:
-        """The shell holds the model after `round_`."""
-        return self._settle(self.follower.synced(round_, model, now=now), now)
+    def synced(self, round_: int, model: bytes, since: Iterable[Commit], *, now: float) -> list[Effect]:
+        """The shell holds the model after `round_`; `since` are the commits after it."""
+        committee = self.follower.ledger.head.committee
+        self._awaited = tuple(voter.peer for voter in committee if voter.peer != self._signer.peer_id)
+        self._settle_until = now + SETTLE_S
+        return self._settle(self.follower.synced(round_, model, since, now=now), now)
 
     def stop(self, *, now: float) -> list[Effect]:
         """Plan no further round; the one under way is finished. `phase` is IDLE when it is safe to go."""
@@ -210,9 +220,15 @@ class Leader:
 
     def wake_at(self) -> float:
         """When `tick` has something to do next."""
-        settled = self._settle_until if self._awaited else float("inf")
-        deadline = self._round.deadline if self._round else settled
-        return min(self._report_at, self.membership.wake_at(), self.follower.wake_at(), deadline)
+        return min(self._report_at, self.membership.wake_at(), self.follower.wake_at(), self._decide_at())
+
+    def _decide_at(self) -> float:
+        """When time alone makes a difference to the round."""
+        work = self._round
+        if work is None:
+            return self._settle_until if self._awaited else float("inf")
+        waits_for_us = self.phase is Phase.REDUCE and not self._missing(work)
+        return float("inf") if waits_for_us else work.deadline
 
     # -- what others may ask
 
@@ -269,9 +285,11 @@ class Leader:
         seat = work.seats.get(sender)
         if seat is None:
             return [LeftOut(sender, "no seat", f"no work was given in round {said.round}")]
-        samples = ranges.count(seat.ranges)
-        if not 0 < said.samples <= samples or said.tokens != said.samples * self._recipe.model.context:
-            return [LeftOut(sender, "bad contribution", f"{said.samples} of {samples} samples, {said.tokens} tokens")]
+        samples = ranges.count(said.ranges)
+        if not samples or said.ranges != ranges.take(seat.ranges, samples)[0]:
+            return [LeftOut(sender, "other samples", "it was trained on others than those of its seat")]
+        if said.tokens != samples * self._recipe.model.context:
+            return [LeftOut(sender, "bad contribution", f"{said.tokens} tokens in {samples} samples")]
         if not abs(said.loss) < float("inf"):
             return [LeftOut(sender, "non-finite", "its loss is not a finite number")]
         work.contributions[sender] = said
@@ -283,7 +301,9 @@ class Leader:
             return []
         if sender not in work.plan.owners or said.contributor not in work.seats:
             return [Refused(sender, "no seat", f"it holds parts of {said.contributor} that nobody gave it")]
-        work.held[sender, said.contributor] = said.root
+        known = work.held.get((sender, said.contributor), ())
+        if said.root not in known:
+            work.held[sender, said.contributor] = (*known, said.root)[-MAX_VECTORS:]
         return []
 
     def _on_vote(self, sender: PeerId, said: Vote, now: float) -> list[Effect]:
@@ -309,12 +329,12 @@ class Leader:
             return [Refused(sender, "bad signature", f"model digest after round {said.round}")]
         kept: list[Effect] = []
         known_here = sender == self._signer.peer_id or self.membership.report(sender) is not None
-        if known_here and said.round > ledger.head.round - KEPT_ROUNDS:
+        if known_here and said.round > ledger.head.round - SHOWN_ROUNDS:
             known = self.digests.setdefault(said.round, {})
             if sender not in known or known[sender].model != said.model:  # said again, it may have forgotten its cost
                 known[sender] = said
                 kept = [Keep(sender, said)]
-        for old in [r for r in self.digests if r <= ledger.head.round - KEPT_ROUNDS]:
+        for old in [r for r in self.digests if r <= ledger.head.round - SHOWN_ROUNDS]:
             del self.digests[old]
         return kept
 
@@ -354,6 +374,10 @@ class Leader:
 
     def _idle(self, now: float) -> list[Effect]:
         head = self.follower.ledger.head
+        if self.follower.model is None:
+            return []  # starting
+        if now >= self._settle_until:
+            self._awaited = ()
         steps = self._recipe.rounds.steps_at(head.global_step)
         if steps == 0:
             self.phase, self.reason = Phase.FINISHED, f"finished: all {head.global_step} steps are done"
@@ -361,8 +385,6 @@ class Leader:
         if self.stopping:
             self.reason = "the coordinator is leaving"
             return []
-        if now >= self._settle_until:
-            self._awaited = ()
         decision = self.membership.decide(head, min_peers=self._recipe.rounds.min_peers, awaited=self._awaited)
         self.reason = decision.reason
         if decision.members:
@@ -445,7 +467,7 @@ class Leader:
         return {
             peer: said
             for peer, said in sorted(work.contributions.items())
-            if all(work.held.get((owner, peer)) == said.root for owner in owners)
+            if all(said.root in work.held.get((owner, peer), ()) for owner in owners)
         }
 
     def _declined(self, work: _Round, peer: PeerId) -> bool:
@@ -474,7 +496,7 @@ class Leader:
 
     def _holds_nothing(self, work: _Round, owner: PeerId) -> bool:
         promised = {peer: said.root for peer, said in work.contributions.items() if peer != owner}
-        return bool(promised) and not any(work.held.get((owner, peer)) == root for peer, root in promised.items())
+        return bool(promised) and not any(root in work.held.get((owner, p), ()) for p, root in promised.items())
 
     @staticmethod
     def _mark_slow(work: _Round, owners: set[PeerId]) -> None:
@@ -483,8 +505,7 @@ class Leader:
 
     def _freeze(self, work: _Round, now: float) -> list[Effect]:
         entries = tuple(
-            Entry(peer, said.root, said.tokens, said.loss, ranges.take(work.seats[peer].ranges, said.samples)[0])
-            for peer, said in self._whole(work).items()
+            Entry(peer, said.root, said.tokens, said.loss, said.ranges) for peer, said in self._whole(work).items()
         )
         work.freeze = Freeze(work.plan.round, work.plan.term, work.plan.view, entries)
         work.deadline = now + self._recipe.rounds.exchange_s
@@ -502,7 +523,7 @@ class Leader:
         assert work.freeze is not None
         if self._lost_owners(work):
             return self._plan_view(work, now)
-        missing = [part for part in range(self._num_parts) if part not in work.results]
+        missing = self._missing(work)
         self.reason = f"round {work.plan.round}: {self._num_parts - len(missing)} of {self._num_parts} parts reduced"
         if missing and now >= work.deadline:
             self._mark_slow(work, {work.plan.owners[part] for part in missing})
@@ -511,6 +532,9 @@ class Leader:
             return []
         parts = tuple(work.results[part] for part in range(self._num_parts))
         return self._propose(work, work.freeze.entries, parts, now)
+
+    def _missing(self, work: _Round) -> list[int]:
+        return [part for part in range(self._num_parts) if part not in work.results]
 
     def _propose_departures(self, now: float) -> list[Effect]:
         """Between rounds, let those who want to leave go: a block that changes nothing but the committee."""
@@ -561,7 +585,7 @@ class Leader:
         if not has_quorum(committee, work.ballots):
             have, need = weight_of(committee, work.ballots), quorum_weight(committee)
             absent = [v.peer for v in committee if v.peer not in work.ballots and not self.membership.is_live(v.peer)]
-            gone = f"; {len(absent)} of its voters are gone" if absent else ""
+            gone = f"; {len(absent)} voters are gone, and must come back with their folders" if absent else ""
             self.reason = f"round {work.plan.round}: {have} of {need} votes{gone}"
             return []
         voters = {voter.peer for voter in committee}

@@ -7,6 +7,7 @@ It holds nothing that the peers do not hold, but for the run key. What it keeps 
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
@@ -23,7 +24,7 @@ from dugnad.coordinator.messages import (
     StateRequest,
     delegation_payload,
 )
-from dugnad.coordinator.rounds import Assign, Keep, Leader, LeftOut, Phase
+from dugnad.coordinator.rounds import SHOWN_ROUNDS, Assign, Keep, Leader, LeftOut, Phase
 from dugnad.coordinator.shell import KEPT_ROUNDS, Model, ResultsHeader, Shell
 from dugnad.coordinator.votes import has_quorum
 from dugnad.dht.identity import Identity, PeerId, nickname
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 GOODBYE_S = 10.0
 """How long members of a finished run are awaited to take note and leave."""
+BEHIND_ROUNDS = 4
+"""When more rounds than these wait to be measured, some are left out: checkpoints, which wait as well, matter more."""
 
 
 _PHASES: dict[Phase, Literal["gather", "reduce", "vote"]] = {
@@ -96,7 +99,7 @@ class Coordinator(Shell):
         self.checkpoint: Path | None = None
         """The newest checkpoint."""
         self._numerics = numerics
-        term = self.chain.next_term()
+        term = self.chain.next_term(at_s=time.time())
         signature = organizer.sign(delegation_payload(self.run, identity.peer_id, term))
         delegation = Delegation(identity.peer_id, term, signature)
         self.machine = Leader(
@@ -121,16 +124,16 @@ class Coordinator(Shell):
 
     async def begin(self) -> None:
         """Take up what the folder holds."""
-        commits = list(self.chain.commits())
-        self.follower.restore(commits, self.blobs.digests())
+        head = self.follower.ledger.head.round
         measured = max(self.chain.validation().items(), default=(0, None))
-        self.machine.restore(self.chain.applieds(after_round=len(commits) - 8), measured)
-        round_, model = await asyncio.to_thread(self._newest_model, len(commits))
+        self.machine.restore(self.chain.applieds(after_round=head - SHOWN_ROUNDS), measured)
+        round_, model = await asyncio.to_thread(self._newest_model, head)
         self.models.append((round_, model))
-        if round_ < len(commits):
-            log.info("replaying rounds %d to %d on the checkpoint of round %d", round_ + 1, len(commits), round_)
+        if round_ < head:
+            log.info("replaying rounds %d to %d on the checkpoint of round %d", round_ + 1, head, round_)
         self.spawn(self._measure_and_save())
-        self.perform(self.machine.synced(round_, model.digest(), now=self.now()))
+        since = self.chain.commits(after_round=round_)
+        self.perform(self.machine.synced(round_, model.digest(), since, now=self.now()))
 
     def _newest_model(self, head_round: int) -> tuple[int, Model]:
         newest = self.checkpoints.latest()
@@ -165,7 +168,7 @@ class Coordinator(Shell):
         leader = self.machine
         self._watch_phase()
         over = leader.phase is Phase.FINISHED or (leader.stopping and leader.phase is Phase.IDLE)
-        if over and self.follower.at_head and not self._ending:
+        if over and self.follower.at_head and not self._ending and not self._over:
             self._ending = True
             self.spawn(self._end())
 
@@ -202,17 +205,10 @@ class Coordinator(Shell):
         log.info("%s is unreachable: %s", nickname(peer), why)
         self.perform(self.machine.lost(peer, why, now=self.now()))
 
-    def expects_results(self, sender: PeerId, header: ResultsHeader) -> bool:
-        """Whether `sender` owns these parts in the plan under way."""
-        plan = self.machine.plan
-        if plan is None or plan.order != (header.round, header.term, header.view):
-            return False
-        return all(plan.owners[part] == sender for part, _ in header.parts)
-
     def took_results(self, sender: PeerId, header: ResultsHeader) -> None:
         """Averages are here: the leader counts them."""
         now = self.now()
-        self.perform(self.machine.result(sender, header.term, header.view, dict(header.parts), now=now))
+        self.perform(self.machine.result(sender, header.order, dict(header.parts), now=now))
 
     async def answer(self, sender: PeerId, question: Message) -> Message | None:
         """Tell who joins the newest certified model, besides what every role can tell."""
@@ -243,7 +239,8 @@ class Coordinator(Shell):
         while True:
             commit, model = await self._aftermath.get()
             block = commit.block
-            if block.parts and block.round % self.recipe.evaluation.every_rounds == 0:
+            behind = self._aftermath.qsize() > BEHIND_ROUNDS
+            if block.parts and block.round % self.recipe.evaluation.every_rounds == 0 and not behind:
                 await self._measure(block.round, model)
             if block.round % self.recipe.checkpoints.every_rounds == 0:
                 await self._save(block.round, block.global_step, model)
@@ -299,5 +296,12 @@ class Coordinator(Shell):
 
     async def _goodbye(self) -> None:
         deadline = self.now() + GOODBYE_S
-        while set(self.machine.membership.live()) - self.machine.membership.leaving() and self.now() < deadline:
+        while self._awaited() and self.now() < deadline:
             await asyncio.sleep(0.1)
+
+    def _awaited(self) -> set[PeerId]:
+        """Who does not know yet that the run is finished: it is here, or has not been heard of since we started."""
+        members, me = self.machine.membership, self.identity.peer_id
+        voters = {voter.peer for voter in self.follower.ledger.head.committee if voter.peer != me}
+        unheard = {peer for peer in voters if members.report(peer) is None}
+        return (set(members.live()) | unheard) - members.leaving()

@@ -10,7 +10,8 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -28,6 +29,7 @@ from dugnad.coordinator.follower import Cost, Follower
 from dugnad.coordinator.ledger import Ledger
 from dugnad.coordinator.mail import Mail
 from dugnad.coordinator.messages import (
+    MAX_PARTS,
     ROUND_KINDS,
     Commit,
     Commits,
@@ -35,6 +37,7 @@ from dugnad.coordinator.messages import (
     Digest,
     Genesis,
     Message,
+    Plan,
     Welcome,
     WelcomeRequest,
 )
@@ -89,7 +92,12 @@ class ResultsHeader(Struct, frozen=True, array_like=True, forbid_unknown_fields=
     round: int
     term: int
     view: int
-    parts: Annotated[tuple[tuple[int, Digest], ...], Meta(max_length=8192)]
+    parts: Annotated[tuple[tuple[int, Digest], ...], Meta(min_length=1, max_length=MAX_PARTS)]
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """As `Plan.order`."""
+        return (self.round, self.term, self.view)
 
 
 _results_header = msgspec.msgpack.Decoder(ResultsHeader)
@@ -109,6 +117,10 @@ class Machine(Protocol):
 
     def receive(self, sender: PeerId, message: Message, *, now: float) -> Sequence[object]:
         """Take a message."""
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the round under way."""
 
     def holds(self, digests: tuple[bytes, ...], *, now: float) -> Sequence[object]:
         """Blobs are here."""
@@ -179,10 +191,6 @@ class Shell:
     def unreachable(self, peer: PeerId, why: str) -> None:
         """`peer` took no message; only a leader concludes something from it."""
 
-    def expects_results(self, sender: PeerId, header: ResultsHeader) -> bool:
-        """Whether averages with this header are wanted from `sender`."""
-        raise NotImplementedError
-
     def took_results(self, sender: PeerId, header: ResultsHeader) -> None:
         """Averages are here, checked and on disk."""
         self.perform(self.machine.holds(tuple(digest for _, digest in header.parts), now=self.now()))
@@ -212,15 +220,15 @@ class Shell:
         try:
             async with asyncio.TaskGroup() as self._tasks:
                 self._mail = Mail(self.transport, ROUND_CHANNEL, self._tasks, unreachable=self.unreachable)
-                await self.transport.serve(ROUND_CHANNEL, self._on_message)
-                await self.transport.serve(sync.CHANNEL, self._on_question)
-                await bulk.serve_blobs(self.transport, self.lookup)
-                await bulk.serve_push(
-                    self.transport, RESULTS_CHANNEL, self._accept_results, self._take_results,
-                    header_cap=512 * 1024, total_cap=sum(self._part_bytes),
-                )  # fmt: skip
-                self._sweep_blobs()
                 try:
+                    self._take_up()
+                    await self.transport.serve(ROUND_CHANNEL, self._on_message)
+                    await self.transport.serve(sync.CHANNEL, self._on_question)
+                    await bulk.serve_blobs(self.transport, self.lookup)
+                    await bulk.serve_push(
+                        self.transport, RESULTS_CHANNEL, self._accept_results, self._take_results,
+                        header_cap=512 * 1024, total_cap=sum(self._part_bytes),
+                    )  # fmt: skip
                     await self.begin()
                     self.spawn(self._drive())
                     await self.done.wait()
@@ -240,9 +248,9 @@ class Shell:
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Run `work` beside; if it fails, the role ends with its error."""
-        return self._tasks.create_task(self._or_end(work))
+        return self._tasks.create_task(self._guarded(work))
 
-    async def _or_end(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
         except Exception:
@@ -255,7 +263,8 @@ class Shell:
             wait_s = self.machine.wake_at() - self.now()
             if wait_s <= 0:
                 self.perform(self.machine.tick(now=self.now()))
-                wait_s = 0.001  # a machine that is always due must not keep the loop from everything else
+                await asyncio.sleep(0.001)  # a machine that is always due must not keep the loop from all else
+                continue
             try:
                 async with asyncio.timeout(None if wait_s == float("inf") else wait_s):
                     await self._changed.wait()
@@ -265,18 +274,21 @@ class Shell:
     # -- effects
 
     def perform(self, effects: Sequence[object]) -> None:
-        """Do the effects of one machine call, in order; if one fails, the role ends, and does nothing more.
-
-        Callers may be handlers of the network, which survive anything: the failure must reach the role itself.
-        """
+        """Do the effects of one machine call, in order; if one fails, the role ends, and does nothing more."""
         if self._over:
             return
-        try:
+        with self.or_end():
             for effect in effects:
                 self._perform_one(effect)
+        self._changed.set()
+
+    @contextmanager
+    def or_end(self) -> Iterator[None]:
+        """What fails inside ends the role: the handlers of the network, which survive anything, run in this."""
+        try:
+            yield
         except Exception as error:
             self.fail(error)
-        self._changed.set()
 
     def fail(self, error: Exception) -> None:
         """End the role with `error`, unless it is ending already."""
@@ -341,15 +353,21 @@ class Shell:
         if number > KEPT_ROUNDS:
             for old in self.chain.commits(after_round=number - KEPT_ROUNDS - 1, limit=1):
                 stale.update(old.block.parts)
+        if stale:  # two rounds may have had the same averages
+            stale -= self._kept_parts(number)
         for digest in stale:
             self.blobs.delete(digest)
 
-    def _sweep_blobs(self) -> None:
-        """Delete what a process that ended in the midst of a round left."""
-        newest = max(0, self.chain.head_round() - KEPT_ROUNDS)
-        kept = {digest for commit in self.chain.commits(after_round=newest) for digest in commit.block.parts}
-        for digest in self.blobs.digests() - kept:
-            self.blobs.delete(digest)
+    def _kept_parts(self, head_round: int) -> set[bytes]:
+        commits = self.chain.commits(after_round=max(0, head_round - KEPT_ROUNDS))
+        return {digest for commit in commits for digest in commit.block.parts}
+
+    def _take_up(self) -> None:
+        """Take up what this folder keeps of the run: the chain, and the bytes of recent rounds."""
+        head, here = self.chain.head_round(), self.blobs.digests()
+        self.follower.restore(self.chain.commits(), here)
+        # what belongs to no round yet may have been voted for: it goes when the next round is in place without it
+        self._attempted = dict.fromkeys(here - self._kept_parts(head), head + 1)
 
     async def _fetch(self, wanted: Sequence[tuple[int, bytes]], donors: Sequence[PeerId]) -> None:
         sizes = {digest: self._part_bytes[part] for part, digest in wanted}
@@ -390,7 +408,8 @@ class Shell:
         else:
             assert isinstance(message, Message)
             self.metrics.message_passed("received", CODEC.tag_of(message))
-            self.perform(self.machine.receive(sender, message, now=self.now()))
+            with self.or_end():
+                self.perform(self.machine.receive(sender, message, now=self.now()))
         return b""
 
     async def _on_question(self, peer: PeerId, raw: bytes) -> bytes:
@@ -438,7 +457,14 @@ class Shell:
             return f"the vector has {len(self._part_bytes)} parts"
         if sizes != tuple(self._part_bytes[part] for part, _ in header.parts):
             return "a part has another size than the layout gives it"
-        return None if self.expects_results(sender, header) else f"round {header.round} is not under way here"
+        return None if self._expects(sender, header) else f"round {header.round} is not under way here"
+
+    def _expects(self, sender: PeerId, header: ResultsHeader) -> bool:
+        """Whether `sender` owns these parts in the plan under way."""
+        plan = self.machine.plan
+        if plan is None or plan.order != header.order:
+            return False
+        return all(plan.owners[part] == sender for part, _ in header.parts)
 
     async def _take_results(self, sender: PeerId, raw: bytes, buffers: list[bytearray]) -> bytes:
         header = _results_header.decode(raw)
@@ -451,7 +477,8 @@ class Shell:
         except OSError as error:  # our disk, not their stream: it must not pass for a broken transfer
             self.fail(error)
             raise bulk.PushRefused(sender, "the disk here takes no more") from error
-        self.took_results(sender, header)
+        with self.or_end():
+            self.took_results(sender, header)
         return b""
 
     def _fault(self, header: ResultsHeader, buffers: Sequence[bytearray]) -> str | None:

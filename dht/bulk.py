@@ -41,7 +41,7 @@ Accept = Callable[[PeerId, bytes, tuple[int, ...]], str | None]
 Take = Callable[[PeerId, bytes, list[bytearray]], Awaitable[bytes]]
 """(sender, header, payloads): the reply; raises PushRefused."""
 OnBlob = Callable[[bytes, bytes], None]
-"""(digest, bytes) of a blob that has come and is what its digest says."""
+"""(digest, bytes) of a blob that has come and is what its digest says; called in a thread, one at a time."""
 Lookup = Callable[[bytes], bytes | memoryview | None]
 
 
@@ -126,7 +126,7 @@ async def serve_push(
             if why is not None:
                 raise PushRefused(sender, why)
             await _moving(stream.write(_said(_FINE, b"")), sender, SILENCE_S)
-            buffers = [await _read_pieces(stream, sender, size) for size in sizes]
+            buffers = [await _read_pieces(stream, sender, size, SILENCE_S) for size in sizes]
             return _said(_FINE, await take(sender, header, buffers))
         except PushRefused as error:
             return _said(_REFUSED, error.reason.encode())
@@ -204,7 +204,7 @@ async def fetch_all(
                 pending = machine.failed(request.digest, request.donor, got)
                 continue
             if request.digest in machine.missing:
-                on_blob(request.digest, got)
+                await asyncio.to_thread(on_blob, request.digest, got)
             pending = machine.arrived(request.digest, request.donor)
         for task in running.values():
             task.cancel()
@@ -292,7 +292,7 @@ async def _write_pieces(stream: Stream, peer: PeerId, data: memoryview, timeout_
         await _moving(stream.write(data[start : start + PIECE_BYTES]), peer, timeout_s)
 
 
-async def _read_pieces(stream: Stream, peer: PeerId, size: int, timeout_s: float = SILENCE_S) -> bytearray:
+async def _read_pieces(stream: Stream, peer: PeerId, size: int, timeout_s: float) -> bytearray:
     data = bytearray(size)
     view = memoryview(data)
     for start in range(0, size, PIECE_BYTES):

@@ -71,12 +71,14 @@ _BAD_MESSAGE = Label(
     "reason",
     (
         "malformed", "version", "unknown kind", "too large", "foreign run", "bad signature", "not the sender",
-        "wrong answer", "not a member", "not leader", "not the leader", "delegation", "foreign chain", "two proposals",
-        "invalid block", "invalid commit", "stale contribution", "bad contribution", "no seat", "non-finite",
-        "from the future", "lifetime", "unknown key", "full", OTHER,
+        "wrong answer", "not a member", "not leader", "misdirected", "delegation", "foreign chain", "two proposals",
+        "invalid plan", "invalid freeze", "invalid block", "invalid commit", "no seat", "from the future", "lifetime",
+        "unknown key", "full", OTHER,
     ),
 )  # fmt: skip
-_BAD_CONTRIBUTION = Label("reason", ("non-finite", "late", "bad contribution", "stale contribution", "no seat", OTHER))
+_BAD_CONTRIBUTION = Label(
+    "reason", ("non-finite", "late", "other samples", "bad contribution", "stale contribution", "no seat", OTHER)
+)
 
 _ROUND_BUCKETS_S = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0, 1800.0, 3600.0, 7200.0)
 _PHASE_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)

@@ -1,7 +1,8 @@
 """The tensors that `reduce.py` speaks of: one member's encoded parts, and those that others sent it to fold.
 
 A contribution is encoded once, part by part; its root is the hash of the parts' digests. Every upload carries all the
-digests, so an owner checks the bytes it gets against what the contributor promised to everyone.
+digests, so an owner checks the bytes it gets against what the contributor promised to everyone. What is held, and for
+how long, `reduce.Reducer` decides.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from msgspec import Meta, Struct
 
 from dugnad.dht import bulk
 from dugnad.dht.identity import PeerId
-from dugnad.dht.transport import Transport
+from dugnad.dht.transport import Transport, TransportError
 from dugnad.optim.codec import CodecError, Int8Codec, NonFinite
 from dugnad.optim.layout import Layout, Vector
 from dugnad.optim.reduce import Weighed
@@ -27,6 +28,8 @@ SILENCE_S = 5.0
 log = logging.getLogger(__name__)
 
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Expects = Callable[[PeerId, int, bytes], bool]
+"""(sender, round, root): whether parts of that vector are wanted."""
 Received = Callable[[PeerId, bytes, tuple[int, ...]], None]
 """(contributor, root, parts): checked and held."""
 
@@ -34,7 +37,7 @@ Received = Callable[[PeerId, bytes, tuple[int, ...]], None]
 class _Header(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     round: int
     digests: Annotated[tuple[Digest, ...], Meta(max_length=8192)]
-    parts: Annotated[tuple[int, ...], Meta(max_length=8192)]
+    parts: Annotated[tuple[int, ...], Meta(min_length=1, max_length=8192)]
 
 
 _header = msgspec.msgpack.Decoder(_Header)
@@ -46,11 +49,9 @@ def root_of(digests: Iterable[bytes]) -> bytes:
 
 
 class Exchange:
-    """The part bytes of one round at a time; `expects` says from whom bytes of a round are wanted, `received` hears."""
+    """The part bytes of one round at a time; `expects` says what is wanted, `received` hears what has come."""
 
-    def __init__(
-        self, transport: Transport, layout: Layout, *, expects: Callable[[PeerId, int], bool], received: Received
-    ) -> None:
+    def __init__(self, transport: Transport, layout: Layout, *, expects: Expects, received: Received) -> None:
         self.layout = layout
         self.part_bytes = tuple(Int8Codec(layout.block_elements).part_bytes(len(part)) for part in layout.parts)
         self._transport = transport
@@ -58,7 +59,8 @@ class Exchange:
         self._expects = expects
         self._received = received
         self._round = 0
-        self._own: tuple[list[memoryview], tuple[bytes, ...]] = ([], ())
+        self._promised: dict[bytes, tuple[bytes, ...]] = {}
+        """Root -> digests, of our own vectors."""
         self._held: dict[tuple[PeerId, bytes], dict[int, bytes | bytearray | memoryview]] = {}
 
     async def serve(self) -> None:
@@ -72,22 +74,32 @@ class Exchange:
         """A round begins: forget the bytes of the one before. Said again of the same round, it changes nothing."""
         if round_ != self._round:
             self._round = round_
-            self._own = ([], ())
+            self._promised.clear()
             self._held.clear()
+
+    def drop(self, contributor: PeerId, root: bytes) -> None:
+        """Forget a vector, if it is here."""
+        self._held.pop((contributor, root), None)
+        if contributor == self._transport.peer_id:
+            self._promised.pop(root, None)
 
     async def contribute(self, pseudo_gradient: Vector) -> bytes:
         """Encode our work, float32 (layout.total_elements,), and return its root. Raises NonFinite."""
+        round_ = self._round
         payloads = await asyncio.to_thread(self._encode, pseudo_gradient)
         digests = tuple(blake3(payload).digest() for payload in payloads)
         root = root_of(digests)
-        self._own = (payloads, digests)
-        self._held[self._transport.peer_id, root] = dict(enumerate(payloads))
+        if round_ == self._round:  # else it is over meanwhile, and nobody wants them
+            self._promised[root] = digests
+            self._held[self._transport.peer_id, root] = dict(enumerate(payloads))
         return root
 
-    async def upload(self, owner: PeerId, parts: Sequence[int]) -> None:
-        """Send `parts` of our work to their owner. Raises TransportError."""
-        payloads, digests = self._own
-        header = msgspec.msgpack.encode(_Header(self._round, digests, tuple(parts)))
+    async def upload(self, owner: PeerId, root: bytes, parts: Sequence[int]) -> None:
+        """Send `parts` of our vector `root` to their owner. Raises TransportError, also if it was dropped."""
+        if root not in self._promised:
+            raise TransportError(f"our work {root.hex()[:12]} is no longer wanted")
+        payloads = self._held[self._transport.peer_id, root]
+        header = msgspec.msgpack.encode(_Header(self._round, self._promised[root], tuple(parts)))
         chosen = [payloads[part] for part in parts]
         await bulk.push(self._transport, owner, CHANNEL, header, chosen, kind="upload", timeout_s=SILENCE_S)
 
@@ -95,7 +107,7 @@ class Exchange:
         """The encoded average of `entries`, in that order, for each of `parts`; empty if we lack some."""
         sources = [self._held.get((entry.peer, entry.root), {}) for entry in entries]
         if not all(held.keys() >= set(parts) for held in sources):
-            return {}  # a round that is over: its bytes are forgotten
+            return {}  # a view that is over: its bytes are forgotten
         weights = [entry.tokens for entry in entries]
         return await asyncio.to_thread(self._fold, parts, sources, weights)
 
@@ -119,14 +131,15 @@ class Exchange:
             header = _header.decode(raw)
         except msgspec.DecodeError as error:
             return f"malformed header: {error}"
-        if header.round != self._round or not self._expects(sender, header.round):
-            return f"round {header.round} is not under way here"
         num_parts = len(self.part_bytes)
         if len(header.digests) != num_parts or not all(0 <= part < num_parts for part in header.parts):
             return f"the vector has {num_parts} parts"
         if sizes != tuple(self.part_bytes[part] for part in header.parts):
             return "a part has another size than the layout gives it"
-        return None
+        return None if self._wants(sender, header) else f"not wanted in round {header.round} as it stands here"
+
+    def _wants(self, sender: PeerId, header: _Header) -> bool:
+        return header.round == self._round and self._expects(sender, header.round, root_of(header.digests))
 
     async def _done(self, sender: PeerId, raw: bytes, buffers: list[bytearray]) -> bytes:
         header = _header.decode(raw)
@@ -134,18 +147,12 @@ class Exchange:
         if why is not None:
             log.warning("parts from %s refused: %s", sender, why)
             raise bulk.PushRefused(sender, why)
-        if header.round == self._round:
-            root = root_of(header.digests)
-            self._make_room(sender, root)
-            self._held.setdefault((sender, root), {}).update(zip(header.parts, buffers, strict=True))
-            self._received(sender, root, header.parts)
+        if not self._wants(sender, header):  # any more: it took a while to come
+            raise bulk.PushRefused(sender, f"round {header.round} has moved on")
+        root = root_of(header.digests)
+        self._held.setdefault((sender, root), {}).update(zip(header.parts, buffers, strict=True))
+        self._received(sender, root, header.parts)
         return b""
-
-    def _make_room(self, sender: PeerId, root: bytes) -> None:
-        """Hold two different vectors of one sender at most: its newest, and the one that may be frozen already."""
-        roots = [held for peer, held in self._held if peer == sender and held != root]
-        for oldest in roots[: max(0, len(roots) - 1)]:
-            del self._held[sender, oldest]
 
     def _fault(self, header: _Header, buffers: list[bytearray]) -> str | None:
         for part, buffer in zip(header.parts, buffers, strict=True):

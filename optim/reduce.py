@@ -5,8 +5,11 @@
     freeze       the one set that counts      -> Fold each of our parts from exactly that set
     folded       our averages are encoded     -> Deliver the same bytes to everyone     (again after a failure)
     plan         owners changed (a new view)  -> upload only what the new owners lack; what is held stays held
+                                              -> Drop what can no longer count: of each peer, all but its newest vector
 
-Contributors keep their bytes until the round is committed, so that any new owner can ask for them.
+Within a view nothing that is held is dropped, since the leader may have frozen it; of one peer two vectors are held at
+most (`takes`), the second being that of a seat that changed. Contributors keep their bytes until the round is
+committed, so that any new owner can ask for them.
 """
 
 from collections import defaultdict
@@ -21,9 +24,10 @@ RETRY_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """Send `parts` of our own contribution to their `owner`, and say `uploaded` or `upload_failed`."""
+    """Send `parts` of our own contribution `root` to their `owner`, and say `uploaded` or `upload_failed`."""
 
     owner: PeerId
+    root: bytes
     parts: tuple[int, ...]
 
 
@@ -60,7 +64,18 @@ class Deliver:
     parts: Mapping[int, bytes]
 
 
-Effect = Upload | Holds | Fold | Deliver
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Forget the bytes of that vector of `contributor`."""
+
+    contributor: PeerId
+    root: bytes
+
+
+Effect = Upload | Holds | Fold | Deliver | Drop
+
+MAX_VECTORS = 2
+"""How many vectors of one peer are held at most."""
 
 
 class Reducer:
@@ -74,7 +89,8 @@ class Reducer:
         self._sent: dict[PeerId, set[int]] = defaultdict(set)
         """Own parts that an owner has acknowledged."""
         self._uploading: dict[PeerId, tuple[int, ...]] = {}
-        self._held: dict[tuple[PeerId, bytes], set[int]] = defaultdict(set)
+        self._held: dict[tuple[PeerId, bytes], set[int]] = {}
+        """(contributor, root) -> parts that are here; in the order in which they were last added to."""
         self._entries: tuple[Weighed, ...] | None = None
         self._folding = False
         self._results: dict[int, bytes] = {}
@@ -107,41 +123,46 @@ class Reducer:
         self._undelivered.clear()
         self._uploading.clear()
         self._retry_at.clear()
-        return [*self._upload(now), *self._holds(now)]
+        return [*self._drop(), *self._upload(now), *self._holds(now)]
 
     def contribute(self, root: bytes, *, now: float) -> list[Effect]:
         """Our own parts are encoded; their digests hash to `root`."""
         self._root = root
-        self._held[self._me, root].update(range(len(self._owners)))
+        self._held[self._me, root] = set(range(len(self._owners)))
         return [*self._upload(now), *self._holds(now)]
 
     def restart(self) -> None:
-        """Our own work is void, and other work is on its way; what others sent us stays held."""
+        """Our own work is void, as the `plan` that follows says; what others sent us stays held."""
         self._root = None
         self._sent.clear()
 
-    def uploaded(self, owner: PeerId, parts: tuple[int, ...], *, now: float) -> list[Effect]:
-        """`owner` has acknowledged `parts` of ours."""
-        if self._root is None:
-            return []  # of work that is void: our other work is not there yet
+    def uploaded(self, owner: PeerId, root: bytes, parts: tuple[int, ...], *, now: float) -> list[Effect]:
+        """`owner` has acknowledged `parts` of our vector `root`."""
+        if root != self._root:
+            return []  # of work that is void
         self._sent[owner].update(parts)
         if self._uploading.get(owner) == parts:
             del self._uploading[owner]
         return self._upload(now)
 
-    def upload_failed(self, owner: PeerId, parts: tuple[int, ...], *, now: float) -> list[Effect]:
+    def upload_failed(self, owner: PeerId, root: bytes, parts: tuple[int, ...], *, now: float) -> list[Effect]:
         """The upload of `parts` to `owner` broke; it is tried again while the plan says so."""
-        if self._uploading.get(owner) == parts:
+        if root == self._root and self._uploading.get(owner) == parts:
             del self._uploading[owner]
             self._retry_at[owner] = now + RETRY_S
         return []
 
+    def takes(self, contributor: PeerId, root: bytes) -> bool:
+        """Whether there is room for this vector of `contributor`."""
+        held = [known for peer, known in self._held if peer == contributor]
+        return root in held or len(held) < MAX_VECTORS
+
     def received(self, contributor: PeerId, root: bytes, parts: tuple[int, ...], *, now: float) -> list[Effect]:
         """`parts` of `contributor` are here, checked against the digests that hash to `root`."""
-        held = self._held[contributor, root]
-        before = self._holds_all(held)
-        held.update(parts)
-        out: list[Effect] = [] if before or not self._holds_all(held) else [Holds(contributor, root)]
+        before = self._held.pop((contributor, root), set())
+        self._held[contributor, root] = held = before | set(parts)
+        news = self._holds_all(held) and not self._holds_all(before)
+        out: list[Effect] = [Holds(contributor, root)] if news else []
         return [*out, *self._fold()]
 
     def freeze(self, entries: tuple[Weighed, ...], *, now: float) -> list[Effect]:
@@ -192,8 +213,19 @@ class Reducer:
             parts = tuple(part for part in theirs if part not in self._sent[owner])
             if parts:
                 self._uploading[owner] = parts
-                out.append(Upload(owner, parts))
+                out.append(Upload(owner, self._root, parts))
         return out
+
+    def _drop(self) -> list[Effect]:
+        """Forget vectors that can no longer count: ours that are void, and of each other peer all but the newest."""
+        newest: dict[PeerId, bytes | None] = {}
+        for peer, root in self._held:
+            newest[peer] = root
+        newest[self._me] = self._root
+        gone = [(peer, root) for peer, root in self._held if newest[peer] != root]
+        for key in gone:
+            del self._held[key]
+        return [Drop(contributor, root) for contributor, root in gone]
 
     def _holds_all(self, held: set[int]) -> bool:
         return bool(self.own_parts) and held.issuperset(self.own_parts)
@@ -205,7 +237,7 @@ class Reducer:
     def _fold(self) -> list[Effect]:
         if self._entries is None or self._folding or self._results or not self.own_parts:
             return []
-        if not all(self._holds_all(self._held[entry.peer, entry.root]) for entry in self._entries):
+        if not all(self._holds_all(self._held.get((entry.peer, entry.root), set())) for entry in self._entries):
             return []
         self._folding = True
         return [Fold(self.own_parts, self._entries)]

@@ -8,14 +8,16 @@ It joins two machines that do not know each other: the `Follower` that votes and
 of the round under way. Effects of all three come out in the order in which they must happen.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 from dugnad.coordinator import follower as following
-from dugnad.coordinator.follower import CatchUp, Cost, Follower, Refused, Resync, Send
+from dugnad.coordinator import ranges
+from dugnad.coordinator.follower import Cost, Follower, Refused, Resync, Send
 from dugnad.coordinator.membership import Stage
-from dugnad.coordinator.messages import Contribution, Freeze, Have, Message, Plan, Report, Seat, Standing
+from dugnad.coordinator.messages import Commit, Contribution, Freeze, Have, Message, Plan, Report, Seat, Standing
 from dugnad.dht.identity import PeerId
 from dugnad.optim import reduce as reducing
 from dugnad.optim.reduce import Reducer, Weighed
@@ -58,7 +60,7 @@ class Reduce:
     """An effect of the round's all-reduce; `plan` says of which view."""
 
     plan: Plan
-    effect: reducing.Upload | reducing.Fold | reducing.Deliver
+    effect: reducing.Upload | reducing.Fold | reducing.Deliver | reducing.Drop
 
 
 Effect = following.Effect | Train | StopTraining | Leave | Reduce
@@ -66,7 +68,7 @@ Effect = following.Effect | Train | StopTraining | Leave | Reduce
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A finished interval: the parts' digests hash to `root`; `loss` is the mean over its `samples`."""
+    """A finished interval over the first `samples` of a seat, with their mean `loss`; its parts' digests hash to `root`."""
 
     root: bytes
     samples: int
@@ -84,10 +86,20 @@ class Abilities:
 
 
 class Volunteer:
-    """One volunteer in one run; `follower` is its voting half, `report_s` how often it reports."""
+    """One volunteer in one run; `follower` is its voting half, `report_s` how often it reports.
+
+    num_parts: of the vector that is exchanged. silence_s: after which the coordinator counts as gone.
+    """
 
     def __init__(
-        self, me: PeerId, follower: Follower, abilities: Abilities, *, report_s: float, silence_s: float
+        self,
+        me: PeerId,
+        follower: Follower,
+        abilities: Abilities,
+        *,
+        num_parts: int,
+        report_s: float,
+        silence_s: float,
     ) -> None:
         self.state = State.SYNC
         self.reason = "no model yet"
@@ -102,6 +114,7 @@ class Volunteer:
         self.follower = follower
         self._me = me
         self._abilities = abilities
+        self._num_parts = num_parts
         self._report_s = report_s
         self._silence_s = silence_s
         self._reducer = Reducer(me)
@@ -128,12 +141,12 @@ class Volunteer:
             return self._settle(self._handlers[type(message)](sender, message, now), now)
         if self.follower.handles(message):
             return self._settle(self.follower.receive(sender, message, now=now), now)
-        return [Refused(sender, "not the leader", f"{type(message).__name__} is said to leaders")]
+        return [Refused(sender, "misdirected", f"{type(message).__name__} is for leaders")]
 
-    def synced(self, round_: int, model: bytes, *, now: float) -> list[Effect]:
-        """The model after `round_` is here."""
+    def synced(self, round_: int, model: bytes, since: Iterable[Commit], *, now: float) -> list[Effect]:
+        """The model after `round_` is here; `since` are the commits after it that we have."""
         self._turn(State.WAIT, f"in sync with round {round_}")
-        return self._settle(self.follower.synced(round_, model, now=now), now)
+        return self._settle(self.follower.synced(round_, model, since, now=now), now)
 
     def sync_failed(self, why: str, *, now: float) -> list[Effect]:
         """The state could not be had; it is tried again."""
@@ -143,11 +156,13 @@ class Volunteer:
 
     def trained(self, plan: Plan, work: Work, *, now: float) -> list[Effect]:
         """The interval of `plan` is done and encoded."""
-        if not self._trains(plan):
+        seat = plan.seat_of(self._me)
+        if seat is None or not self._trains(plan):
             return []
         self._turn(State.REDUCE, f"round {plan.round}: sending our work to its owners")
         self._train_until = float("inf")
-        self._promise = Contribution(plan.epoch, plan.round, plan.head, work.root, work.samples, work.tokens, work.loss)
+        done, _ = ranges.take(seat.ranges, work.samples)
+        self._promise = Contribution(plan.epoch, plan.round, plan.head, work.root, done, work.tokens, work.loss)
         return self._settle([*self._promised(), *self._reduced(self._reducer.contribute(work.root, now=now))], now)
 
     def not_trained(self, plan: Plan, why: str, *, now: float) -> list[Effect]:
@@ -157,17 +172,23 @@ class Volunteer:
             self._train_until = float("inf")
         return self._settle([], now)
 
+    def takes(self, contributor: PeerId, round_: int, root: bytes) -> bool:
+        """Whether part bytes of this vector are wanted."""
+        plan = self.plan
+        given = plan is not None and plan.round == round_ and plan.seat_of(contributor) is not None
+        return given and self._reducer.takes(contributor, root)
+
     def received(self, contributor: PeerId, root: bytes, parts: tuple[int, ...], *, now: float) -> list[Effect]:
         """Checked part bytes of `contributor` are here."""
         return self._settle(self._reduced(self._reducer.received(contributor, root, parts, now=now)), now)
 
-    def uploaded(self, owner: PeerId, parts: tuple[int, ...], *, now: float) -> list[Effect]:
-        """`owner` has our `parts`."""
-        return self._settle(self._reduced(self._reducer.uploaded(owner, parts, now=now)), now)
+    def uploaded(self, owner: PeerId, root: bytes, parts: tuple[int, ...], *, now: float) -> list[Effect]:
+        """`owner` has those parts of our vector `root`."""
+        return self._settle(self._reduced(self._reducer.uploaded(owner, root, parts, now=now)), now)
 
-    def upload_failed(self, owner: PeerId, parts: tuple[int, ...], *, now: float) -> list[Effect]:
+    def upload_failed(self, owner: PeerId, root: bytes, parts: tuple[int, ...], *, now: float) -> list[Effect]:
         """An upload broke."""
-        return self._settle(self._reduced(self._reducer.upload_failed(owner, parts, now=now)), now)
+        return self._settle(self._reduced(self._reducer.upload_failed(owner, root, parts, now=now)), now)
 
     def folded(self, plan: Plan, results: dict[int, bytes], *, now: float) -> list[Effect]:
         """Our averages of this view are encoded and on disk: {part: digest}."""
@@ -216,6 +237,8 @@ class Volunteer:
 
     def wake_at(self) -> float:
         """When `tick` has something to do."""
+        if self.state is State.LEFT:
+            return float("inf")
         resync_at = self._resync_at if self.state is State.SYNC and self.follower.leader is not None else float("inf")
         return min(self._report_at, self._train_until, resync_at, self._reducer.wake_at(), self.follower.wake_at())
 
@@ -250,10 +273,13 @@ class Volunteer:
             return [Refused(sender, "foreign chain", f"plan of round {plan.round} stands on another head")]
         if not self.follower.at_head or (self.plan is not None and plan.order <= self.plan.order):
             return []  # the leader says it again when our report shows that we stand at the head
+        fault = self._fault_of(plan)
+        if fault is not None:
+            return [Refused(sender, "invalid plan", fault)]
         before, self.plan = self.plan, plan
         seat = plan.seat_of(self._me)
         if seat is None:
-            return self._without_seat(plan)
+            return self._without_seat(plan, now)
         receivers = (*plan.members, sender)
         if before is not None and before.round == plan.round and before.seat_of(self._me) == seat and self._working:
             return [*self._promised(), *self._reduced(self._reducer.plan(plan.owners, receivers, now=now))]
@@ -267,6 +293,14 @@ class Volunteer:
         self._train_until = now + plan.train_s
         return [Train(plan, seat), *held]
 
+    def _fault_of(self, plan: Plan) -> str | None:
+        members = plan.members
+        if len(plan.owners) != self._num_parts:
+            return f"it has owners for {len(plan.owners)} of {self._num_parts} parts"
+        if not set(plan.owners) <= set(members):
+            return "someone owns a part without a seat"
+        return None if ordered(members) else "its seats are not in peer-id order"
+
     def _trains(self, plan: Plan) -> bool:
         """Whether the interval of `plan` is the one under way: a new leader may have given other samples meanwhile."""
         now = self.plan
@@ -277,16 +311,19 @@ class Volunteer:
     def _working(self) -> bool:
         return self.state in (State.TRAIN, State.REDUCE)
 
-    def _without_seat(self, plan: Plan) -> list[Effect]:
-        was = self.state
-        self._reducer, self._promise = Reducer(self._me), None
+    def _without_seat(self, plan: Plan, now: float) -> list[Effect]:
+        was, self._promise = self.state, None
+        self._reducer.restart()
+        dropped = self._reduced(self._reducer.plan(plan.owners, (), now=now))
         self._train_until = float("inf")
         self._turn(State.WAIT, f"round {plan.round} goes on without us")
-        return [StopTraining(keep=False)] if was is State.TRAIN else []
+        return [*([StopTraining(keep=False)] if was is State.TRAIN else []), *dropped]
 
     def _on_freeze(self, sender: PeerId, said: Freeze, now: float) -> list[Effect]:
         if self.plan is None or (said.round, said.term, said.view) != self.plan.order:
             return []
+        if not ordered([entry.peer for entry in said.entries]):
+            return [Refused(sender, "invalid freeze", "its entries are not in peer-id order")]
         entries = tuple(Weighed(entry.peer, entry.root, entry.tokens) for entry in said.entries)
         counted = any(entry.peer == self._me for entry in entries)
         if self.state is State.REDUCE:
@@ -353,7 +390,10 @@ class Volunteer:
     def _report(self) -> list[Effect]:
         if self.follower.leader is None:
             return []
-        head, plan, seat = self.follower.ledger.head, self.plan, self.plan.seat_of(self._me) if self.plan else None
+        head, plan = self.follower.ledger.head, self.plan
+        if plan is not None and plan.term != self.follower.term:
+            plan = None  # of a leader that is gone: the one that is here must see that its own is not known yet
+        seat = plan.seat_of(self._me) if plan else None
         said = Report(
             term=self.follower.term,
             head_round=head.round,
@@ -386,4 +426,6 @@ class Volunteer:
         return None
 
 
-__all__ = ["Abilities", "CatchUp", "Effect", "Leave", "Reduce", "State", "StopTraining", "Train", "Volunteer", "Work"]
+def ordered(peers: Sequence[PeerId]) -> bool:
+    """Whether `peers` stand in peer-id order, each once."""
+    return all(one < other for one, other in pairwise(peers))

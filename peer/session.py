@@ -73,7 +73,12 @@ class Session(Shell):
         )
         rounds = self.recipe.rounds
         self.machine = Volunteer(
-            identity.peer_id, self.follower, abilities, report_s=rounds.report_s, silence_s=rounds.silence_s
+            identity.peer_id,
+            self.follower,
+            abilities,
+            num_parts=len(numerics.part_bytes),
+            report_s=rounds.report_s,
+            silence_s=rounds.silence_s,
         )
         self.loss: float | None = None
         """Of the newest step of our own training, in nats per token."""
@@ -81,7 +86,7 @@ class Session(Shell):
         self.left_because = ""
         self._welcome = welcome
         self._numerics = numerics
-        self._exchange = Exchange(transport, numerics.layout, expects=self._expects_parts, received=self._received)
+        self._exchange = Exchange(transport, numerics.layout, expects=self.machine.takes, received=self._received)
         self._training: asyncio.Task[None] | None = None
         self._order = _Order()
         self._trained_s = 0.0
@@ -101,9 +106,8 @@ class Session(Shell):
             self._order.end(discard=True)
 
     async def begin(self) -> None:
-        """Take up our own copy of the chain, and learn who leads."""
+        """Learn who leads."""
         await self._exchange.serve()
-        self.follower.restore(self.chain.commits(), self.blobs.digests())
         delegation = self._welcome.delegation
         self.perform(self.machine.receive(delegation.coordinator, delegation, now=self.now()))
 
@@ -117,8 +121,10 @@ class Session(Shell):
                 self._training = self.spawn(self._train(effect, self._order, after=self._training))
             case StopTraining(keep):
                 self._order.end(discard=not keep)
-            case Reduce(plan, reducing.Upload(owner, parts)):
-                self.spawn(self._upload(owner, parts))
+            case Reduce(_, reducing.Upload(owner, root, parts)):
+                self.spawn(self._upload(owner, root, parts))
+            case Reduce(_, reducing.Drop(contributor, root)):
+                self._exchange.drop(contributor, root)
             case Reduce(plan, reducing.Fold() as fold):
                 self.spawn(self._fold(plan, fold))
             case Reduce(plan, reducing.Deliver(to, parts)):
@@ -131,13 +137,6 @@ class Session(Shell):
                 self.done.set()
             case _:
                 super().perform_role(effect)
-
-    def expects_results(self, sender: PeerId, header: ResultsHeader) -> bool:
-        """Whether `sender` owns these parts in the plan under way."""
-        plan = self.machine.plan
-        if plan is None or plan.order != (header.round, header.term, header.view):
-            return False
-        return all(plan.owners[part] == sender for part, _ in header.parts)
 
     def on_applied(self, commit: Commit, model: Model, cost: Cost) -> None:
         """Tell what the round was."""
@@ -197,13 +196,14 @@ class Session(Shell):
         _, model = self.models[-1]
         assert isinstance(model, SharedModel)
         interval = await asyncio.to_thread(
-            self._numerics.trainer.train,
-            model.weights,
-            ranges=effect.seat.ranges,
-            steps=effect.seat.steps,
-            global_step=effect.plan.global_step,
-            stop=stop.is_set,
-            on_step=self._stepped,
+            lambda: self._numerics.trainer.train(  # the trainer is made at its first use, which takes a while
+                model.weights,
+                ranges=effect.seat.ranges,
+                steps=effect.seat.steps,
+                global_step=effect.plan.global_step,
+                stop=stop.is_set,
+                on_step=self._stepped,
+            )
         )
         self._trained_s += interval.compute_s
         self.metrics.phase_took("train", interval.compute_s)
@@ -217,21 +217,18 @@ class Session(Shell):
 
     # -- the exchange
 
-    def _expects_parts(self, sender: PeerId, round_: int) -> bool:
-        plan = self.machine.plan
-        return plan is not None and plan.round == round_ and plan.seat_of(sender) is not None
-
     def _received(self, contributor: PeerId, root: bytes, parts: tuple[int, ...]) -> None:
-        self.perform(self.machine.received(contributor, root, parts, now=self.now()))
+        with self.or_end():
+            self.perform(self.machine.received(contributor, root, parts, now=self.now()))
 
-    async def _upload(self, owner: PeerId, parts: tuple[int, ...]) -> None:
+    async def _upload(self, owner: PeerId, root: bytes, parts: tuple[int, ...]) -> None:
         try:
-            await self._exchange.upload(owner, parts)
+            await self._exchange.upload(owner, root, parts)
         except TransportError as error:
             log.info("upload to %s: %s", nickname(owner), error)
-            self.perform(self.machine.upload_failed(owner, parts, now=self.now()))
+            self.perform(self.machine.upload_failed(owner, root, parts, now=self.now()))
         else:
-            self.perform(self.machine.uploaded(owner, parts, now=self.now()))
+            self.perform(self.machine.uploaded(owner, root, parts, now=self.now()))
 
     async def _fold(self, plan: Plan, fold: reducing.Fold) -> None:
         averages = await self._exchange.fold(fold.parts, fold.entries)
@@ -268,7 +265,8 @@ class Session(Shell):
         self.models.clear()
         self.models.append((offer.round, model))
         log.info("the model after round %d is here, verified", offer.round)
-        self.perform(self.machine.synced(offer.round, blake3(offer.manifest).digest(), now=self.now()))
+        digest, since = blake3(offer.manifest).digest(), self.chain.commits(after_round=offer.round)
+        self.perform(self.machine.synced(offer.round, digest, since, now=self.now()))
 
     def _commit_of(self, round_: int) -> Commit | None:
         return next(self.chain.commits(after_round=round_ - 1, limit=1), None)

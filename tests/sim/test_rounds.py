@@ -6,7 +6,10 @@ from collections.abc import Callable
 import pytest
 
 from dugnad.configs.recipe import load
-from dugnad.coordinator.rounds import Phase
+from dugnad.coordinator import ranges
+from dugnad.coordinator.follower import REPLAY_ROUNDS
+from dugnad.coordinator.messages import Contribution, Message, Plan
+from dugnad.coordinator.rounds import LeftOut, Phase
 from dugnad.dht.identity import PeerId
 from tests.sim.world import COORDINATOR, VolunteerNode, World
 
@@ -44,6 +47,7 @@ def test_a_quiet_run_finishes_and_everyone_leaves_with_the_same_model() -> None:
     assert world.disks[COORDINATOR].commits[-1].block.global_step == RECIPE.rounds.total_steps
     assert {world.disks[PeerId(name)].model for name in names} == {world.models[last]}
     assert_clean(world)
+    world.run(world.now + 60)  # a coordinator that is still there has nothing to do, and comes to rest
 
 
 def test_fifty_volunteers_commit_rounds_with_everyone_counted() -> None:
@@ -174,6 +178,98 @@ def test_a_coordinator_killed_and_restarted_from_its_disk_goes_on_at_the_next_ro
     world.start_coordinator()
     world.run(world.now + 120, until=committed(world, stood_at + 3))
     assert rounds(world) >= stood_at + 3
+    assert_clean(world)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_work_is_credited_to_the_samples_it_was_trained_on_also_when_a_new_leader_allots_others(seed: int) -> None:
+    world = World(seed, RECIPE)
+    start(world, 3)
+    world.run(600, until=committed(world, 3))
+    leader = world.nodes[COORDINATOR].leader()
+    victim = world.rng.choice(["p00", "p01"])
+    world.when(lambda: leader.phase is Phase.GATHER, lambda: world.crash(victim))
+    promised = world.rng.choice([1, 2])
+    world.when(
+        lambda: (
+            victim not in world.nodes and leader._round is not None and len(leader._round.contributions) >= promised
+        ),
+        lambda: world.crash(COORDINATOR),
+        every_s=0.001,
+    )
+    world.run(world.now + 60, until=lambda: COORDINATOR not in world.nodes)
+    before = rounds(world)
+    world.at(world.now + world.rng.uniform(0.1, 3), world.start_coordinator)
+    world.run(world.now + 120, until=committed(world, before + 3))
+    assert rounds(world) >= before + 3
+    assert_clean(world)
+
+
+def test_work_on_other_samples_than_those_of_its_seat_is_left_out() -> None:
+    world = World(16, RECIPE)
+    start(world, 3)
+    leader = world.start_coordinator().machine
+    world.run(600, until=lambda: leader.phase is Phase.GATHER)
+    plan = leader.plan
+    assert plan is not None
+    one, other = plan.seats[:2]
+    tokens = ranges.count(other.ranges) * RECIPE.model.context
+    said = Contribution(plan.epoch, plan.round, plan.head, bytes(32), other.ranges, tokens, 3.0)
+    (refused,) = leader.receive(one.peer, said, now=world.now)
+    assert isinstance(refused, LeftOut)
+    assert (refused.peer, refused.reason) == (one.peer, "other samples")
+    assert leader.receive(other.peer, said, now=world.now) == []
+
+
+def test_a_coordinator_that_comes_back_waits_for_the_work_that_is_still_good() -> None:
+    world = World(13, RECIPE)
+    names = start(world, 3)
+    world.run(600, until=committed(world, 3))
+    world.crash(COORDINATOR)
+    before = rounds(world)
+    world.start_coordinator()
+    world.run(world.now + 60, until=committed(world, before + 1))
+    assert [entry.peer for entry in world.disks[COORDINATOR].commits[-1].block.entries] == names
+    assert_clean(world)
+
+
+def test_a_plan_of_a_new_leader_that_was_lost_on_the_way_is_said_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(14, RECIPE)
+    start(world, 3)
+    world.run(600, until=committed(world, 3))
+    leader, before = world.nodes[COORDINATOR].leader(), rounds(world)
+    world.run(world.now + 60, until=lambda: leader.phase is Phase.GATHER)
+    world.crash(COORDINATOR)
+    lost: list[PeerId] = []
+    send = world.send
+
+    def loses_the_first_plan(sender: PeerId, to: PeerId, message: Message) -> None:
+        if isinstance(message, Plan) and not lost:
+            lost.append(to)
+        else:
+            send(sender, to, message)
+
+    monkeypatch.setattr(world, "send", loses_the_first_plan)
+    world.start_coordinator()
+    since = world.now
+    world.run(world.now + 120, until=committed(world, before + 2))
+    assert lost
+    assert world.now - since < 30
+    assert_clean(world)
+
+
+@pytest.mark.parametrize("behind", [1, REPLAY_ROUNDS, REPLAY_ROUNDS + 1, REPLAY_ROUNDS + 2])
+def test_who_was_away_for_any_number_of_rounds_catches_up(behind: int) -> None:
+    world = World(15, RECIPE)
+    start(world, 4)
+    world.run(600, until=committed(world, 2))
+    world.freeze("p03")
+    stood_at = world.nodes[PeerId("p03")].follower.ledger.head.round
+    world.run(world.now + 3600, until=committed(world, stood_at + behind))
+    world.thaw("p03")
+    before = rounds(world)
+    world.run(world.now + 60, until=committed(world, before + 3))
+    assert "p03" in {entry.peer for entry in world.disks[COORDINATOR].commits[-1].block.entries}
     assert_clean(world)
 
 

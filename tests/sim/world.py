@@ -16,8 +16,9 @@ from blake3 import blake3
 
 from dugnad.configs.recipe import Recipe
 from dugnad.coordinator import follower as following
+from dugnad.coordinator import ranges
 from dugnad.coordinator.audit import Audit, audit
-from dugnad.coordinator.follower import NO_COST, Follower
+from dugnad.coordinator.follower import Cost, Follower
 from dugnad.coordinator.ledger import Ledger
 from dugnad.coordinator.messages import Block, Commit, Delegation, Message, Plan, Vote, delegation_payload
 from dugnad.coordinator.rounds import Keep, Leader, LeftOut
@@ -31,6 +32,9 @@ FIRST_MODEL = blake3(b"a simulated first model").digest()
 ORGANIZER = PeerId("organizer")
 COORDINATOR = PeerId("coordinator")
 PART_BYTES = 65_792
+RESTLESS_TICKS = 100
+"""After how many ticks in a row, each of which leaves it due at once, a machine counts as caught in a loop."""
+NO_COST = Cost(0.0, 0.0, {})
 
 
 class InvariantBroken(AssertionError):
@@ -92,6 +96,8 @@ class World:
         """Pairs that cannot reach each other."""
         self.committed: dict[int, Commit] = {}
         self.models: dict[int, bytes] = {0: FIRST_MODEL}
+        self.trained: dict[bytes, ranges.Ranges] = {}
+        """Root of a contribution -> the samples that it was trained on."""
         self.starts = 0
         self.left: dict[PeerId, str] = {}
         self.refusals: list[following.Refused] = []
@@ -240,6 +246,9 @@ class World:
         known = self.committed.setdefault(block.round, commit)
         if known.block.hash != block.hash:
             self.fail(f"two blocks were committed for round {block.round}")
+        for entry in block.entries:
+            if self.trained[entry.root] != entry.ranges:
+                self.fail(f"round {block.round} says that {entry.peer} did samples that it was not trained on")
 
     def saw_model(self, round_: int, model: bytes) -> None:
         """Some node has this model after `round_`: every other must have the same."""
@@ -257,6 +266,7 @@ class Node:
         self.signer = SimSigner(peer)
         self.follower = Follower(self.signer, Ledger(RUN, COORDINATOR), ORGANIZER)
         self._wake = 0
+        self._overdue = 0
         self.follower.restore(disk.commits, disk.blobs)
 
     def do(self, event: Callable[["Node"], object]) -> None:
@@ -294,6 +304,9 @@ class Node:
     def _woken(self, mine: int) -> None:
         if mine == self._wake:
             self.do(lambda node: node.tick())
+            self._overdue = self._overdue + 1 if self.wake_at() <= self.world.now else 0
+            if self._overdue > RESTLESS_TICKS:
+                self.world.fail(f"{self.peer} has nothing to do and does not come to rest")
 
     # -- effects that every node knows
 
@@ -386,7 +399,8 @@ class CoordinatorNode(Node):
 
     def begin(self) -> None:
         disk, now = self.disk, self.world.now
-        self.do(lambda _: self.perform(self.machine.synced(disk.model_round, disk.model, now=now)))
+        since = [commit for commit in disk.commits if commit.block.round > disk.model_round]
+        self.do(lambda _: self.perform(self.machine.synced(disk.model_round, disk.model, since, now=now)))
 
     def leader(self) -> Leader:
         return self.machine
@@ -409,10 +423,10 @@ class CoordinatorNode(Node):
     def hold(self, digests: tuple[bytes, ...]) -> None:
         self.perform(self.machine.holds(digests, now=self.world.now))
 
-    def result(self, owner: PeerId, term: int, view: int, parts: dict[int, bytes]) -> None:
+    def result(self, owner: PeerId, plan: Plan, parts: dict[int, bytes]) -> None:
         """Averages arrived from their owner."""
         self.disk.blobs.update(parts.values())
-        self.perform(self.machine.result(owner, term, view, parts, now=self.world.now))
+        self.perform(self.machine.result(owner, plan.order, parts, now=self.world.now))
 
 
 class VolunteerNode(Node):
@@ -422,7 +436,14 @@ class VolunteerNode(Node):
         super().__init__(world, peer, disk)
         rounds = world.recipe.rounds
         abilities = Abilities(addresses=(), accepts=True, uplink=world.network.bytes_per_s)
-        self.machine = Volunteer(peer, self.follower, abilities, report_s=rounds.report_s, silence_s=rounds.silence_s)
+        self.machine = Volunteer(
+            peer,
+            self.follower,
+            abilities,
+            num_parts=world.num_parts,
+            report_s=rounds.report_s,
+            silence_s=rounds.silence_s,
+        )
         self.step_s = world.network.step_s * (1 + world.network.step_spread * world.rng.random())
         self._training: tuple[Train, float] | None = None
         self._parts: dict[tuple[PeerId, bytes], set[int]] = defaultdict(set)
@@ -465,9 +486,13 @@ class VolunteerNode(Node):
             case Leave(reason):
                 self.world.left[self.peer] = reason
                 self.world.crash(self.peer)
-            case Reduce(plan, reducing.Upload(owner, parts)):
-                self._upload(owner, parts)
+            case Reduce(plan, reducing.Upload(owner, root, parts)):
+                self._upload(plan, owner, root, parts)
+            case Reduce(_, reducing.Drop(contributor, root)):
+                self._parts.pop((contributor, root), None)
             case Reduce(plan, reducing.Fold(parts, entries)):
+                if any(not self._parts.get((entry.peer, entry.root), set()) >= set(parts) for entry in entries):
+                    self.world.fail(f"{self.peer} folds bytes that it does not hold")
                 said = b"".join(entry.peer.encode() + entry.root + str(entry.tokens).encode() for entry in entries)
                 results = {part: blake3(str((plan.round, part)).encode() + said).digest() for part in parts}
                 self.world.after(0.02, lambda: self.do(lambda _: self._folded(plan, results)))
@@ -487,7 +512,8 @@ class VolunteerNode(Node):
             return
         self.catch_up(COORDINATOR, self.follower.ledger.head.round)
         self.disk.model_round, self.disk.model = leader.disk.model_round, leader.disk.model
-        self.perform(self.machine.synced(leader.disk.model_round, leader.disk.model, now=self.world.now))
+        since = [commit for commit in self.disk.commits if commit.block.round > leader.disk.model_round]
+        self.perform(self.machine.synced(leader.disk.model_round, leader.disk.model, since, now=self.world.now))
 
     def _stop_training(self, keep: bool) -> None:
         training, self._training = self._training, None
@@ -506,26 +532,25 @@ class VolunteerNode(Node):
             self.perform(self.machine.not_trained(effect.plan, "no step was done", now=self.world.now))
             return
         samples = steps * self.world.recipe.inner.batch_sequences
-        root = blake3(f"{self.peer} {effect.plan.round} {samples} {effect.seat.ranges}".encode()).digest()
+        done = ranges.take(effect.seat.ranges, samples)[0]
+        root = blake3(f"{self.peer} {effect.plan.round} {done}".encode()).digest()
+        self.world.trained[root] = done
         self._parts[self.peer, root].update(range(self.world.num_parts))
         work = Work(root, samples, samples * self.world.recipe.model.context, 3.0)
         self.perform(self.machine.trained(effect.plan, work, now=self.world.now))
 
-    def _upload(self, owner: PeerId, parts: tuple[int, ...]) -> None:
-        assert self.machine._promise is not None
-        root, round_ = self.machine._promise.root, self.machine._promise.round
-
+    def _upload(self, plan: Plan, owner: PeerId, root: bytes, parts: tuple[int, ...]) -> None:
         def arrived(node: Node) -> str | None:
             assert isinstance(node, VolunteerNode)
-            if node.machine.plan is None or node.machine.plan.round != round_:
-                return "that round is not under way here"
+            if not node.machine.takes(self.peer, plan.round, root):
+                return "that is not wanted here"
             node._parts[self.peer, root].update(parts)
             node.perform(node.machine.received(self.peer, root, parts, now=self.world.now))
             return None
 
         def done(error: str | None) -> None:
             ended = self.machine.uploaded if error is None else self.machine.upload_failed
-            self.perform(ended(owner, parts, now=self.world.now))
+            self.perform(ended(owner, root, parts, now=self.world.now))
 
         self.world.transfer(self, owner, PART_BYTES * len(parts), arrived, done)
 
@@ -539,7 +564,7 @@ class VolunteerNode(Node):
                 return None
             node.disk.blobs.update(parts.values())
             if isinstance(node, CoordinatorNode):
-                node.result(self.peer, plan.term, plan.view, parts)
+                node.result(self.peer, plan, parts)
             else:
                 node.hold(tuple(parts.values()))
             return None

@@ -8,6 +8,7 @@ from blake3 import blake3
 from hypothesis import strategies as st
 
 from dugnad.coordinator import ranges
+from dugnad.coordinator.follower import Cost
 from dugnad.coordinator.ledger import Head, Ledger
 from dugnad.coordinator.messages import Applied, Ballot, Block, Commit, Entry, Genesis, applied_payload, vote_payload
 from dugnad.coordinator.votes import committee_of
@@ -43,6 +44,7 @@ class FakeSigner:
 
 
 SIGNER = FakeSigner(FOUNDER)
+NO_COST = Cost(0.0, 0.0, {})
 
 
 def model_after(round_: int) -> bytes:

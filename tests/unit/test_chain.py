@@ -45,7 +45,7 @@ WRITES: dict[str, Callable[[Chain], object]] = {
     "append": lambda chain: chain.append(COMMITS[3], at_s=104.0),
     "applied": lambda chain: chain.applied(COMMITS[0].block.entries[0].peer, applied("a", 3)),
     "validated": lambda chain: chain.validated(3, 1.5),
-    "next_term": lambda chain: chain.next_term(),
+    "next_term": lambda chain: chain.next_term(at_s=0.0),
 }
 
 
@@ -115,11 +115,16 @@ def test_terms_grow_and_are_never_reused_whoever_opens_the_file(opened: Callable
     taken = []
     for _ in range(3):
         chain = opened()
-        taken += [chain.next_term(), chain.next_term()]
+        taken += [chain.next_term(at_s=0.0), chain.next_term(at_s=0.0)]
         chain.close()
     one, other = opened(), opened()
-    taken += [one.next_term(), other.next_term(), one.next_term()]
+    taken += [one.next_term(at_s=0.0), other.next_term(at_s=0.0), one.next_term(at_s=0.0)]
     assert taken == list(range(1, 10))
+
+
+def test_the_wall_clock_puts_a_term_above_those_that_an_older_copy_does_not_know_of(chain: Chain) -> None:
+    newest = [chain.next_term(at_s=at_s) for at_s in (1e9, 1e9, 5.0)]
+    assert newest == [1_000_000_000, 1_000_000_001, 1_000_000_002]
 
 
 @pytest.mark.parametrize(

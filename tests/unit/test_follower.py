@@ -8,7 +8,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from dugnad.coordinator.follower import (
     FETCH_AFTER_S,
-    NO_COST,
     REPLAY_ROUNDS,
     RETRY_S,
     Apply,
@@ -35,7 +34,7 @@ from dugnad.coordinator.messages import (
     vote_payload,
 )
 from dugnad.dht.identity import PeerId
-from tests.unit.chains import FOUNDER, GENESIS, RUN, FakeSigner, an_entry, certify, digest, extend, model_after
+from tests.unit.chains import FOUNDER, GENESIS, NO_COST, RUN, FakeSigner, an_entry, certify, digest, extend, model_after
 
 ME, ANN, EVE = PeerId("a"), PeerId("b"), PeerId("eve")
 replace = msgspec.structs.replace
@@ -66,7 +65,7 @@ def a_follower(rounds: int = 1, *, me: PeerId = ME) -> Follower:
     follower = Follower(FakeSigner(me), Ledger(RUN, FOUNDER), GENESIS.organizer)
     follower.restore(CHAIN[:rounds], ())
     follower.receive(FOUNDER, delegation(FOUNDER, 1), now=0.0)
-    assert follower.synced(rounds, model_after(rounds), now=0.0) == []
+    assert follower.synced(rounds, model_after(rounds), (), now=0.0) == []
     return follower
 
 
@@ -170,7 +169,7 @@ def test_a_vote_is_not_forgotten_when_another_proposal_makes_it_take_the_model_a
     for block in blocks:
         assert [vote.block for vote in votes(follower.receive(FOUNDER, Proposal(block), now=0.0))] == [block.hash]
     assert kinds(follower.receive(FOUNDER, Proposal(foreign), now=0.0)) == [Resync]
-    assert follower.synced(1, model_after(1), now=1.0) == []
+    assert follower.synced(1, model_after(1), (), now=1.0) == []
     for block in twins:
         assert kinds(follower.receive(FOUNDER, Proposal(block), now=1.0)) == [Refused]
 
@@ -221,12 +220,12 @@ def test_a_proposal_of_a_round_long_committed_is_passed_over() -> None:
 
 def test_a_model_that_differs_from_the_committees_is_given_up_instead_of_voted_on() -> None:
     follower = a_follower()
-    follower.synced(1, digest("a wrong model"), now=0.0)
+    follower.synced(1, digest("a wrong model"), (), now=0.0)
     follower.holds(proposal(2).block.parts, now=0.0)
     assert kinds(follower.receive(FOUNDER, proposal(2), now=0.0)) == [Resync]
     assert not follower.at_head
     assert follower.receive(FOUNDER, proposal(2), now=1.0) == []
-    assert len(votes(follower.synced(1, model_after(1), now=2.0))) == 1
+    assert len(votes(follower.synced(1, model_after(1), (), now=2.0))) == 1
 
 
 def test_one_that_has_no_model_yet_does_not_vote() -> None:
@@ -234,7 +233,7 @@ def test_one_that_has_no_model_yet_does_not_vote() -> None:
     follower.restore(CHAIN[:1], proposal(2).block.parts)
     follower.receive(FOUNDER, delegation(FOUNDER, 1), now=0.0)
     assert follower.receive(FOUNDER, proposal(2), now=0.0) == []
-    assert len(votes(follower.synced(1, model_after(1), now=0.0))) == 1
+    assert len(votes(follower.synced(1, model_after(1), (), now=0.0))) == 1
 
 
 # -- commits
@@ -360,7 +359,7 @@ def test_after_a_restart_the_rounds_between_the_model_and_the_head_are_replayed(
     follower = Follower(FakeSigner(ME), Ledger(RUN, FOUNDER), GENESIS.organizer)
     follower.restore(CHAIN[:4], [part for commit in CHAIN[:3] for part in commit.block.parts])
     assert follower.ledger.head.round == 4
-    assert follower.synced(2, model_after(2), now=0.0) == [Apply(CHAIN[2])]
+    assert follower.synced(2, model_after(2), CHAIN[2:4], now=0.0) == [Apply(CHAIN[2])]
     (fetch,) = follower.applied(3, model_after(3), NO_COST, now=0.0)
     assert isinstance(fetch, Fetch)
     assert fetch.wanted == tuple(enumerate(CHAIN[3].block.parts))
@@ -370,7 +369,7 @@ def test_after_a_restart_the_rounds_between_the_model_and_the_head_are_replayed(
 def test_a_restart_with_the_model_of_the_head_has_nothing_to_replay() -> None:
     follower = Follower(FakeSigner(ME), Ledger(RUN, FOUNDER), GENESIS.organizer)
     follower.restore(CHAIN[:4], ())
-    assert follower.synced(4, model_after(4), now=0.0) == []
+    assert follower.synced(4, model_after(4), (), now=0.0) == []
     assert follower.at_head
 
 
@@ -378,10 +377,12 @@ def test_a_restart_with_the_model_of_the_head_has_nothing_to_replay() -> None:
 def test_too_many_rounds_behind_it_takes_the_model_instead_of_replaying(behind: int) -> None:
     follower = Follower(FakeSigner(ME), Ledger(RUN, FOUNDER), GENESIS.organizer)
     follower.restore(CHAIN[: behind + 1], ())
-    effects = follower.synced(1, model_after(1), now=0.0)
+    effects = follower.synced(1, model_after(1), CHAIN[1 : behind + 1], now=0.0)
     assert kinds(effects) == [Fetch if behind <= REPLAY_ROUNDS else Resync]
     if behind > REPLAY_ROUNDS:
-        assert follower.synced(behind + 1, model_after(behind + 1), now=1.0) == []
+        missing = follower.synced(behind, model_after(behind), CHAIN[behind : behind + 1], now=1.0)
+        assert [e.wanted for e in missing if isinstance(e, Fetch)] == [tuple(enumerate(CHAIN[behind].block.parts))]
+        assert follower.synced(behind + 1, model_after(behind + 1), (), now=1.0) == []
         assert follower.at_head
 
 
@@ -426,7 +427,7 @@ class Following(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.take(self.follower.synced(0, model_after(0), now=self.now))
+        self.take(self.follower.synced(0, model_after(0), (), now=self.now))
 
     def take(self, effects: Iterable[Effect]) -> None:
         for effect in effects:
@@ -499,7 +500,8 @@ class Following(RuleBasedStateMachine):
         self.applying = None
         self.voted.clear()  # votes are on no disk: that a leader proposes one block in a view is what a term is for
         self.follower = self.started()
-        self.take(self.follower.synced(self.model_round, model_after(self.model_round), now=self.now))
+        since = self.stored[self.model_round :]
+        self.take(self.follower.synced(self.model_round, model_after(self.model_round), since, now=self.now))
 
     @rule(seconds=st.sampled_from([0.0, FETCH_AFTER_S, 10.0]))
     def time_passes(self, seconds: float) -> None:

@@ -5,7 +5,7 @@ from typing import TypeVar
 import msgspec
 import pytest
 
-from dugnad.coordinator.follower import NO_COST, RETRY_S, Apply, CatchUp, Follower, Refused, Resync, Send, Store
+from dugnad.coordinator.follower import RETRY_S, Apply, CatchUp, Follower, Refused, Resync, Send, Store
 from dugnad.coordinator.ledger import Ledger
 from dugnad.coordinator.membership import Stage
 from dugnad.coordinator.messages import (
@@ -29,7 +29,18 @@ from dugnad.coordinator.messages import (
 from dugnad.dht.identity import PeerId
 from dugnad.optim.reduce import Deliver, Fold, Upload, Weighed
 from dugnad.peer.lifecycle import Abilities, Effect, Leave, Reduce, State, StopTraining, Train, Volunteer, Work
-from tests.unit.chains import FOUNDER, GENESIS, RUN, FakeSigner, a_block, an_entry, certify, digest, model_after
+from tests.unit.chains import (
+    FOUNDER,
+    GENESIS,
+    NO_COST,
+    RUN,
+    FakeSigner,
+    a_block,
+    an_entry,
+    certify,
+    digest,
+    model_after,
+)
 
 ME, ANN, BOB, EVE = PeerId("a"), PeerId("b"), PeerId("c"), PeerId("eve")
 REPORT_S, SILENCE_S, TRAIN_S = 2.0, 10.0, 60.0
@@ -55,8 +66,9 @@ class FakeLeader:
             Seat(peer, 5, ((head.cursor + 10 * k, head.cursor + 10 * k + 10),), ()) for k, peer in enumerate(members)
         )
         return Plan(
-            head.epoch, head.round + 1, self.term, view, head.hash, head.global_step, seats, owners, TRAIN_S, 30.0
-        )
+            head.epoch, head.round + 1, self.term, view, head.hash, head.global_step,
+            tuple(sorted(seats, key=lambda seat: seat.peer)), owners, TRAIN_S, 30.0,
+        )  # fmt: skip
 
     def entries(self, plan: Plan) -> tuple[Entry, ...]:
         return tuple(an_entry(seat.peer, *seat.ranges) for seat in plan.seats)
@@ -95,7 +107,7 @@ def mine(plan: Plan) -> dict[int, bytes]:
 
 def a_volunteer() -> Volunteer:
     follower = Follower(FakeSigner(ME), Ledger(RUN, FOUNDER), GENESIS.organizer)
-    return Volunteer(ME, follower, Abilities(("here",), True, 5e6), report_s=REPORT_S, silence_s=SILENCE_S)
+    return Volunteer(ME, follower, Abilities(("here",), True, 5e6), num_parts=3, report_s=REPORT_S, silence_s=SILENCE_S)
 
 
 def said(effects: Iterable[Effect], kind: type[M], *, to: PeerId = FOUNDER) -> list[M]:
@@ -126,7 +138,7 @@ def volunteer(leader: FakeLeader) -> Volunteer:
     volunteer = a_volunteer()
     volunteer.receive(FOUNDER, leader.delegation(), now=0.0)
     volunteer.tick(now=0.0)
-    volunteer.synced(0, model_after(0), now=0.0)
+    volunteer.synced(0, model_after(0), (), now=0.0)
     return volunteer
 
 
@@ -135,7 +147,7 @@ def contributed(volunteer: Volunteer, plan: Plan) -> None:
     volunteer.receive(FOUNDER, plan, now=1.0)
     for effect in reduced(volunteer.trained(plan, WORK, now=2.0)):
         if isinstance(effect, Upload):
-            volunteer.uploaded(effect.owner, effect.parts, now=2.0)
+            volunteer.uploaded(effect.owner, effect.root, effect.parts, now=2.0)
 
 
 def round_done(volunteer: Volunteer, leader: FakeLeader, plan: Plan) -> Commit:
@@ -158,7 +170,7 @@ def test_it_asks_for_the_model_once_it_knows_who_leads_and_waits_once_it_has_it(
     assert volunteer.wake_at() <= 0.0
     assert [effect for effect in volunteer.tick(now=0.0) if isinstance(effect, Resync)] != []
     assert [effect for effect in volunteer.tick(now=60.0) if isinstance(effect, Resync)] == []
-    (report,) = said(volunteer.synced(0, model_after(0), now=61.0), Report)
+    (report,) = said(volunteer.synced(0, model_after(0), (), now=61.0), Report)
     assert (report.stage, report.term, report.head) == (Stage.WAITING, 1, RUN)
     assert (report.addresses, report.accepts, report.uplink) == (("here",), True, 5e6)
     assert volunteer.state is State.WAIT
@@ -196,9 +208,9 @@ def test_a_round_from_the_plan_to_the_applied_commit(volunteer: Volunteer, leade
     assert stage_of(volunteer) is Stage.TRAINING
 
     effects = volunteer.trained(plan, WORK, now=2.0)
-    promise = Contribution(0, 1, RUN, WORK.root, 10, 70, 2.0)
+    promise = Contribution(0, 1, RUN, WORK.root, plan.seats[0].ranges, 70, 2.0)
     assert said(effects, Contribution)[0] == promise
-    assert reduced(effects) == [Upload(ANN, (1,))]
+    assert reduced(effects) == [Upload(ANN, WORK.root, (1,))]
     assert said(effects, Have) == [Have(1, 1, 0, ME, WORK.root)]
     assert stage_of(volunteer) is Stage.CONTRIBUTED
 
@@ -262,9 +274,9 @@ def test_broken_uploads_and_deliveries_are_tried_again(volunteer: Volunteer, lea
     plan = leader.plan(ME, ANN)
     volunteer.receive(FOUNDER, plan, now=1.0)
     volunteer.trained(plan, WORK, now=2.0)
-    volunteer.upload_failed(ANN, (1,), now=2.5)
-    assert reduced(volunteer.tick(now=5.0)) == [Upload(ANN, (1,))]
-    volunteer.uploaded(ANN, (1,), now=5.0)
+    volunteer.upload_failed(ANN, WORK.root, (1,), now=2.5)
+    assert reduced(volunteer.tick(now=5.0)) == [Upload(ANN, WORK.root, (1,))]
+    volunteer.uploaded(ANN, WORK.root, (1,), now=5.0)
     volunteer.received(ANN, digest("root b"), (0, 2), now=5.0)
     volunteer.receive(FOUNDER, leader.freeze(plan), now=5.0)
     volunteer.folded(plan, mine(plan), now=5.0)
@@ -285,7 +297,7 @@ def test_a_straggler_stops_at_train_s_and_keeps_what_it_did(volunteer: Volunteer
     assert not any(isinstance(effect, StopTraining) for effect in volunteer.tick(now=3 * TRAIN_S))
     part = Work(digest("root of six"), 6, 42, 2.5)
     (promise, *_) = said(volunteer.trained(plan, part, now=70.0), Contribution)
-    assert (promise.samples, promise.tokens, promise.root) == (6, 42, digest("root of six"))
+    assert (promise.ranges, promise.tokens, promise.root) == (((0, 6),), 42, digest("root of six"))
 
 
 def test_who_finished_in_time_is_not_told_to_stop(volunteer: Volunteer, leader: FakeLeader) -> None:
@@ -324,7 +336,10 @@ def test_work_on_samples_that_a_new_leader_gave_to_another_is_not_contributed(
     leader.term = 2
     new = leader.plan(ANN, ME)
     volunteer.receive(FOUNDER, leader.delegation(), now=2.0)
-    assert Train(new, new.seats[1]) in volunteer.receive(FOUNDER, new, now=2.0)
+    seat = new.seat_of(ME)
+    assert seat is not None
+    assert seat != old.seat_of(ME)
+    assert Train(new, seat) in volunteer.receive(FOUNDER, new, now=2.0)
     assert volunteer.trained(old, WORK, now=3.0) == []
     volunteer.not_trained(old, "stopped", now=3.0)
     assert stage_of(volunteer) is Stage.TRAINING
@@ -342,7 +357,9 @@ def test_a_plan_from_one_who_does_not_lead_is_refused(volunteer: Volunteer, lead
     assert volunteer.state is State.WAIT
 
 
-@pytest.mark.parametrize("message", [Have(1, 1, 0, ANN, bytes(32)), Contribution(0, 1, RUN, bytes(32), 1, 1, 1.0)])
+@pytest.mark.parametrize(
+    "message", [Have(1, 1, 0, ANN, bytes(32)), Contribution(0, 1, RUN, bytes(32), ((0, 1),), 1, 1.0)]
+)
 def test_what_is_said_to_leaders_is_refused(volunteer: Volunteer, message: Message) -> None:
     (refused,) = volunteer.receive(FOUNDER, message, now=1.0)
     assert isinstance(refused, Refused)
@@ -375,7 +392,7 @@ def test_a_new_view_with_the_same_seat_keeps_the_training(volunteer: Volunteer, 
     assert without_reports(volunteer.receive(FOUNDER, again, now=2.0)) == []
     assert stage_of(volunteer) is Stage.TRAINING
     effects = volunteer.trained(leader.plan(ME, ANN), WORK, now=3.0)
-    assert reduced(effects) == [Upload(ANN, (0, 1, 2))]
+    assert reduced(effects) == [Upload(ANN, WORK.root, (0, 1, 2))]
 
 
 def test_a_new_view_with_the_same_seat_keeps_the_work_and_sends_what_new_owners_lack(
@@ -385,7 +402,7 @@ def test_a_new_view_with_the_same_seat_keeps_the_work_and_sends_what_new_owners_
     again = leader.plan(ME, ANN, BOB, owners=(BOB, ANN, ANN), view=1)
     effects = volunteer.receive(FOUNDER, again, now=3.0)
     assert not any(isinstance(effect, Train) for effect in effects)
-    assert reduced(effects) == [Upload(ANN, (2,)), Upload(BOB, (0,))]
+    assert reduced(effects) == [Upload(ANN, WORK.root, (2,)), Upload(BOB, WORK.root, (0,))]
     assert said(effects, Contribution)[0].root == WORK.root
     assert stage_of(volunteer) is Stage.CONTRIBUTED
 

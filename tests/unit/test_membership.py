@@ -140,12 +140,19 @@ def test_a_round_waits_for_who_still_applies_the_last_one() -> None:
     assert them.decide(HEAD, min_peers=2, awaited=[]).members == (A, B)
 
 
-@pytest.mark.parametrize("gone", ["lost", "leaving", "unknown"])
+@pytest.mark.parametrize("gone", ["lost", "leaving"])
 def test_a_round_does_not_wait_for_who_will_not_come(gone: str) -> None:
     late = a_report(head=digest("the round before"))
     them = members(a=a_report(), b=a_report())
-    if gone != "unknown":
-        them.heard(C, msgspec.structs.replace(late, leaving=gone == "leaving"), now=0.0)
+    them.heard(C, msgspec.structs.replace(late, leaving=gone == "leaving"), now=0.0)
     if gone == "lost":
         them.lose(C, "no route")
     assert them.decide(HEAD, min_peers=2, awaited=[A, B, C]).members == (A, B)
+
+
+def test_a_leader_that_has_just_started_waits_for_those_of_the_last_round_to_speak() -> None:
+    them = members(a=a_report(), b=a_report())
+    decision = them.decide(HEAD, min_peers=2, awaited=[A, B, C])
+    assert decision.members == ()
+    assert "1 of the last round" in decision.reason
+    assert them.decide(HEAD, min_peers=2, awaited=[]).members == (A, B)

@@ -6,12 +6,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dugnad.dht.identity import PeerId
-from dugnad.optim.reduce import RETRY_S, Deliver, Effect, Fold, Holds, Reducer, Upload, Weighed
+from dugnad.optim.reduce import RETRY_S, Deliver, Drop, Effect, Fold, Holds, Reducer, Upload, Weighed
 
 ME, ANN, BOB, EVE = PEERS = tuple(PeerId(name) for name in ("me", "ann", "bob", "eve"))
 LEADER = PeerId("leader")
 OWNERS = (ME, ANN, ME, BOB, ANN)
 ROOTS = {peer: peer.encode().ljust(32, b".") for peer in PEERS}
+OTHER = b"other work".ljust(32)
 SET = (Weighed(ANN, ROOTS[ANN], 5), Weighed(ME, ROOTS[ME], 7))
 RESULTS = {0: b"a" * 32, 2: b"c" * 32}
 
@@ -38,7 +39,7 @@ def test_own_work_goes_to_each_owner_in_one_upload_and_is_held_by_ourselves() ->
     reducer = planned()
     assert not reducer.contributed
     effects = reducer.contribute(ROOTS[ME], now=0.0)
-    assert effects == [Upload(ANN, (1, 4)), Upload(BOB, (3,)), Holds(ME, ROOTS[ME])]
+    assert effects == [Upload(ANN, ROOTS[ME], (1, 4)), Upload(BOB, ROOTS[ME], (3,)), Holds(ME, ROOTS[ME])]
     assert reducer.contributed
     assert reducer.own_parts == (0, 2)
 
@@ -52,10 +53,10 @@ def test_nothing_is_uploaded_before_the_work_is_done() -> None:
 def test_a_broken_upload_is_tried_again_after_a_while_and_only_that_one() -> None:
     reducer = planned()
     reducer.contribute(ROOTS[ME], now=0.0)
-    assert reducer.uploaded(ANN, (1, 4), now=0.1) == []
-    assert reducer.upload_failed(BOB, (3,), now=0.5) == []
-    assert Upload(BOB, (3,)) not in reducer.tick(now=0.5 + RETRY_S - 0.01)
-    assert [e for e in reducer.tick(now=0.5 + RETRY_S) if isinstance(e, Upload)] == [Upload(BOB, (3,))]
+    assert reducer.uploaded(ANN, ROOTS[ME], (1, 4), now=0.1) == []
+    assert reducer.upload_failed(BOB, ROOTS[ME], (3,), now=0.5) == []
+    assert Upload(BOB, ROOTS[ME], (3,)) not in reducer.tick(now=0.5 + RETRY_S - 0.01)
+    assert [e for e in reducer.tick(now=0.5 + RETRY_S) if isinstance(e, Upload)] == [Upload(BOB, ROOTS[ME], (3,))]
     assert [e for e in reducer.tick(now=60.0) if isinstance(e, Upload)] == []
 
 
@@ -64,37 +65,37 @@ def test_it_wakes_when_an_upload_is_due_again() -> None:
     reducer.plan((ANN, BOB), PEERS, now=0.0)
     assert reducer.wake_at() == float("inf")
     reducer.contribute(ROOTS[ME], now=0.0)
-    reducer.upload_failed(BOB, (1,), now=0.5)
+    reducer.upload_failed(BOB, ROOTS[ME], (1,), now=0.5)
     assert reducer.wake_at() == 0.5 + RETRY_S
 
 
 def test_a_new_view_uploads_only_what_its_owners_lack() -> None:
     reducer = planned()
     reducer.contribute(ROOTS[ME], now=0.0)
-    reducer.uploaded(ANN, (1, 4), now=0.1)
-    reducer.uploaded(BOB, (3,), now=0.1)
+    reducer.uploaded(ANN, ROOTS[ME], (1, 4), now=0.1)
+    reducer.uploaded(BOB, ROOTS[ME], (3,), now=0.1)
     effects = reducer.plan((ME, ANN, ANN, ANN, ANN), PEERS, now=1.0)
-    assert effects == [Upload(ANN, (2, 3)), Holds(ME, ROOTS[ME])]
+    assert effects == [Upload(ANN, ROOTS[ME], (2, 3)), Holds(ME, ROOTS[ME])]
 
 
 def test_an_owner_that_was_gone_for_a_view_gets_everything_again() -> None:
     reducer = planned()
     reducer.contribute(ROOTS[ME], now=0.0)
-    reducer.uploaded(ANN, (1, 4), now=0.1)
-    reducer.uploaded(BOB, (3,), now=0.1)
+    reducer.uploaded(ANN, ROOTS[ME], (1, 4), now=0.1)
+    reducer.uploaded(BOB, ROOTS[ME], (3,), now=0.1)
     reducer.plan((ME, ANN, ME, ANN, ANN), PEERS, now=1.0)
-    reducer.uploaded(ANN, (3,), now=1.1)
-    assert [e for e in reducer.plan(OWNERS, PEERS, now=2.0) if isinstance(e, Upload)] == [Upload(BOB, (3,))]
+    reducer.uploaded(ANN, ROOTS[ME], (3,), now=1.1)
+    assert [e for e in reducer.plan(OWNERS, PEERS, now=2.0) if isinstance(e, Upload)] == [Upload(BOB, ROOTS[ME], (3,))]
 
 
 def test_an_acknowledgment_of_an_older_view_still_counts() -> None:
     reducer = planned()
     reducer.contribute(ROOTS[ME], now=0.0)
     effects = reducer.plan((ANN,) * 5, PEERS, now=1.0)
-    assert Upload(ANN, (0, 1, 2, 3, 4)) in effects
-    reducer.uploaded(ANN, (1, 4), now=1.1)
-    reducer.upload_failed(ANN, (0, 1, 2, 3, 4), now=1.2)
-    assert reducer.tick(now=3.0) == [Upload(ANN, (0, 2, 3))]
+    assert Upload(ANN, ROOTS[ME], (0, 1, 2, 3, 4)) in effects
+    reducer.uploaded(ANN, ROOTS[ME], (1, 4), now=1.1)
+    reducer.upload_failed(ANN, ROOTS[ME], (0, 1, 2, 3, 4), now=1.2)
+    assert reducer.tick(now=3.0) == [Upload(ANN, ROOTS[ME], (0, 2, 3))]
 
 
 def test_work_that_is_void_leaves_no_trace_in_what_is_uploaded_of_the_other_work() -> None:
@@ -102,14 +103,50 @@ def test_work_that_is_void_leaves_no_trace_in_what_is_uploaded_of_the_other_work
     reducer.contribute(ROOTS[ME], now=0.0)
     reducer.received(ANN, ROOTS[ANN], (0, 2), now=0.0)
     reducer.restart()
-    assert reducer.plan(OWNERS, PEERS, now=1.0) == [Holds(ANN, ROOTS[ANN]), Holds(ME, ROOTS[ME])]
+    assert reducer.plan(OWNERS, PEERS, now=1.0) == [Drop(ME, ROOTS[ME]), Holds(ANN, ROOTS[ANN])]
     assert not reducer.contributed
-    assert reducer.uploaded(ANN, (1, 4), now=1.1) == []
-    effects = reducer.contribute(b"other work".ljust(32), now=2.0)
-    assert [e for e in effects if isinstance(e, Upload)] == [Upload(ANN, (1, 4)), Upload(BOB, (3,))]
+    assert reducer.uploaded(ANN, ROOTS[ME], (1, 4), now=1.1) == []
+    effects = reducer.contribute(OTHER, now=2.0)
+    assert [e for e in effects if isinstance(e, Upload)] == [Upload(ANN, OTHER, (1, 4)), Upload(BOB, OTHER, (3,))]
+
+
+def test_an_upload_of_void_work_that_ends_late_does_not_count_for_the_other_work() -> None:
+    reducer = planned()
+    reducer.contribute(ROOTS[ME], now=0.0)
+    reducer.restart()
+    reducer.plan(OWNERS, PEERS, now=1.0)
+    reducer.contribute(OTHER, now=2.0)
+    assert reducer.uploaded(ANN, ROOTS[ME], (1, 4), now=2.1) == []
+    reducer.upload_failed(ANN, OTHER, (1, 4), now=2.2)
+    assert Upload(ANN, OTHER, (1, 4)) in reducer.tick(now=9.0)
 
 
 # -- holding
+
+
+def test_of_one_peer_two_vectors_are_taken_and_none_of_them_is_dropped_within_a_view() -> None:
+    reducer = planned()
+    reducer.received(ANN, ROOTS[ANN], (0, 2), now=0.0)
+    assert reducer.takes(ANN, OTHER)
+    reducer.received(ANN, OTHER, (0,), now=0.0)
+    assert not reducer.takes(ANN, b"a third".ljust(32))
+    assert reducer.takes(ANN, ROOTS[ANN])
+    assert reducer.takes(ANN, OTHER)
+    assert reducer.takes(BOB, b"a third".ljust(32))
+    assert Fold((0, 2), SET[:1]) in reducer.freeze(SET[:1], now=0.0)
+
+
+def test_a_new_view_keeps_of_each_peer_the_vector_that_was_last_added_to() -> None:
+    reducer = planned()
+    for root, part in ((ROOTS[ANN], 0), (OTHER, 0), (ROOTS[ANN], 2)):
+        reducer.received(ANN, root, (part,), now=0.0)
+    reducer.received(BOB, ROOTS[BOB], (0, 2), now=0.0)
+    assert reducer.plan(OWNERS, PEERS, now=1.0) == [
+        Drop(ANN, OTHER),
+        Holds(ANN, ROOTS[ANN]),
+        Holds(BOB, ROOTS[BOB]),
+    ]
+    assert reducer.takes(ANN, b"a third".ljust(32))
 
 
 def test_a_contribution_is_held_once_all_our_parts_of_it_are_here() -> None:
@@ -147,7 +184,7 @@ def test_what_is_held_stays_held_in_a_new_view() -> None:
 def test_who_owns_no_part_holds_and_folds_nothing() -> None:
     reducer = Reducer(ME)
     reducer.plan((ANN, BOB), PEERS, now=0.0)
-    assert reducer.contribute(ROOTS[ME], now=0.0) == [Upload(ANN, (0,)), Upload(BOB, (1,))]
+    assert reducer.contribute(ROOTS[ME], now=0.0) == [Upload(ANN, ROOTS[ME], (0,)), Upload(BOB, ROOTS[ME], (1,))]
     assert reducer.received(ANN, ROOTS[ANN], (0, 1), now=0.0) == []
     assert reducer.freeze(SET, now=0.0) == []
     assert reducer.folded({}, now=0.0) == []
@@ -201,8 +238,8 @@ def test_averages_go_to_everyone_but_ourselves_and_again_to_whom_they_did_not_re
     assert effects == [Deliver(peer, RESULTS) for peer in (ANN, BOB, EVE, LEADER)]
     for peer in (ANN, BOB, LEADER):
         reducer.delivered(peer)
-    reducer.uploaded(ANN, (1, 4), now=0.0)
-    reducer.uploaded(BOB, (3,), now=0.0)
+    reducer.uploaded(ANN, ROOTS[ME], (1, 4), now=0.0)
+    reducer.uploaded(BOB, ROOTS[ME], (3,), now=0.0)
     reducer.deliver_failed(EVE, now=1.0)
     assert reducer.tick(now=1.0 + RETRY_S) == [Deliver(EVE, RESULTS)]
     reducer.delivered(EVE)
@@ -270,7 +307,8 @@ class Reducing(RuleBasedStateMachine):
         """Check each effect against what the rules say, as it comes out."""
         for effect in effects:
             match effect:
-                case Upload(owner, parts):
+                case Upload(owner, root, parts):
+                    assert root == ROOTS[ME]
                     self.check_upload(owner, parts)
                 case Holds(peer, root):
                     assert root == ROOTS[peer]
@@ -291,7 +329,7 @@ class Reducing(RuleBasedStateMachine):
         assert not self.acknowledged[owner] & set(parts), "what was acknowledged is not sent again"
         assert all(upload.owner != owner for upload in self.uploads), "one upload at a time to each owner"
         assert self.now >= self.failed.pop(owner, self.now), "a broken upload rests before it is tried again"
-        self.uploads.append(Upload(owner, parts))
+        self.uploads.append(Upload(owner, ROOTS[ME], parts))
 
     def check_fold(self, parts: tuple[int, ...], entries: tuple[Weighed, ...]) -> None:
         self.folds += 1
@@ -328,10 +366,10 @@ class Reducing(RuleBasedStateMachine):
         self.uploads.remove(upload)
         if arrives:
             self.acknowledged[upload.owner].update(upload.parts)
-            self.take(self.reducer.uploaded(upload.owner, upload.parts, now=self.now))
+            self.take(self.reducer.uploaded(upload.owner, upload.root, upload.parts, now=self.now))
         else:
             self.failed[upload.owner] = self.now + RETRY_S
-            self.take(self.reducer.upload_failed(upload.owner, upload.parts, now=self.now))
+            self.take(self.reducer.upload_failed(upload.owner, upload.root, upload.parts, now=self.now))
 
     @rule(peer=others, parts=some_parts)
     def receive(self, peer: PeerId, parts: tuple[int, ...]) -> None:

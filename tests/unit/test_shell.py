@@ -12,9 +12,10 @@ from blake3 import blake3
 from dugnad.configs import recipe
 from dugnad.coordinator import sync
 from dugnad.coordinator.follower import Cost
-from dugnad.coordinator.messages import CommitsRequest, Delegation, Genesis, Message
+from dugnad.coordinator.messages import CommitsRequest, Delegation, Genesis, Message, Plan
 from dugnad.coordinator.shell import CODEC, RESULTS_CHANNEL, ROUND_CHANNEL, ResultsHeader, Shell
 from dugnad.dht import bulk
+from dugnad.dht.blobs import Blobs
 from dugnad.dht.identity import Identity, PeerId
 from dugnad.dht.transport import Transport
 from dugnad.dht.wire import seal
@@ -28,6 +29,8 @@ HELLO = seal(OTHER, GENESIS.run, CODEC, Delegation(OTHER.peer_id, 1, b"\0" * 64)
 QUESTION = seal(OTHER, GENESIS.run, sync.CODEC, CommitsRequest(0))
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
+PLAN = Plan(0, 1, 1, 0, GENESIS.run, 0, (), (OTHER.peer_id,), 1.0, 1.0)
+
 Effect = Callable[[], None]
 
 
@@ -36,9 +39,14 @@ class Script:
 
     def __init__(self) -> None:
         self.on_message: Sequence[Effect] = ()
+        self.is_always_due = False
 
     def receive(self, sender: PeerId, message: Message, *, now: float) -> Sequence[object]:
         return self.on_message
+
+    @property
+    def plan(self) -> Plan | None:
+        return PLAN
 
     def holds(self, digests: tuple[bytes, ...], *, now: float) -> Sequence[object]:
         return ()
@@ -53,7 +61,7 @@ class Script:
         return ()
 
     def wake_at(self) -> float:
-        return float("inf")
+        return 0.0 if self.is_always_due else float("inf")
 
 
 class Role(Shell):
@@ -74,9 +82,6 @@ class Role(Shell):
     def perform_role(self, effect: object) -> None:
         assert callable(effect)
         effect()
-
-    def expects_results(self, sender: PeerId, header: ResultsHeader) -> bool:
-        return True
 
 
 async def ending(directory: Path, play: Callable[[Role, Transport], Coroutine[Any, Any, None]]) -> list[BaseException]:
@@ -167,6 +172,39 @@ async def test_a_disk_that_is_full_refuses_averages_with_a_reason_and_ends_the_r
 async def test_a_role_that_is_done_answers_nothing_any_more(tmp_path: Path) -> None:
     async def play(role: Role, stranger: Transport) -> None:
         assert await stranger.request(ME.peer_id, sync.CHANNEL, QUESTION, timeout_s=1) != b""
+        role.done.set()
+
+    assert await ending(tmp_path, play) == []
+
+
+async def test_a_machine_that_is_always_due_leaves_time_for_everything_else(tmp_path: Path) -> None:
+    async def play(role: Role, stranger: Transport) -> None:
+        role.script.is_always_due = True
+        await stranger.request(ME.peer_id, ROUND_CHANNEL, HELLO, timeout_s=1)  # it looks at the clock again
+        await asyncio.sleep(0.02)
+        role.done.set()
+
+    assert await ending(tmp_path, play) == []
+
+
+async def test_a_machine_that_fails_on_a_message_ends_the_role(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mistake = AssertionError("a rule of the machine does not hold")
+
+    def receive(*_: object, **__: object) -> Sequence[object]:
+        raise mistake
+
+    async def play(role: Role, stranger: Transport) -> None:
+        monkeypatch.setattr(role.script, "receive", receive)
+        await stranger.request(ME.peer_id, ROUND_CHANNEL, HELLO, timeout_s=1)
+
+    assert await ending(tmp_path, play) == [mistake]
+
+
+async def test_bytes_that_were_voted_for_before_a_restart_stay_until_the_round_is_decided(tmp_path: Path) -> None:
+    voted = Blobs(tmp_path / "blobs").put(b"averages of an attempt")
+
+    async def play(role: Role, stranger: Transport) -> None:
+        assert role.blobs.has(voted)
         role.done.set()
 
     assert await ending(tmp_path, play) == []

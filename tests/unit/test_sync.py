@@ -28,6 +28,7 @@ from dugnad.coordinator.messages import (
     Delegation,
     Genesis,
     Message,
+    Plan,
     StateOffer,
     StateRequest,
     Welcome,
@@ -555,11 +556,18 @@ async def test_no_garbage_passes_for_an_offer() -> None:
 # -- those who are asked
 
 
+PLAN = Plan(0, 1, 1, 0, WORLD.run, 0, (), (ME.peer_id,) * 3, 1.0, 1.0)
+
+
 class Still:
     """A machine that does nothing."""
 
     def receive(self, sender: PeerId, message: Message, *, now: float) -> Sequence[object]:
         return ()
+
+    @property
+    def plan(self) -> Plan | None:
+        return PLAN
 
     def holds(self, digests: tuple[bytes, ...], *, now: float) -> Sequence[object]:
         return ()
@@ -586,7 +594,7 @@ def no_zero(payload: bytes | bytearray | memoryview) -> None:
 
 
 class Role(Shell):
-    """A shell that wants averages of round 1 from anyone."""
+    """A shell that wants averages of round 1."""
 
     def __init__(self, transport: Transport, directory: Path) -> None:
         super().__init__(
@@ -604,9 +612,6 @@ class Role(Shell):
 
     async def begin(self) -> None:
         self.begun.set()
-
-    def expects_results(self, sender: PeerId, header: ResultsHeader) -> bool:
-        return header.round == 1
 
     def took_results(self, sender: PeerId, header: ResultsHeader) -> None:
         self.took.append(header)

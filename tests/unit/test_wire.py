@@ -44,8 +44,8 @@ def values_of(type_: inspect.Type) -> st.SearchStrategy[Any]:
             size = {"min_size": least, "max_size": most} if least else {"max_size": 20}
             return st.binary(**size)
         case inspect.IntType(ge=least, lt=end):
-            edges = st.sampled_from([0, 1, 127, 128, 255, 256, 2**16, 2**32, 2**53 - 1])
-            return edges | st.integers(least, None if end is None else end - 1)
+            edges = [edge for edge in (0, 1, 127, 128, 255, 256, 2**16, 2**32, 2**53 - 1) if edge >= (least or 0)]
+            return st.sampled_from(edges) | st.integers(least, None if end is None else end - 1)
         case inspect.FloatType(ge=least, le=most):
             return st.floats(least, most)
         case inspect.BoolType():
