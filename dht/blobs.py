@@ -4,6 +4,7 @@ A blob is written beside, synced and renamed into place, so a crash leaves the b
 the disk has damaged since is noticed in reading, removed, and has to be fetched again.
 """
 
+import contextlib
 import os
 import re
 import threading
@@ -27,24 +28,23 @@ class Blobs:
         view = memoryview(data)
         digest = blake3(view).digest()
         with self._writing:
-            if self._size(digest) != view.nbytes:
+            if self._read(digest) is None:
                 self._write(self._path(digest), view)
         return digest
 
     def get(self, digest: bytes) -> bytes | None:
         """The blob, or None if it is not here or no longer what it was; then its file is removed."""
-        try:
-            data = self._path(digest).read_bytes()
-        except FileNotFoundError:
-            return None
-        if blake3(data).digest() != digest:
-            self.delete(digest)
-            return None
+        data = self._read(digest)
+        if data is None:
+            with self._writing:  # it may have been written anew meanwhile
+                data = self._read(digest)
+                if data is None:
+                    self.delete(digest)
         return data
 
     def has(self, digest: bytes) -> bool:
         """Whether the blob is here, unread."""
-        return self._size(digest) is not None
+        return self._path(digest).is_file()
 
     def delete(self, digest: bytes) -> None:
         """Forget the blob, if it is here."""
@@ -60,27 +60,33 @@ class Blobs:
         name = digest.hex()
         return self.directory / name[:2] / name
 
-    def _size(self, digest: bytes) -> int | None:
+    def _read(self, digest: bytes) -> bytes | None:
+        """The blob, or None if it is not here or damaged."""
         try:
-            return self._path(digest).stat().st_size
+            data = self._path(digest).read_bytes()
         except FileNotFoundError:
             return None
+        return data if blake3(data).digest() == digest else None
 
     def _write(self, path: Path, data: memoryview) -> None:
-        if not path.parent.is_dir():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _sync_directory(self.directory)
+        """Raises OSError, and then nothing bears the name: what is there was synced whole."""
         try:
+            if not path.parent.is_dir():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _sync_directory(self.directory)
             # one name for all: a crash leaves at most this one file, and the next blob overwrites it
             with self._incoming.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             self._incoming.replace(path)
+            _sync_directory(path.parent)
         except BaseException:
             self._incoming.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()  # if it is new: it too must be synced before anything in it counts
             raise
-        _sync_directory(path.parent)
 
 
 def _sync_directory(directory: Path) -> None:

@@ -129,7 +129,7 @@ async def serve_push(
             buffers = [await _read_pieces(stream, sender, size, SILENCE_S) for size in sizes]
             return _said(_FINE, await take(sender, header, buffers))
         except PushRefused as error:
-            return _said(_REFUSED, error.reason.encode())
+            return _said(_REFUSED, error.reason.encode()[:_WORDS_BYTES])
 
     await transport.serve_stream(channel, serve)
 
@@ -175,7 +175,10 @@ async def fetch_all(
     timeout_s: float,
     on_blob: OnBlob,
 ) -> None:
-    """Get every blob of `wanted`, {digest: bytes}, from any of `donors`. Raises Unavailable if one can't be had."""
+    """Get every blob of `wanted`, {digest: bytes}, from any of `donors`; each is handed to `on_blob` once.
+
+    Raises Unavailable if one can't be had, and what `on_blob` raises in an ExceptionGroup.
+    """
     machine = Fetcher(wanted)
     ended: asyncio.Queue[tuple[Request, bytes | Failure]] = asyncio.Queue()
     running: dict[tuple[PeerId, bytes], asyncio.Task[None]] = {}
@@ -199,12 +202,13 @@ async def fetch_all(
             if stuck is not None or machine.done:
                 break
             request, got = await ended.get()
-            running.pop((request.donor, request.digest), None)
+            if running.pop((request.donor, request.digest), None) is None:
+                pending = []  # it was cancelled while its result waited here
+                continue
             if isinstance(got, Failure):
                 pending = machine.failed(request.digest, request.donor, got)
                 continue
-            if request.digest in machine.missing:
-                await asyncio.to_thread(on_blob, request.digest, got)
+            await asyncio.to_thread(on_blob, request.digest, got)
             pending = machine.arrived(request.digest, request.donor)
         for task in running.values():
             task.cancel()
@@ -237,7 +241,8 @@ def _kind_bytes(kind: str) -> bytes:
 
 
 def _said(verdict: int, words: bytes) -> bytes:
-    return bytes([verdict]) + _length(words[:_WORDS_BYTES]) + words[:_WORDS_BYTES]
+    assert len(words) <= _WORDS_BYTES, f"an answer of {len(words)} bytes, at most {_WORDS_BYTES}"
+    return bytes([verdict]) + _length(words) + words
 
 
 async def _moving(work: Awaitable[T], peer: PeerId, timeout_s: float) -> T:

@@ -305,3 +305,42 @@ def test_threads_that_delete_meanwhile_disturb_nobody(blobs: Blobs) -> None:
     assert [work.result() for work in working] == [None] * 4
     blobs.put(DATA)
     assert blobs.get(DIGEST) == DATA
+
+
+# -- damage and failures that only look like a blob
+
+
+def test_a_blob_whose_name_could_not_be_synced_is_not_there_and_the_next_put_syncs_it_again(
+    blobs: Blobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", FailingSync(3, FULL))
+        with pytest.raises(OSError, match="No space"):
+            blobs.put(DATA)
+    assert not blobs.has(DIGEST)
+    watched = FailingSync(99, FULL)
+    monkeypatch.setattr(os, "fsync", watched)
+    assert blobs.put(DATA) == DIGEST
+    assert watched.num_calls == 3
+
+
+def test_putting_a_blob_again_repairs_damage_that_left_its_size(blobs: Blobs) -> None:
+    blobs.put(DATA)
+    file_of(blobs, DIGEST).write_bytes(bytes(len(DATA)))
+    blobs.put(DATA)
+    assert blobs.get(DIGEST) == DATA
+
+
+def test_a_blob_that_is_repaired_while_its_damage_is_read_stays(blobs: Blobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    blobs.put(DATA)
+    file_of(blobs, DIGEST).write_bytes(b"cut")
+    read = Path.read_bytes
+
+    def slowly(path: Path) -> bytes:
+        data = read(path)
+        monkeypatch.undo()
+        blobs.put(DATA)
+        return data
+
+    monkeypatch.setattr(Path, "read_bytes", slowly)
+    assert blobs.get(DIGEST) == DATA

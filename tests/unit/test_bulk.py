@@ -2,6 +2,7 @@
 
 import asyncio
 import struct
+import threading
 import tracemalloc
 from array import array
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
@@ -965,3 +966,26 @@ async def test_who_gives_up_a_fetch_leaves_no_stream_open() -> None:
         task.cancel()
         while len(ended) < 2:
             await asyncio.sleep(0)
+
+
+async def test_what_a_liar_gave_before_it_was_found_out_is_not_handed_over_a_second_time() -> None:
+    blobs = [bytes([k]) * 9 for k in range(3)]
+    first, second, third = digests = [blake3(blob).digest() for blob in blobs]
+    got: list[bytes] = []
+    slow = threading.Event()
+
+    async def lie(sender: PeerId, stream: Stream) -> None:
+        asked = await stream.read_exactly(6 + 40)
+        await stream.write(b"\1" + (b"x" * 9 if asked[6:38] == first else blobs[1]))
+
+    def take(digest: bytes, blob: bytes) -> None:
+        got.append(digest)
+        if digest == third:
+            slow.wait(0.2)  # meanwhile more has come
+
+    async with network() as net:
+        await net.join(EVE).serve_stream(BLOB_CHANNEL, lie)
+        await give(net, ANN, dict(zip(digests, blobs, strict=True)))
+        wanted = dict.fromkeys((first, second, third), 9)
+        await fetch_all(net.join(ME), [EVE, ANN], wanted, kind="fetch", timeout_s=9, on_blob=take)
+    assert sorted(got) == sorted(digests)
