@@ -3,6 +3,7 @@
 Everything else folds out of these: head, credit, data ranges, the audit, the history of rounds.
 """
 
+import contextlib
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -57,18 +58,21 @@ class Chain:
         # SQLite wants to make a file beside one that has a journal, though not beside one that never changes
         complete = not journal.exists() or journal.stat().st_size == 0
         immutable = complete and not os.access(self.path.parent, os.W_OK)
+        uri = f"{self.path.absolute().as_uri()}?mode=ro&immutable={int(immutable)}"
         try:
-            db = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro&immutable={int(immutable)}", uri=True)
-            if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'validation'").fetchone():
-                db.close()  # its role has only just made the file: there is nothing in it
-                db = sqlite3.connect(":memory:")
-                db.executescript(_SCHEMA)
+            with contextlib.ExitStack() as stack:
+                db = stack.enter_context(contextlib.closing(sqlite3.connect(uri, uri=True)))
+                if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'validation'").fetchone():
+                    stack.pop_all()
+                    return db
         except sqlite3.Error as error:
             raise ChainError(
                 f"{self.path}: {error}. It can't be read here: copy it, with {journal.name} if there is one, "
                 "to a folder that you can write to."
             ) from error
-        return db
+        empty = sqlite3.connect(":memory:")  # its role has only just made the file
+        empty.executescript(_SCHEMA)
+        return empty
 
     def close(self) -> None:
         """Release the file."""

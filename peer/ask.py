@@ -58,7 +58,7 @@ def audit(directory: Path) -> dict[str, Any]:
     path = Folder(directory).chain
     if not path.exists():
         raise AskError(f"{directory}: there is no chain.sqlite here. Name the folder of a coordinator or volunteer.")
-    chain = Chain(path)
+    chain = Chain(path, read_only=True)
     try:
         genesis = chain.genesis()
         if genesis is None:

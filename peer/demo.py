@@ -226,7 +226,7 @@ def _kill_one(demo: Demo, said: dict[str, Any]) -> None:
 
 
 def _rows(demo: Demo, after_round: int = 0) -> list[RoundRow]:
-    chain = Chain(demo.coordinator.folder.chain)
+    chain = Chain(demo.coordinator.folder.chain, read_only=True)
     try:
         return rows(chain, after_round=after_round)
     finally:

@@ -124,7 +124,7 @@ def _kept_genesis(folder: Folder) -> Genesis | None:
     """What was launched in `folder`; nothing yet if whoever tried was killed after making the file of the chain."""
     if not folder.chain.exists():
         return None
-    with contextlib.closing(Chain(folder.chain)) as chain:
+    with contextlib.closing(Chain(folder.chain, read_only=True)) as chain:
         return chain.genesis()
 
 
