@@ -50,7 +50,7 @@ class CheckpointMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     model_digest: str
     global_step: int
     val_loss: float | None
-    """Nats per token on held-out data, or None if not measured."""
+    """Nats per byte on held-out data, or None if not measured."""
 
 
 @dataclass(frozen=True, slots=True)

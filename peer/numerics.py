@@ -49,7 +49,7 @@ class Numerics:
         return SharedModel(self.layout, self.layout.flatten(weights), self.layout.flatten(momentum))
 
     def validation_loss(self, model: Model) -> float:
-        """Nats per token on held-out data."""
+        """Nats per byte on held-out data."""
         assert isinstance(model, SharedModel)
         return self.trainer.evaluate(model.weights)
 

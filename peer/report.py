@@ -113,7 +113,9 @@ def line(said: Report) -> str:
 
 def text(said: Report) -> str:
     """Some lines for a person who asks."""
-    loss = f"{said['val_loss']:.4f} nats per token after round {said['val_round']}" if said["val_loss"] else "not yet"
+    loss = "not yet"
+    if said["val_loss"] is not None:
+        loss = f"{said['val_loss']:.4f} nats per byte after round {said['val_round']}"
     there = said["coordinator"]
     alive = "alive" if there["alive"] else f"gone {there['silent_s']:.0f} s"
     lines = [
