@@ -36,12 +36,16 @@ Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one
 MetricsPort = Annotated[int, typer.Option(help="Port for /metrics and /status; 0: any.", min=0, max=65535)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 WithStdin = Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)]
+_DEMO_ROUNDS = 12
+"""A quarter of them pass before one more volunteer joins, and some until it has started and taken the model."""
 
 
 @app.command()
 def demo(
     recipe: Annotated[str, typer.Argument(help="A recipe's name, or the path of a .toml file.")] = "tiny-books",
-    rounds: Annotated[int | None, typer.Option(help="End after so many rounds.", min=3, show_default=False)] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="End after so many rounds, at least 12.", min=1, show_default=False)
+    ] = None,
     peers: Annotated[int, typer.Option(help="Volunteers at the start; one more joins later.", min=2, max=16)] = 3,
     directory: Dir = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write what happened to this file.")] = None,
@@ -50,7 +54,12 @@ def demo(
     with _told_errors():
         if json_file is not None and (json_file.is_dir() or not os.access(json_file.absolute().parent, os.W_OK)):
             raise UsageError(f"--json {json_file} can't be written: name a file in a folder that is there")
-        _recipe(recipe, rounds)
+        num_rounds = _recipe(recipe, rounds).rounds.num_rounds()
+        if num_rounds < _DEMO_ROUNDS:
+            raise UsageError(
+                f"a demo of {num_rounds} rounds is over before the volunteer that joins late has trained and another "
+                f"was killed: take at least {_DEMO_ROUNDS} (--rounds, or a recipe with more)"
+            )
         from dugnad.peer.demo import run_demo
 
         raise typer.Exit(asyncio.run(run_demo(recipe, rounds, peers, directory, json_file)))
@@ -122,7 +131,10 @@ def join(
 
 @app.command()
 def status(directory: Dir = None, as_json: AsJson = False) -> None:
-    """Say where the run stands, as the role that lives in --dir sees it (or the one role running on this machine)."""
+    """Say where the run stands, as the role that lives in --dir sees it.
+
+    Without --dir: the only role that runs from your data directory, where roles live that were given no --dir.
+    """
     with _told_errors():
         from dugnad.peer import ask
 

@@ -144,6 +144,7 @@ def test_a_volunteer_that_comes_back_takes_the_state_from_its_peers(start: Start
         (["launch", "tiny-books", "--rounds", "9999"], 2, "39 rounds"),
         (["demo", "--json", "missing/x.json"], 2, "missing/x.json can't be written"),
         (["demo", "--json", "."], 2, "can't be written"),
+        (["demo", "--rounds", "11"], 2, "take at least 12"),
     ],
 )
 def test_bad_input_is_told_in_a_sentence(tmp_path: Path, arguments: list[str], status: int, words: str) -> None:
