@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from dugnad.coordinator.follower import REPLAY_ROUNDS
+
 Tensors = dict[str, NDArray[np.float32]]
 
 WEIGHTS = "weights.safetensors"
@@ -137,11 +139,22 @@ class Checkpoints:
         try:
             return _load(path)
         except CheckpointError as error:
-            intact = self._intact_before(path)
-            then = f"goes on from {intact.name}, which is intact" if intact else "starts from the first model again"
-            raise CheckpointError(
-                f"{error}. Move {path} away: the run then {then}, and replays what follows."
-            ) from error
+            raise CheckpointError(f"{error}. {self._way_out(path)}") from error
+
+    def _way_out(self, damaged: Path) -> str:
+        """What to do about a damaged checkpoint: the bytes of only so many rounds are kept to be replayed."""
+        intact = self._intact_before(damaged)
+        older = f"{intact.name}, which is intact" if intact else "the first model"
+        start = _round_of(intact) if intact else 0
+        if _round_of(damaged) > start + REPLAY_ROUNDS:
+            return (
+                f"Put back a copy of {damaged}: before it there is only {older}, and no more than {REPLAY_ROUNDS} "
+                "rounds can be replayed."
+            )
+        return (
+            f"Move {damaged} away: the run then goes on from {older}, and replays what follows, if its chain ends at "
+            f"round {start + REPLAY_ROUNDS} or before. If not, put back a copy."
+        )
 
     def _newest_first(self) -> list[Path]:
         try:
@@ -201,6 +214,12 @@ class Checkpoints:
             for name in os.listdir(self.folder):
                 if name.startswith((_UNFINISHED, _DISCARDED)):
                     shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
+def _round_of(path: Path) -> int:
+    """The round of a checkpoint's folder; 0 if it has another name."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else 0
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, NDArray[np.float32]]) -> _File:

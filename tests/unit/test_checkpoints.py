@@ -373,5 +373,25 @@ def test_the_newest_intact_checkpoint_before_a_damaged_one_is_named(
 def test_without_an_intact_checkpoint_the_run_is_said_to_start_from_the_first_model(kept: Checkpoints) -> None:
     path = save(kept, 1)
     (path / WEIGHTS).unlink()
-    with pytest.raises(CheckpointError, match="starts from the first model again"):
+    with pytest.raises(CheckpointError, match=r"goes on from the first model, .* if its chain ends at round 32 or"):
+        kept.load(path)
+
+
+@pytest.mark.parametrize(
+    ("older", "damaged", "words"),
+    [
+        (7, 39, "Move .* goes on from round-000007, which is intact, .* ends at round 39 or before"),
+        (7, 40, "Put back a copy of .*round-000040: before it there is only round-000007, .* no more than 32 rounds"),
+        (None, 32, "Move .* goes on from the first model"),
+        (None, 33, "Put back a copy of .* there is only the first model"),
+    ],
+)
+def test_no_checkpoint_is_promised_to_do_that_lies_too_many_rounds_back(
+    kept: Checkpoints, older: int | None, damaged: int, words: str
+) -> None:
+    if older is not None:
+        save(kept, older)
+    path = save(kept, damaged)
+    (path / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match=words):
         kept.load(path)
