@@ -19,7 +19,7 @@ class RoundRow:
     train_loss: float | None
     """Mean over the counted tokens, in nats; None in a block that only lets someone go."""
     val_loss: float | None
-    """Nats per token on held-out data after the round; None where it was not measured."""
+    """Nats per byte on held-out data after the round; None where it was not measured."""
     model_digest: dict[PeerId, bytes]
     """What each peer signed to have after the round."""
     train_s: dict[PeerId, float]

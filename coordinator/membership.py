@@ -90,9 +90,9 @@ class Membership:
         return presence is not None and presence.lost is None
 
     def why_lost(self, peer: PeerId) -> str:
-        """Why `peer` counts as lost, in words."""
+        """Why `peer` counts as lost, in words; empty while it is here."""
         presence = self._peers.get(peer)
-        return "never heard of" if presence is None else presence.lost or "here"
+        return "never heard of" if presence is None else presence.lost or ""
 
     def leaving(self) -> frozenset[PeerId]:
         """Those who said that they want to leave."""

@@ -67,7 +67,7 @@ class Numerics(Protocol):
         """The model of these tensors. Raises ValueError where they do not fit the recipe."""
 
     def validation_loss(self, model: Model) -> float:
-        """Nats per token on held-out data; takes a while."""
+        """Nats per byte on held-out data; takes a while."""
 
 
 class Coordinator(Shell):

@@ -248,7 +248,9 @@ class Shell:
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Run `work` beside; if it fails, the role ends with its error."""
-        return self._tasks.create_task(self._guarded(work))
+        task = self._tasks.create_task(self._guarded(work))
+        task.add_done_callback(lambda _: work.close())  # it may have been cancelled before it began
+        return task
 
     async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
         try:

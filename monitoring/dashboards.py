@@ -89,7 +89,7 @@ def _run() -> list[Json]:
     return [
         _stat("Round", f"max({_of_run('dugnad_round')})", help_="The last committed round."),
         _stat("Global step", f"max({_of_run('dugnad_global_step')})", help_="Inner steps of the run so far."),
-        _stat("Validation loss", f"min({_of_run('dugnad_validation_loss_nats')})", decimals=3, help_="Nats per token."),
+        _stat("Validation loss", f"min({_of_run('dugnad_validation_loss_nats')})", decimals=3, help_="Nats per byte."),
         _stat("Roles scraped", f"count({_INFO})", help_="Coordinator and volunteers that this Prometheus sees."),
         _stat(
             "Coordinator silent", f"max({_of_run('dugnad_coordinator_silent_seconds')})", unit="s", red_from=15,
@@ -102,7 +102,7 @@ def _run() -> list[Json]:
 def _learning() -> list[Json]:
     return [
         _graph("Training loss", [(_of_run("dugnad_train_loss_nats"), _WHO)], help_="Nats per token, last inner step."),
-        _graph("Validation loss", [(_of_run("dugnad_validation_loss_nats"), _WHO)], help_="Nats per token."),
+        _graph("Validation loss", [(_of_run("dugnad_validation_loss_nats"), _WHO)], help_="Nats per byte."),
         _graph("Rounds committed", [(_of_run("dugnad_round"), _WHO)], help_="Who lags behind stands lower."),
         _graph(
             "Peers by state", [(f"max by (state) ({_of_run('dugnad_peers')})", "{{state}}")], stacked=True,

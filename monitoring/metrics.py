@@ -91,7 +91,7 @@ RUN_INFO = Declared(
 ROUND = Declared("dugnad_round", "gauge", "The last round that was committed.")
 GLOBAL_STEP = Declared("dugnad_global_step", "gauge", "Inner steps of the run so far.")
 TRAIN_LOSS = Declared("dugnad_train_loss_nats", "gauge", "Loss of the last inner step, per token.", "nats")
-VALIDATION_LOSS = Declared("dugnad_validation_loss_nats", "gauge", "Last validation loss, per token.", "nats")
+VALIDATION_LOSS = Declared("dugnad_validation_loss_nats", "gauge", "Last validation loss, per byte.", "nats")
 TOKENS = Declared("dugnad_tokens_total", "counter", "Tokens trained on here.", "tokens")
 SPEED = Declared("dugnad_tokens_per_second", "gauge", "Tokens per second of the last inner step.", "tokens_per_second")
 ROUND_DURATION = Declared(
@@ -191,7 +191,7 @@ class Metrics:
         self._set(SPEED, tokens_per_s)
 
     def validated(self, loss: float) -> None:
-        """The shared model was measured; `loss` in nats per token."""
+        """The shared model was measured; `loss` in nats per byte."""
         self._set(VALIDATION_LOSS, loss)
 
     def checkpoint_written(self, round_: int, duration_s: float) -> None:

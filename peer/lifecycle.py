@@ -68,7 +68,7 @@ Effect = following.Effect | Train | StopTraining | Leave | Reduce
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A finished interval over the first `samples` of a seat, with their mean `loss`; its parts' digests hash to `root`."""
+    """A finished interval over the first `samples` of a seat: their mean `loss`, and the root of the encoded parts."""
 
     root: bytes
     samples: int

@@ -16,7 +16,7 @@ from dugnad.optim.outer import SharedModel
 from dugnad.optim.plan import assign_parts
 from dugnad.peer.data import Corpus
 from dugnad.peer.models import build, initial_weights, tensor_shapes
-from dugnad.peer.trainer import Trainer, _make_optimizer
+from dugnad.peer.trainer import Trainer, make_optimizer
 
 
 class Numerics:
@@ -59,7 +59,7 @@ class Numerics:
         Raises CorpusError, OptimizerError.
         """
         if to_train:
-            _make_optimizer(self.recipe.inner, nn.Linear(1, 1, device=self._device), torch.device(self._device))
+            make_optimizer(self.recipe.inner, nn.Linear(1, 1, device=self._device), torch.device(self._device))
         assert self.trainer
 
     @functools.cached_property

@@ -145,10 +145,11 @@ class Trainer:
     @functools.cached_property
     def _optimizer(self) -> torch.optim.Optimizer:
         # made when it is first needed: who only evaluates needs no memory for moments, and no GPU for 8 bits
-        return _make_optimizer(self._recipe.inner, self._model, self._device)
+        return make_optimizer(self._recipe.inner, self._model, self._device)
 
 
-def _make_optimizer(inner: InnerSettings, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(inner: InnerSettings, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """The recipe's inner optimizer; matrices decay, the rest does not. Raises OptimizerError where it can't run."""
     parameters = list(model.parameters())
     groups = [
         {"params": [parameter for parameter in parameters if parameter.ndim > 1], "weight_decay": inner.weight_decay},

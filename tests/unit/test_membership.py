@@ -45,7 +45,7 @@ def test_who_is_silent_too_long_is_lost_and_back_with_its_next_word() -> None:
     them = members(a=a_report(), b=a_report())
     them.heard(B, a_report(), now=1.0)
     them.tick(now=SILENCE_S)
-    assert (them.live(), them.why_lost(A), them.why_lost(B)) == ((B,), "silent for 8 s", "here")
+    assert (them.live(), them.why_lost(A), them.why_lost(B)) == ((B,), "silent for 8 s", "")
     them.heard(A, a_report(), now=SILENCE_S + 1)
     assert them.live() == (A, B)
 

@@ -169,6 +169,14 @@ async def test_a_disk_that_is_full_refuses_averages_with_a_reason_and_ends_the_r
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
+async def test_work_that_is_given_up_before_it_began_leaves_nothing_behind(tmp_path: Path) -> None:
+    async def play(role: Role, stranger: Transport) -> None:
+        role.spawn(asyncio.sleep(0, None))
+        role.fail(FULL)
+
+    assert await ending(tmp_path, play) == [FULL]
+
+
 async def test_a_role_that_is_done_answers_nothing_any_more(tmp_path: Path) -> None:
     async def play(role: Role, stranger: Transport) -> None:
         assert await stranger.request(ME.peer_id, sync.CHANNEL, QUESTION, timeout_s=1) != b""
