@@ -11,7 +11,6 @@ from blake3 import blake3
 
 from dugnad.configs import recipe
 from dugnad.coordinator import sync
-from dugnad.coordinator.follower import Cost
 from dugnad.coordinator.messages import CommitsRequest, Delegation, Genesis, Message, Plan
 from dugnad.coordinator.shell import CODEC, RESULTS_CHANNEL, ROUND_CHANNEL, ResultsHeader, Shell
 from dugnad.dht import bulk
@@ -22,6 +21,7 @@ from dugnad.dht.wire import seal
 from dugnad.monitoring.metrics import Metrics
 from tests.unit.chains import digest
 from tests.unit.memory_transport import network
+from tests.unit.still import Still
 
 ME, OTHER = Identity.generate(), Identity.generate()
 GENESIS = Genesis(recipe.encode(recipe.load("tiny-books")), ME.peer_id, ME.peer_id, digest("model after round 0"))
@@ -34,31 +34,16 @@ PLAN = Plan(0, 1, 1, 0, GENESIS.run, 0, (), (OTHER.peer_id,), 1.0, 1.0)
 Effect = Callable[[], None]
 
 
-class Script:
-    """A machine that answers every message with the effects it was given."""
+class Script(Still):
+    """Answers every message with the effects it was given."""
 
     def __init__(self) -> None:
+        super().__init__(PLAN)
         self.on_message: Sequence[Effect] = ()
         self.is_always_due = False
 
     def receive(self, sender: PeerId, message: Message, *, now: float) -> Sequence[object]:
         return self.on_message
-
-    @property
-    def plan(self) -> Plan | None:
-        return PLAN
-
-    def holds(self, digests: tuple[bytes, ...], *, now: float) -> Sequence[object]:
-        return ()
-
-    def applied(self, round_: int, model: bytes, cost: Cost, *, now: float) -> Sequence[object]:
-        return ()
-
-    def damaged(self, digests: tuple[bytes, ...], *, now: float) -> Sequence[object]:
-        return ()
-
-    def tick(self, *, now: float) -> Sequence[object]:
-        return ()
 
     def wake_at(self) -> float:
         return 0.0 if self.is_always_due else float("inf")

@@ -56,6 +56,7 @@ from tests.unit.chains import (
     relinked,
 )
 from tests.unit.memory_transport import MemoryTransport, Net, network
+from tests.unit.still import Still
 
 ME, DONOR, OTHER, ORGANIZER = (Identity.from_seed(bytes([k]) * 32) for k in range(1, 5))
 SHORT_S = 0.05
@@ -557,34 +558,6 @@ async def test_no_garbage_passes_for_an_offer() -> None:
 
 
 PLAN = Plan(0, 1, 1, 0, WORLD.run, 0, (), (ME.peer_id,) * 3, 1.0, 1.0)
-
-
-class Still:
-    """A machine that does nothing."""
-
-    def receive(self, sender: PeerId, message: Message, *, now: float) -> Sequence[object]:
-        return ()
-
-    @property
-    def plan(self) -> Plan | None:
-        return PLAN
-
-    def holds(self, digests: tuple[bytes, ...], *, now: float) -> Sequence[object]:
-        return ()
-
-    def applied(self, round_: int, model: bytes, cost: object, *, now: float) -> Sequence[object]:
-        return ()
-
-    def damaged(self, digests: tuple[bytes, ...], *, now: float) -> Sequence[object]:
-        return ()
-
-    def tick(self, *, now: float) -> Sequence[object]:
-        return ()
-
-    def wake_at(self) -> float:
-        return float("inf")
-
-
 PART_BYTES = (8, 8, 4)
 
 
@@ -606,7 +579,7 @@ class Role(Shell):
             part_bytes=PART_BYTES,
             check_part=no_zero,
         )
-        self.machine = Still()
+        self.machine = Still(PLAN)
         self.took: list[ResultsHeader] = []
         self.begun = asyncio.Event()
 
