@@ -127,9 +127,9 @@ class Checkpoints:
         """The name of that round's folder."""
         return f"round-{round_number:06d}"
 
-    def latest(self) -> Path | None:
+    def latest(self, *, before_round: int | None = None) -> Path | None:
         """Return the folder of the newest checkpoint, unread, or None if there is none. Raises CheckpointError."""
-        return next(iter(self._newest_first()), None)
+        return next((p for p in self._newest_first() if before_round is None or round_of(p) < before_round), None)
 
     def load(self, path: Path) -> Checkpoint:
         """Return the checkpoint in `path` after verifying every byte of it.
@@ -145,8 +145,8 @@ class Checkpoints:
         """What to do about a damaged checkpoint: the bytes of only so many rounds are kept to be replayed."""
         intact = self._intact_before(damaged)
         older = f"{intact.name}, which is intact" if intact else "the first model"
-        start = _round_of(intact) if intact else 0
-        if _round_of(damaged) > start + REPLAY_ROUNDS:
+        start = round_of(intact) if intact else 0
+        if round_of(damaged) > start + REPLAY_ROUNDS:
             return (
                 f"Put back a copy of {damaged}: before it there is only {older}, and no more than {REPLAY_ROUNDS} "
                 "rounds can be replayed."
@@ -216,7 +216,7 @@ class Checkpoints:
                     shutil.rmtree(self.folder / name, ignore_errors=True)
 
 
-def _round_of(path: Path) -> int:
+def round_of(path: Path) -> int:
     """The round of a checkpoint's folder; 0 if it has another name."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else 0

@@ -108,6 +108,11 @@ class Membership:
             and not report.leaving
         )
 
+    def is_arriving(self, peer: PeerId, head: Head) -> bool:
+        """Whether `peer` is here, has the chain up to its head, and is busy getting the model of it."""
+        said = self.report(peer)
+        return said is not None and self.is_live(peer) and said.head == head.hash and said.stage == Stage.SYNCING
+
     def decide(self, head: Head, *, min_peers: int, awaited: Iterable[PeerId]) -> Decision:
         """Who takes part in the round after `head`.
 

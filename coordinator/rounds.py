@@ -50,7 +50,10 @@ from dugnad.dht.identity import PeerId
 MAX_VECTORS = 2
 """How many vectors of one contributor an owner holds: the newest, and one of a seat that was changed."""
 SETTLE_S = 5.0
-"""How long those who stood at the head are awaited, after a commit, to apply it before the next round is planned."""
+"""How long those of the last round are awaited, after a commit or a start, to say that they stand at the head.
+
+Who says that it is getting there is awaited for as long as an exchange may take.
+"""
 SHOWN_ROUNDS = 8
 """Of how many rounds the signed model digests are kept to show to joiners."""
 
@@ -139,6 +142,7 @@ class Leader:
         self._next_view = 0
         self._awaited: tuple[PeerId, ...] = ()
         self._settle_until = 0.0
+        self._settle_limit = 0.0
         self._report_at = 0.0
         self._told_at: dict[PeerId, float] = {}
         self._handlers: dict[type[Message], Callable[..., list[Effect]]] = {
@@ -201,7 +205,7 @@ class Leader:
         """The shell holds the model after `round_`; `since` are the commits after it."""
         committee = self.follower.ledger.head.committee
         self._awaited = tuple(voter.peer for voter in committee if voter.peer != self._signer.peer_id)
-        self._settle_until = now + SETTLE_S
+        self._settle_until, self._settle_limit = now + SETTLE_S, now + self._recipe.rounds.exchange_s
         return self._settle(self.follower.synced(round_, model, since, now=now), now)
 
     def stop(self, *, now: float) -> list[Effect]:
@@ -364,6 +368,9 @@ class Leader:
         return handler(me, message, now) if handler else list(self.follower.receive(me, message, now=now))
 
     def _step(self, now: float) -> list[Effect]:
+        work = self._round
+        if work is not None and work.plan.head != self.follower.ledger.head.hash:
+            return self._abandon("the chain went on without this round")
         if self.phase is Phase.GATHER:
             return self._gather(now)
         if self.phase is Phase.REDUCE:
@@ -377,7 +384,9 @@ class Leader:
         if self.follower.model is None:
             return []  # starting
         if now >= self._settle_until:
-            self._awaited = ()
+            arriving = now < self._settle_limit
+            self._awaited = tuple(p for p in self._awaited if arriving and self.membership.is_arriving(p, head))
+            self._settle_until = self._settle_limit
         steps = self._recipe.rounds.steps_at(head.global_step)
         if steps == 0:
             self.phase, self.reason = Phase.FINISHED, f"finished: all {head.global_step} steps are done"
@@ -592,7 +601,8 @@ class Leader:
         ballots = tuple(ballot for peer, ballot in sorted(work.ballots.items()) if peer in voters)
         commit = Commit(work.proposal.block, ballots)
         self._round, self.phase, self._next_view = None, Phase.IDLE, 0
-        self._awaited, self._settle_until = self.membership.ready(self.follower.ledger.head), now + SETTLE_S
+        self._awaited = self.membership.ready(self.follower.ledger.head)
+        self._settle_until, self._settle_limit = now + SETTLE_S, now + self._recipe.rounds.exchange_s
         followed = self.follower.receive(self._signer.peer_id, commit, now=now)
         assert isinstance(followed[0], Store), "a commit is durable before anyone hears of it"
         return [followed[0], *self._tell(self.membership.live(), commit, now), *followed[1:]]

@@ -13,8 +13,15 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from dugnad.coordinator import history, sync
-from dugnad.coordinator.checkpoints import Checkpoint, CheckpointError, CheckpointMeta, Checkpoints, Tensors
-from dugnad.coordinator.follower import Cost, Resync
+from dugnad.coordinator.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointMeta,
+    Checkpoints,
+    Tensors,
+    round_of,
+)
+from dugnad.coordinator.follower import REPLAY_ROUNDS, Cost, Resync
 from dugnad.coordinator.messages import (
     Commit,
     Delegation,
@@ -133,19 +140,40 @@ class Coordinator(Shell):
             log.info("replaying rounds %d to %d on the checkpoint of round %d", round_ + 1, head, round_)
         self.spawn(self._measure_and_save())
         since = self.chain.commits(after_round=round_)
+        self._came_at_round = head
         self.perform(self.machine.synced(round_, model.digest(), since, now=self.now()))
 
     def _newest_model(self, head_round: int) -> tuple[int, Model]:
         newest = self.checkpoints.latest()
         if newest is None:
-            model = self._numerics.first_model()
-            if model.digest() != self.genesis.first_model:
-                raise RestoreError(
-                    "the first model that this machine computes is not the one that the run began with. "
-                    "Was it started with another version of dugnad? Use that one."
-                )
-            return 0, model
-        return self._model_of(self.checkpoints.load(newest), head_round)
+            return 0, self._first_model()
+        found = self._model_of(self.checkpoints.load(newest), head_round)
+        if found[0] < head_round or self._is_certified(*found):
+            return found
+        # We ended before a quorum had signed this model, so nobody may take it from us: if everyone ended then, nobody
+        # would have a model. The rounds before it are certified, and are met again in replaying from further back.
+        older = self.checkpoints.latest(before_round=found[0])
+        start = 0 if older is None else round_of(older)
+        if head_round - start > REPLAY_ROUNDS:
+            return found
+        return (0, self._first_model()) if older is None else self._model_of(self.checkpoints.load(older), head_round)
+
+    def _first_model(self) -> Model:
+        model = self._numerics.first_model()
+        if model.digest() != self.genesis.first_model:
+            raise RestoreError(
+                "the first model that this machine computes is not the one that the run began with. "
+                "Was it started with another version of dugnad? Use that one."
+            )
+        return model
+
+    def _is_certified(self, round_: int, model: Model) -> bool:
+        """Whether a quorum has signed that this is the model after `round_`, so that joiners may take it."""
+        commit = next(self.chain.commits(after_round=round_ - 1, limit=1), None) if round_ > 0 else None
+        if commit is None:
+            return round_ == 0
+        ballots = self.machine.state_ballots(round_, model.digest())
+        return has_quorum(sync.committee_after(commit), {ballot.peer for ballot in ballots})
 
     def _model_of(self, saved: Checkpoint, head_round: int) -> tuple[int, Model]:
         self.checkpoint = saved.path
@@ -215,22 +243,14 @@ class Coordinator(Shell):
         return self._offer() if isinstance(question, StateRequest) else await super().answer(sender, question)
 
     def _offer(self) -> StateOffer | None:
-        commits = {commit.block.round: commit for commit in self.chain.commits(after_round=max(0, self._oldest() - 1))}
-        for round_, model in reversed(list(self.models)):
-            ballots = self.machine.state_ballots(round_, model.digest())
-            commit = commits.get(round_)
-            signed = {ballot.peer for ballot in ballots}
-            if round_ == 0 or (commit is not None and has_quorum(sync.committee_after(commit), signed)):
-                return StateOffer(round_, model.manifest(), ballots)
+        for round_, model in reversed(self.models):
+            if self._is_certified(round_, model):
+                return StateOffer(round_, model.manifest(), self.machine.state_ballots(round_, model.digest()))
         return None
-
-    def _oldest(self) -> int:
-        return min((round_ for round_, _ in self.models), default=0)
 
     def on_applied(self, commit: Commit, model: Model, cost: Cost) -> None:
         """Measure and save beside; the next round does not wait for it."""
-        block = commit.block
-        self.metrics.round_committed(block.round, block.global_step, cost.wall_s)
+        self.count_round(commit, cost)
         self._aftermath.put_nowait((commit, model))
 
     # -- what follows a round
@@ -290,14 +310,13 @@ class Coordinator(Shell):
         round_, model = self.models[-1]
         if round_ > 0 and (self.checkpoint is None or self.checkpoint.name != self.checkpoints.name_of(round_)):
             await self._save(round_, self.follower.ledger.head.global_step, model)
-        if self.machine.phase is Phase.FINISHED:
-            await self._goodbye()
-        self.done.set()
-
-    async def _goodbye(self) -> None:
         deadline = self.now() + GOODBYE_S
-        while self._awaited() and self.now() < deadline:
-            await asyncio.sleep(0.1)
+        while self.machine.membership.live() and not self._is_certified(round_, model) and self.now() < deadline:
+            await asyncio.sleep(0.1)  # a model that nobody vouches for can't be given to anyone after a restart
+        if self.machine.phase is Phase.FINISHED:
+            while self._awaited() and self.now() < deadline:
+                await asyncio.sleep(0.1)
+        self.done.set()
 
     def _awaited(self) -> set[PeerId]:
         """Who does not know yet that the run is finished: it is here, or has not been heard of since we started."""

@@ -172,6 +172,13 @@ class Shell:
         self._changed = asyncio.Event()
         self._attempted: dict[bytes, int] = {}
         """Blobs of attempts at rounds that are not committed yet -> the round."""
+        self._averages: tuple[tuple[int, int, int], dict[int, bytes]] = ((0, 0, 0), {})
+        """(round, term, view), and the digest of each part that has come in it."""
+        self._fetching: set[bytes] = set()
+        self._came_at_round = 0
+        """The head of the chain when we got a model: what is applied up to there is only replayed."""
+        self._forgotten_round = 0
+        """Up to which round the parts of old commits are deleted."""
         self._over = False
         """Whether the role is ending: from then on nothing is done or answered any more."""
         self._sent_before: Counter[str] = Counter()
@@ -208,6 +215,14 @@ class Shell:
 
     def on_applied(self, commit: Commit, model: Model, cost: Cost) -> None:
         """A round is in place; the machine has not heard of it yet."""
+
+    def count_round(self, commit: Commit, cost: Cost) -> None:
+        """Show in the metrics that a round is in place: as committed only if that happened while we were here."""
+        block = commit.block
+        if block.round > self._came_at_round:
+            self.metrics.round_committed(block.round, block.global_step, cost.wall_s)
+        else:
+            self.metrics.round_replayed(block.round, block.global_step)
 
     def train_s(self) -> float:
         """Seconds spent in training since the last call."""
@@ -315,7 +330,7 @@ class Shell:
                 self.spawn(self._catch_up(donor, after_round))
             case following.Refused(sender, reason, detail):
                 self.metrics.rejected_message(reason)
-                log.info("refused a message of %s (%s): %s", nickname(sender), reason, detail)
+                log.debug("refused a message of %s (%s): %s", nickname(sender), reason, detail)
             case _:
                 self.perform_role(effect)
 
@@ -352,9 +367,11 @@ class Shell:
         stale = {digest for digest, round_ in self._attempted.items() if round_ <= number} - set(applied.block.parts)
         self._attempted = {digest: round_ for digest, round_ in self._attempted.items() if round_ > number}
         self.follower.forget(stale)
-        if number > KEPT_ROUNDS:
-            for old in self.chain.commits(after_round=number - KEPT_ROUNDS - 1, limit=1):
-                stale.update(old.block.parts)
+        if number - KEPT_ROUNDS > self._forgotten_round:
+            old = number - KEPT_ROUNDS
+            for commit in self.chain.commits(after_round=self._forgotten_round, limit=old - self._forgotten_round):
+                stale.update(commit.block.parts)
+            self._forgotten_round = old
         if stale:  # two rounds may have had the same averages
             stale -= self._kept_parts(number)
         for digest in stale:
@@ -370,13 +387,21 @@ class Shell:
         self.follower.restore(self.chain.commits(), here)
         # what belongs to no round yet may have been voted for: it goes when the next round is in place without it
         self._attempted = dict.fromkeys(here - self._kept_parts(head), head + 1)
+        self._forgotten_round = max(0, head - KEPT_ROUNDS)
 
     async def _fetch(self, wanted: Sequence[tuple[int, bytes]], donors: Sequence[PeerId]) -> None:
-        sizes = {digest: self._part_bytes[part] for part, digest in wanted}
+        # what is on its way already is not asked for again: on a slow line the two would only slow each other down
+        sizes = {digest: self._part_bytes[part] for part, digest in wanted if digest not in self._fetching}
+        missing = {digest: size for digest, size in sizes.items() if not self.blobs.has(digest)}
+        self._fetching |= missing.keys()
+        self._attempted.update(dict.fromkeys(missing, self.follower.ledger.head.round + 1))
         try:
-            await self.fetch(donors, sizes, kind="fetch", on_blob=lambda _, data: void(self.blobs.put(data)))
+            if missing:
+                await self.fetch(donors, missing, kind="fetch", on_blob=lambda _, data: void(self.blobs.put(data)))
         except TransportError as error:
-            log.info("%d parts could not be fetched yet: %s", len(wanted), error)
+            log.info("%d parts could not be fetched yet: %s", len(missing), error)
+        finally:
+            self._fetching -= missing.keys()
         here = tuple(digest for digest in sizes if self.blobs.has(digest))
         self.perform(self.machine.holds(here, now=self.now()))
 
@@ -423,12 +448,16 @@ class Shell:
             self._rejected(peer, error)
             return b""
         assert isinstance(question, Message)
+        self.metrics.message_passed("received", sync.CODEC.tag_of(question))
         reply = None if self._over else await self.answer(sender, question)
-        return b"" if reply is None else seal(self.identity, self.run, sync.CODEC, reply)
+        if reply is None:
+            return b""
+        self.metrics.message_passed("sent", sync.CODEC.tag_of(reply))
+        return seal(self.identity, self.run, sync.CODEC, reply)
 
     def _rejected(self, peer: PeerId, error: WireError) -> None:
         self.metrics.rejected_message(error.reason)
-        log.info("dropped what %s sent: %s", nickname(peer), error)
+        log.debug("dropped what %s sent: %s", nickname(peer), error)
 
     def _commits_after(self, round_: int) -> Commits:
         chosen: list[Commit] = []
@@ -459,7 +488,12 @@ class Shell:
             return f"the vector has {len(self._part_bytes)} parts"
         if sizes != tuple(self._part_bytes[part] for part, _ in header.parts):
             return "a part has another size than the layout gives it"
-        return None if self._expects(sender, header) else f"round {header.round} is not under way here"
+        if not self._expects(sender, header):
+            return f"round {header.round} is not under way here"
+        order, came = self._averages
+        if order == header.order and any(came.get(part, digest) != digest for part, digest in header.parts):
+            return "other averages came for this part"  # else one owner could fill the disk
+        return None
 
     def _expects(self, sender: PeerId, header: ResultsHeader) -> bool:
         """Whether `sender` owns these parts in the plan under way."""
@@ -479,6 +513,9 @@ class Shell:
         except OSError as error:  # our disk, not their stream: it must not pass for a broken transfer
             self.fail(error)
             raise bulk.PushRefused(sender, "the disk here takes no more") from error
+        if self._averages[0] != header.order:
+            self._averages = (header.order, {})
+        self._averages[1].update(header.parts)
         with self.or_end():
             self.took_results(sender, header)
         return b""

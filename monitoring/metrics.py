@@ -158,6 +158,11 @@ class Metrics:
         self._add(ROUNDS_COMMITTED, 1)
         self._observe(ROUND_DURATION, duration_s)
 
+    def round_replayed(self, round_: int, global_step: int) -> None:
+        """Round `round_`, committed before we came, is in place."""
+        self._set(ROUND, round_)
+        self._set(GLOBAL_STEP, global_step)
+
     def view_failed(self) -> None:
         """An attempt at committing a round came to nothing."""
         self._add(VIEWS, 1)

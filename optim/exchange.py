@@ -25,6 +25,8 @@ CHANNEL = "dugnad/parts/1"
 HEADER_BYTES = 512 * 1024
 SILENCE_S = 5.0
 """How long an upload may stand still."""
+_HELD = "these parts are here"
+"""Why an upload of what was uploaded before is refused, which its sender takes for an acknowledgement."""
 log = logging.getLogger(__name__)
 
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -101,7 +103,11 @@ class Exchange:
         payloads = self._held[self._transport.peer_id, root]
         header = msgspec.msgpack.encode(_Header(self._round, self._promised[root], tuple(parts)))
         chosen = [payloads[part] for part in parts]
-        await bulk.push(self._transport, owner, CHANNEL, header, chosen, kind="upload", timeout_s=SILENCE_S)
+        try:
+            await bulk.push(self._transport, owner, CHANNEL, header, chosen, kind="upload", timeout_s=SILENCE_S)
+        except bulk.PushRefused as refused:
+            if refused.reason != _HELD:
+                raise
 
     async def fold(self, parts: Sequence[int], entries: Sequence[Weighed]) -> dict[int, memoryview]:
         """The encoded average of `entries`, in that order, for each of `parts`; empty if we lack some."""
@@ -136,7 +142,10 @@ class Exchange:
             return f"the vector has {num_parts} parts"
         if sizes != tuple(self.part_bytes[part] for part in header.parts):
             return "a part has another size than the layout gives it"
-        return None if self._wants(sender, header) else f"not wanted in round {header.round} as it stands here"
+        if not self._wants(sender, header):
+            return f"not wanted in round {header.round} as it stands here"
+        held = self._held.get((sender, root_of(header.digests)), {})
+        return _HELD if held.keys() >= set(header.parts) else None
 
     def _wants(self, sender: PeerId, header: _Header) -> bool:
         return header.round == self._round and self._expects(sender, header.round, root_of(header.digests))

@@ -119,11 +119,15 @@ class Reducer:
             self._sent[newcomer].clear()  # it may have restarted, and lost what it once acknowledged
         self._owners, self._receivers = owners, tuple(peer for peer in receivers if peer != self._me)
         self._entries, self._folding = None, False
-        self._results.clear()
+        self._results = {}  # a new one: deliveries under way still read the old
         self._undelivered.clear()
         self._uploading.clear()
         self._retry_at.clear()
         return [*self._drop(), *self._upload(now), *self._holds(now)]
+
+    def doubt(self) -> None:
+        """Owners may have lost meanwhile what they acknowledged: `plan`, which follows, offers all of it again."""
+        self._sent.clear()
 
     def contribute(self, root: bytes, *, now: float) -> list[Effect]:
         """Our own parts are encoded; their digests hash to `root`."""

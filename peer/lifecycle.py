@@ -135,6 +135,13 @@ class Volunteer:
         """Take any message of a round."""
         if sender == self.follower.leader:
             self.heard_at = now
+        term = self.follower.term
+        out = self._receive(sender, message, now)
+        if self.follower.term != term:
+            self.heard_at = now  # of a new leader nothing else was heard yet: its silence begins here
+        return out
+
+    def _receive(self, sender: PeerId, message: Message, now: float) -> list[Effect]:
         if type(message) in self._handlers:
             if sender != self.follower.leader:
                 return [Refused(sender, "not leader", f"{type(message).__name__} from one who does not lead")]
@@ -282,6 +289,8 @@ class Volunteer:
             return self._without_seat(plan, now)
         receivers = (*plan.members, sender)
         if before is not None and before.round == plan.round and before.seat_of(self._me) == seat and self._working:
+            if (plan.term, plan.view) != (before.term, before.view + 1):
+                self._reducer.doubt()  # we missed a view, in which an owner may have been replaced and come back
             return [*self._promised(), *self._reduced(self._reducer.plan(plan.owners, receivers, now=now))]
         if before is not None and before.round == plan.round:
             self._reducer.restart()

@@ -143,12 +143,12 @@ class Session(Shell):
         block = commit.block
         if not block.entries:
             return
-        self.metrics.round_committed(block.round, block.global_step, cost.wall_s)
+        self.count_round(commit, cost)
         if self._contributed_at is not None:
             self.metrics.phase_took("exchange", self.now() - self._contributed_at)
             self._contributed_at = None
         if cost.wall_s > 0:
-            self.metrics.utilized(cost.train_s / cost.wall_s)
+            self.metrics.utilized(min(1.0, cost.train_s / cost.wall_s))  # a late interval may reach over its round
         tokens = sum(entry.tokens for entry in block.entries)
         mine = next((entry for entry in block.entries if entry.peer == self.identity.peer_id), None)
         counted = f"you {mine.tokens} tokens, counted" if mine else "you were not part of it"
@@ -177,6 +177,9 @@ class Session(Shell):
             interval = await self._interval(effect, order.stop)
             if order.discard:
                 return
+            if interval.steps == 0:
+                self.perform(self.machine.not_trained(plan, "no step was done in time", now=self.now()))
+                return
             root = await self._exchange.contribute(interval.pseudo_gradient)
         except (NonFinite, training.NonFinite) as error:
             log.warning("round %d: nothing to contribute: %s", plan.round, error)
@@ -184,9 +187,7 @@ class Session(Shell):
             self.perform(self.machine.not_trained(plan, str(error), now=self.now()))
             return
         if order.discard:
-            return
-        if interval.steps == 0:
-            self.perform(self.machine.not_trained(plan, "no step was done in time", now=self.now()))
+            self._exchange.drop(self.identity.peer_id, root)
             return
         self._contributed_at = self.now()
         work = Work(root, interval.samples, interval.tokens, interval.loss)
@@ -266,6 +267,7 @@ class Session(Shell):
         self.models.append((offer.round, model))
         log.info("the model after round %d is here, verified", offer.round)
         digest, since = blake3(offer.manifest).digest(), self.chain.commits(after_round=offer.round)
+        self._came_at_round = self.follower.ledger.head.round
         self.perform(self.machine.synced(offer.round, digest, since, now=self.now()))
 
     def _commit_of(self, round_: int) -> Commit | None:

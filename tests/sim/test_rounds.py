@@ -208,7 +208,7 @@ def test_work_is_credited_to_the_samples_it_was_trained_on_also_when_a_new_leade
 def test_work_on_other_samples_than_those_of_its_seat_is_left_out() -> None:
     world = World(16, RECIPE)
     start(world, 3)
-    leader = world.start_coordinator().machine
+    leader = world.nodes[COORDINATOR].leader()
     world.run(600, until=lambda: leader.phase is Phase.GATHER)
     plan = leader.plan
     assert plan is not None
@@ -219,6 +219,82 @@ def test_work_on_other_samples_than_those_of_its_seat_is_left_out() -> None:
     assert isinstance(refused, LeftOut)
     assert (refused.peer, refused.reason) == (one.peer, "other samples")
     assert leader.receive(other.peer, said, now=world.now) == []
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_an_owner_that_restarts_with_the_coordinator_is_sent_again_what_it_has_lost(seed: int) -> None:
+    world = World(seed, RECIPE)
+    start(world, 4)
+    world.run(600, until=committed(world, 3))
+    leader = world.nodes[COORDINATOR].leader()
+
+    def held_by_one_who_will_restart() -> bool:
+        work = leader._round
+        if leader.phase is not Phase.GATHER or work is None or len(work.contributions) < 3:
+            return False
+        return all((PeerId("p01"), peer) in work.held for peer in work.contributions)
+
+    world.run(world.now + 60, until=held_by_one_who_will_restart)
+    world.crash(COORDINATOR)
+    world.crash("p01")
+    before, since = rounds(world), world.now
+    world.start_coordinator()
+    world.start_volunteer("p01")
+    world.run(world.now + 300, until=committed(world, before + 1))
+    assert len(world.disks[COORDINATOR].commits[-1].block.entries) == 4
+    assert world.now - since < 20
+    assert_clean(world)
+
+
+@pytest.mark.parametrize("back_after_s", [6.5, 8, 9, 10, 12])
+def test_a_round_begun_on_an_older_copy_of_the_chain_is_given_up_when_the_newer_is_found(back_after_s: float) -> None:
+    world = World(1, RECIPE)
+    names = start(world, 3)
+    world.run(300, until=committed(world, 3))
+    world.run(world.now + 1.0)
+    for name in (COORDINATOR, *names):
+        world.crash(name)
+    disk = world.disks[COORDINATOR]
+    disk.commits.pop()
+    disk.model_round = rounds(world)
+    disk.model = world.models[disk.model_round]
+    world.start_coordinator()
+    for name in ("new0", "new1"):
+        world.start_volunteer(name)
+    for name in names:
+        world.at(world.now + back_after_s, lambda name=name: world.start_volunteer(name))  # type: ignore[misc]
+    world.run(world.now + 60, until=committed(world, 8))
+    assert rounds(world) >= 8
+    assert_clean(world)
+
+
+@pytest.mark.parametrize("apply_s", [0.01, 6.0, 15.0])
+def test_who_takes_long_to_apply_a_round_is_counted_in_the_next(apply_s: float) -> None:
+    world = World(17, RECIPE)
+    start(world, 4)
+    world.run(600, until=committed(world, 2))
+    node = world.nodes[PeerId("p02")]
+    node.apply_s = apply_s
+    world.run(world.now + 120, until=committed(world, 5))
+    assert [len(commit.block.entries) for commit in world.disks[COORDINATOR].commits[3:]] == [4, 4]
+    assert_clean(world)
+
+
+def test_a_voter_that_has_not_heard_its_coordinator_since_it_started_can_leave() -> None:
+    world = World(18, RECIPE)
+    start(world, 3)
+    world.run(600, until=committed(world, 4))
+    said = world.nodes[COORDINATOR].leader()._delegation
+    world.crash("p01")
+    world.crash(COORDINATOR)
+    world.run(world.now + 1)  # what was on its way is gone
+    node = VolunteerNode(world, PeerId("p01"), world.disks[PeerId("p01")])
+    world.nodes[PeerId("p01")] = node
+    node.do(lambda _: node.perform(node.machine.receive(COORDINATOR, said, now=world.now)))
+    world.run(world.now + 5)
+    node.leave()
+    world.run(world.now + 60, until=lambda: PeerId("p01") in world.left)
+    assert "does not answer" in world.left[PeerId("p01")]
 
 
 def test_a_coordinator_that_comes_back_waits_for_the_work_that_is_still_good() -> None:

@@ -108,6 +108,7 @@ class World:
 
     def start_coordinator(self) -> "CoordinatorNode":
         """Start the coordinator, first or again, from its disk."""
+        assert COORDINATOR not in self.nodes, "two coordinators from one disk"
         self.starts += 1
         node = CoordinatorNode(self, self.disks[COORDINATOR], term=self.starts)
         self.nodes[COORDINATOR] = node
@@ -265,6 +266,7 @@ class Node:
         self.backlog: list[Callable[[], None]] = []
         self.signer = SimSigner(peer)
         self.follower = Follower(self.signer, Ledger(RUN, COORDINATOR), ORGANIZER)
+        self.apply_s = 0.05
         self._wake = 0
         self._overdue = 0
         self.follower.restore(disk.commits, disk.blobs)
@@ -327,7 +329,7 @@ class Node:
                 self._check_commit(commit)
                 self.disk.commits.append(commit)
             case following.Apply(commit):
-                world.after(0.05, lambda: self.do(lambda node: node.apply(commit)))
+                world.after(self.apply_s, lambda: self.do(lambda node: node.apply(commit)))
             case following.Fetch(wanted, donors):
                 digests = tuple(digest for _, digest in wanted)
                 world.after(world.delay() * 2, lambda: self.do(lambda node: node.fetch(digests, donors)))
@@ -445,6 +447,8 @@ class VolunteerNode(Node):
             silence_s=rounds.silence_s,
         )
         self.step_s = world.network.step_s * (1 + world.network.step_spread * world.rng.random())
+        self.born_at = world.now
+        """Training is not repeatable: after a restart the same samples give other work."""
         self._training: tuple[Train, float] | None = None
         self._parts: dict[tuple[PeerId, bytes], set[int]] = defaultdict(set)
 
@@ -533,7 +537,7 @@ class VolunteerNode(Node):
             return
         samples = steps * self.world.recipe.inner.batch_sequences
         done = ranges.take(effect.seat.ranges, samples)[0]
-        root = blake3(f"{self.peer} {effect.plan.round} {done}".encode()).digest()
+        root = blake3(f"{self.peer} {self.born_at} {effect.plan.round} {done}".encode()).digest()
         self.world.trained[root] = done
         self._parts[self.peer, root].update(range(self.world.num_parts))
         work = Work(root, samples, samples * self.world.recipe.model.context, 3.0)

@@ -121,6 +121,24 @@ def test_an_upload_of_void_work_that_ends_late_does_not_count_for_the_other_work
     assert Upload(ANN, OTHER, (1, 4)) in reducer.tick(now=9.0)
 
 
+def test_who_missed_a_view_offers_all_of_its_work_again() -> None:
+    reducer = planned()
+    reducer.contribute(ROOTS[ME], now=0.0)
+    reducer.uploaded(ANN, ROOTS[ME], (1, 4), now=0.1)
+    reducer.uploaded(BOB, ROOTS[ME], (3,), now=0.1)
+    assert not [e for e in reducer.plan(OWNERS, PEERS, now=1.0) if isinstance(e, Upload)]
+    reducer.doubt()
+    uploads = [e for e in reducer.plan(OWNERS, PEERS, now=2.0) if isinstance(e, Upload)]
+    assert uploads == [Upload(ANN, ROOTS[ME], (1, 4)), Upload(BOB, ROOTS[ME], (3,))]
+
+
+def test_a_delivery_that_is_under_way_when_a_new_view_begins_keeps_what_it_delivers() -> None:
+    reducer = folding()
+    deliveries = [e for e in reducer.folded(RESULTS, now=1.0) if isinstance(e, Deliver)]
+    reducer.plan(OWNERS, PEERS, now=2.0)
+    assert [dict(e.parts) for e in deliveries] == [RESULTS] * len(deliveries)
+
+
 # -- holding
 
 

@@ -201,3 +201,41 @@ async def test_bytes_that_were_voted_for_before_a_restart_stay_until_the_round_i
         role.done.set()
 
     assert await ending(tmp_path, play) == []
+
+
+async def test_a_part_that_is_on_its_way_is_not_fetched_a_second_time(tmp_path: Path) -> None:
+    part, asked = b"8 bytes.", []
+    digest = blake3(part).digest()
+
+    def lookup(wanted: bytes) -> bytes:
+        asked.append(wanted)
+        return part
+
+    async def play(role: Role, stranger: Transport) -> None:
+        await bulk.serve_blobs(stranger, lookup)
+        fetching = [asyncio.create_task(role._fetch([(0, digest)], [OTHER.peer_id])) for _ in range(3)]
+        await asyncio.wait(fetching)
+        assert role.blobs.get(digest) == part
+        await role._fetch([(0, digest)], [OTHER.peer_id])
+        role.done.set()
+
+    assert await ending(tmp_path, play) == []
+    assert asked == [digest]
+
+
+async def test_an_owner_can_bring_a_part_again_but_no_other_bytes_for_it(tmp_path: Path) -> None:
+    parts = [bytes([k]) * 8 for k in range(2)]
+
+    async def bring(stranger: Transport, part: bytes) -> None:
+        header = msgspec.msgpack.encode(ResultsHeader(1, 1, 0, ((0, blake3(part).digest()),)))
+        await bulk.push(stranger, ME.peer_id, RESULTS_CHANNEL, header, [part], kind="result", timeout_s=5)
+
+    async def play(role: Role, stranger: Transport) -> None:
+        await bring(stranger, parts[0])
+        await bring(stranger, parts[0])
+        with pytest.raises(bulk.PushRefused, match="other averages"):
+            await bring(stranger, parts[1])
+        assert role.blobs.digests() == {blake3(parts[0]).digest()}
+        role.done.set()
+
+    assert await ending(tmp_path, play) == []
