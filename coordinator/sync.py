@@ -37,6 +37,8 @@ CHANNEL = "dugnad/sync/1"
 CODEC = Codec(SYNC_KINDS)
 ANSWER_S = 10.0
 """How long an answer of up to a megabyte may take."""
+ASKED_AT_ONCE = 8
+"""How many are asked what the run is at a time: strangers may say that they are there, and then say nothing."""
 A = TypeVar("A", bound=Message)
 
 
@@ -64,17 +66,30 @@ class Asker:
         return message
 
     async def welcome(self, peers: Iterable[PeerId]) -> Welcome:
-        """What the run is, from the first of `peers` that proves it. Raises SyncError if none does."""
-        faults: list[str] = []
-        for peer in peers:
-            try:
-                said = await self.ask(peer, WelcomeRequest(), Welcome)
-                _check_welcome(said, self._run)
-            except (TransportError, WireError, SyncError) as error:
-                faults.append(str(error))
-            else:
-                return said
-        raise SyncError("nobody could say what this run is: " + ("; ".join(faults) or "nobody was found"))
+        """What the run is, from who of `peers` first proves it; they are asked a few at a time, in order.
+
+        Raises SyncError if none does.
+        """
+        left, faults, proven = iter(peers), list[str](), list[Welcome]()
+
+        async def ask_one_after_the_other() -> None:
+            for peer in left:
+                try:
+                    said = await self.ask(peer, WelcomeRequest(), Welcome)
+                    _check_welcome(said, self._run)
+                except (TransportError, WireError, SyncError) as error:
+                    faults.append(str(error))
+                else:
+                    proven.append(said)
+                    for task in asking:
+                        task.cancel()
+                    return
+
+        async with asyncio.TaskGroup() as tasks:
+            asking = [tasks.create_task(ask_one_after_the_other()) for _ in range(ASKED_AT_ONCE)]
+        if not proven:
+            raise SyncError("nobody could say what this run is: " + ("; ".join(faults) or "nobody was found"))
+        return proven[0]
 
     async def commits(self, peer: PeerId, after_round: int, take: Callable[[Commit], int]) -> None:
         """Hand every commit of `peer` after that round to `take`, which checks it and returns the head it now has."""

@@ -89,8 +89,9 @@ class Daemon:
 
     def check_alive(self) -> None:
         """Raises NetworkDown once the daemon has ended."""
-        if self._process is None or self._process.returncode is not None:
-            raise NetworkDown(f"the network daemon has ended; its last words are in {self.log}")
+        status = self._process.returncode if self._process is not None else "unknown"
+        if status is not None:
+            raise NetworkDown(f"the network daemon has ended (status {status}); its last words are in {self.log}")
 
     async def ask(self, request: Any) -> Any:
         """The daemon's answer to a control message (p2pd_pb2 Request -> Response).

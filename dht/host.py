@@ -7,6 +7,7 @@ Whoever opens a stream closes it first: the daemon may reset a stream on closing
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -110,8 +111,15 @@ class Host:
         await self._exit.__aexit__(kind, error, trace)
 
     def addresses(self) -> tuple[str, ...]:
-        """Our multiaddrs with /p2p/ID, as known at the last `announce`: relays and NATs add some later."""
+        """Our multiaddrs with /p2p/ID, at most 16, those that reach farthest first.
+
+        They are as known at the last `announce`: relays and NATs add some later.
+        """
         return self._addresses
+
+    def check_alive(self) -> None:
+        """Raises NetworkDown once the daemon has ended."""
+        self._daemon.check_alive()
 
     async def peers(self) -> list[PeerId]:
         """To whom the daemon is connected, sorted."""
@@ -128,7 +136,7 @@ class Host:
 
     async def discover(self, run: bytes) -> list[bytes]:
         """The signed records of all peers that announced themselves under `run`."""
-        self._daemon.check_alive()
+        self.check_alive()
         return await self._directory.discover(run)
 
     async def learn(self, peer: PeerId, addresses: Sequence[str]) -> None:
@@ -177,7 +185,7 @@ class Host:
             raise Unreachable(peer, f"no answer in {timeout_s:g} s") from None
         await stream.close()
         if status != _ANSWERED:
-            raise RequestRefused(peer, reply.decode(errors="replace")[:200])
+            raise RequestRefused(peer, reply.decode(errors="replace"))
         return reply
 
     async def serve(self, channel: str, handler: RequestHandler) -> None:
@@ -226,7 +234,8 @@ class Host:
 
         answer = await self._daemon.ask(p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY))
         seen = (f"{Multiaddr(raw)}/p2p/{self.peer_id}" for raw in answer.identify.addrs)
-        self._addresses = tuple(address for address in seen if _usable(address))
+        farthest_first = sorted((address for address in seen if _usable(address)), key=_nearness)
+        self._addresses = tuple(farthest_first[:_ADDRESSES_PER_PEER])  # no message takes more
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.create_task(self._serve_one(reader, writer))
@@ -293,6 +302,15 @@ def _peer_of(raw: bytes) -> PeerId | None:
 def _usable(address: str) -> bool:
     """Whether a multiaddr means plain TCP, direct or through a relay: over QUIC the ends of replies get lost."""
     return len(address) <= 256 and "/tcp/" in address and not any(part in address for part in ("/ws", "/udp", "/quic"))
+
+
+def _nearness(address: str) -> int:
+    """From how near a multiaddr can be dialled: 0 from anywhere, 1 in a private network, 2 on this link or machine."""
+    try:
+        ip = ipaddress.ip_address(address.split("/")[2])
+    except ValueError:  # a name
+        return 0
+    return 2 if ip.is_loopback or ip.is_link_local else int(not ip.is_global)
 
 
 def _in_short(words: str) -> str:

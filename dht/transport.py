@@ -18,6 +18,13 @@ RequestHandler = Callable[[PeerId, bytes], Awaitable[bytes]]
 
 REQUEST_BYTES = 2 * 2**20 - 64 * 2**10
 """The largest payload of a request or of its reply; more belongs on a stream."""
+_WORDS = 200
+"""How many characters of another's words are passed on."""
+
+
+def printable(text: str) -> str:
+    """A stranger's words, cut, in which nothing can steer a terminal, or be what no record may hold."""
+    return "".join(character if character.isprintable() else " " for character in text[:_WORDS])
 
 
 class TransportError(Exception):
@@ -37,9 +44,9 @@ class RequestRefused(TransportError):
     """A peer answered that it will not, or can't, serve this request: it is there, and asking again won't help."""
 
     def __init__(self, peer: PeerId, reason: str) -> None:
-        super().__init__(f"{peer} refused the request: {reason}")
         self.peer = peer
-        self.reason = reason
+        self.reason = printable(reason)
+        super().__init__(f"{peer} refused the request: {self.reason}")
 
 
 class PortInUse(TransportError):

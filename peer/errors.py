@@ -41,6 +41,8 @@ def sentence_of(error: BaseException) -> tuple[str, int] | None:
         name = f"{kind.__module__}.{kind.__qualname__}"
         if name in _KNOWN:
             return f"{error}. {_ADVICE[name]}" if name in _ADVICE else str(error), _KNOWN[name]
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return "too many open files: raise the limit with ulimit -n", FAILED
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
         where = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror}{where}. What was committed is safe; make room or fix the permissions, then resume.", 1

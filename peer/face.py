@@ -6,6 +6,7 @@ from collections import Counter
 from dugnad.coordinator.service import Coordinator
 from dugnad.dht.records import ProgressBody
 from dugnad.dht.swarm import Swarm
+from dugnad.dht.transport import printable
 from dugnad.monitoring.metrics import Metrics
 from dugnad.peer import report
 from dugnad.peer.report import Report
@@ -28,7 +29,7 @@ class Face:
             return {}
         role = self.role
         said = report.of_coordinator(role) if isinstance(role, Coordinator) else report.of_volunteer(role, self.swarm)
-        return said | {"reason": _printable(str(said["reason"]))}
+        return said | {"reason": printable(str(said["reason"]))}  # a stranger may have written it, in refusing us
 
     def line(self) -> str:
         """One line for a person who waits."""
@@ -53,8 +54,3 @@ class Face:
                 self.metrics.peers_seen(Counter(str(peer["state"]) for peer in said["peers"]))
                 self.metrics.coordinator_silent(said["coordinator"]["silent_s"])
             await asyncio.sleep(_LOOK_S)
-
-
-def _printable(text: str) -> str:
-    # a stranger may have written it, in refusing us: nothing of it may steer a terminal, or be what no record may hold
-    return "".join(character if character.isprintable() else " " for character in text)

@@ -54,19 +54,23 @@ class Numerics:
         return self.trainer.evaluate(model.weights)
 
     def prepare(self, *, to_train: bool) -> None:
-        """Read the corpus, and see that the recipe's optimizer runs here: better at the start than in a round.
+        """See that the corpus is long enough and the optimizer runs here: better at the start than in a round.
 
         Raises CorpusError, OptimizerError.
         """
         if to_train:
             make_optimizer(self.recipe.inner, nn.Linear(1, 1, device=self._device), torch.device(self._device))
+        self._corpus.sample(0, context=self.recipe.model.context)
         assert self.trainer
 
     @functools.cached_property
     def trainer(self) -> Trainer:
         """The one network of this process, made when it is first needed. Raises CorpusError."""
-        corpus = Corpus.load(self.recipe.data)
-        return Trainer(self.recipe, build(self.recipe.model), corpus, device=self._device)
+        return Trainer(self.recipe, build(self.recipe.model), self._corpus, device=self._device)
+
+    @functools.cached_property
+    def _corpus(self) -> Corpus:
+        return Corpus.load(self.recipe.data)
 
     @property
     def _device(self) -> str:

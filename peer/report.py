@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+from dugnad.coordinator.membership import Stage
 from dugnad.coordinator.service import Coordinator
 from dugnad.coordinator.shell import Shell
 from dugnad.dht.identity import PeerId, nickname
@@ -12,6 +13,7 @@ from dugnad.peer.session import Session
 
 Report = dict[str, Any]
 """Made of what JSON can hold; digests and run ids in hex."""
+_STAGES = frozenset(Stage)
 
 
 def of_coordinator(role: Coordinator) -> Report:
@@ -26,7 +28,7 @@ def of_coordinator(role: Coordinator) -> Report:
             {
                 "peer": peer,
                 "nickname": nickname(peer),
-                "state": "lost" if not leader.membership.is_live(peer) else said.stage if said else "unknown",
+                "state": "lost" if not leader.membership.is_live(peer) else _stage(said.stage) if said else "unknown",
                 "reason": leader.membership.why_lost(peer),
                 "step": said.step if said else 0,
                 "of_steps": said.of_steps if said else 0,
@@ -92,8 +94,14 @@ def _of_any(role: Shell, name: str) -> Report:
 def _of_other(peer: PeerId, progress: ProgressBody | None) -> Report:
     said: Report = {"peer": peer, "nickname": nickname(peer), "state": "unknown", "reason": "it has not said"}
     if progress is not None:
-        said |= {"state": progress.state, "reason": progress.reason, "round": progress.round, "step": progress.step}
+        state = _stage(progress.state)
+        said |= {"state": state, "reason": progress.reason, "round": progress.round, "step": progress.step}
     return said
+
+
+def _stage(said: str) -> str:
+    # any text of a stranger's: as it is, it could steer the terminal and make a new series of a metric each time
+    return said if said in _STAGES else "unknown"
 
 
 def line(said: Report) -> str:

@@ -16,10 +16,11 @@ from dugnad.coordinator.messages import Genesis, Welcome
 from dugnad.coordinator.service import Coordinator
 from dugnad.coordinator.sync import Asker, SyncError
 from dugnad.dht.host import Host
-from dugnad.dht.identity import Identity, nickname, public_key_of
+from dugnad.dht.identity import Identity, PeerId, nickname, public_key_of
 from dugnad.dht.invite import Invite, encode_invite
 from dugnad.dht.records import owner_of
 from dugnad.dht.swarm import Swarm
+from dugnad.dht.transport import NetworkDown
 from dugnad.monitoring.exporter import Exporter
 from dugnad.monitoring.metrics import Metrics
 from dugnad.peer.face import Face
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 
 WELCOME_S = 60.0
 """How long a volunteer looks for someone who can say what the run is."""
+_LOOK_S = 1.0
+"""How often it is seen to that the network daemon is there."""
 UNKNOWN_UPLINK = 1.0
 """Until uplinks are measured, all count as the same."""
 
@@ -100,7 +103,7 @@ async def join(
         async with _placed(
             "volunteer", folder, invite.run, network.listen, network, bootstrap=invite.addresses
         ) as place:
-            welcome = await _welcome(place, invite.run)
+            welcome = await _welcome(place, invite)
             recipe = decode(welcome.genesis.recipe)
             told(recipe, nickname(place.identity.peer_id), place.url)
             numerics = Numerics(recipe, threads=threads)
@@ -116,7 +119,7 @@ async def join(
             )
             place.face.role = role
             with folder.inhabited("volunteer", invite.run, recipe.name, place.url):
-                await _until_done(role, place.face, role.leave, "leaving after this round; Ctrl+C again leaves now")
+                await _until_done(role, place, role.leave, "leaving after this round; Ctrl+C again leaves now")
     return role.left_because
 
 
@@ -158,7 +161,7 @@ async def _coordinate(
         invite = Invite(genesis.run, public_key_of(genesis.organizer), place.host.addresses(), name, 0)
         with folder.inhabited("coordinator", genesis.run, name, place.url):
             told(encode_invite(invite), place.url)
-            await _until_done(role, place.face, role.stop, "finishing the round, then leaving; Ctrl+C again: now")
+            await _until_done(role, place, role.stop, "finishing the round, then leaving; Ctrl+C again: now")
 
 
 @contextlib.asynccontextmanager
@@ -186,29 +189,45 @@ async def _placed(
 
 
 def _tcp_port(host: Host) -> int:
-    """The port that the daemon took."""
-    parts = host.addresses()[0].split("/")
-    return int(parts[parts.index("tcp") + 1])
+    """The port that the daemon took. Raises NetworkDown if it names none."""
+    for address in reversed(host.addresses()):  # the nearest first: a router may give those far away another port
+        if "/p2p-circuit" not in address:
+            parts = address.split("/")
+            return int(parts[parts.index("tcp") + 1])
+    raise NetworkDown("the network daemon names no address at which others could reach us; choose another --host")
 
 
-async def _welcome(place: Place, run: bytes) -> Welcome:
-    """What the run is, from whomever the DHT names as its members; the coordinator is asked first."""
-    asker = Asker(place.host, place.identity, run)
-    deadline = asyncio.get_running_loop().time() + WELCOME_S
-    while True:
-        members = await place.swarm.look_around()
-        try:
-            return await asker.welcome(sorted(members, key=lambda peer: members[peer] != "coordinator"))
-        except SyncError:
-            if asyncio.get_running_loop().time() > deadline:
-                raise
-        await asyncio.sleep(1.0)
+async def _welcome(place: Place, invite: Invite) -> Welcome:
+    """What the run is, from those whom the invite names, or else from whomever the DHT names as its members.
+
+    Those of the invite come first: anyone may call himself the coordinator, and with a wrong clock no record counts.
+    """
+    asker = Asker(place.host, place.identity, invite.run)
+    peers = dict.fromkeys(PeerId(address.rpartition("/p2p/")[2]) for address in invite.addresses)
+    invited = [peer for peer in peers if peer != place.identity.peer_id]
+    found: list[PeerId] = []
+    fault = SyncError("nobody could say what this run is: nobody has answered yet")
+    try:
+        async with asyncio.timeout(WELCOME_S):
+            while True:
+                try:
+                    return await asker.welcome(dict.fromkeys([*invited, *found]))
+                except SyncError as error:
+                    fault = error
+                members = await place.swarm.look_around()
+                found = sorted(members, key=lambda peer: members[peer] != "coordinator")
+                await asyncio.sleep(1.0)
+    except TimeoutError:
+        raise fault from None
 
 
-async def _until_done(role: Coordinator | Session, face: Face, leave: Callable[[], None], promise: str) -> None:
-    """Serve until the role is done; raises KeyboardInterrupt where the user will not wait for that."""
-    serving = asyncio.create_task(role.serve())
-    looking = asyncio.create_task(face.keep_looking())
+async def _until_done(role: Coordinator | Session, place: Place, leave: Callable[[], None], promise: str) -> None:
+    """Serve until the role is done; raises KeyboardInterrupt where the user will not wait for that.
+
+    Raises NetworkDown, in a group, once the network daemon has ended.
+    """
+    serving = asyncio.create_task(_serve(role, place.host))
+    looking = asyncio.create_task(place.face.keep_looking())
     asked = 0
 
     def interrupted() -> None:
@@ -222,7 +241,7 @@ async def _until_done(role: Coordinator | Session, face: Face, leave: Callable[[
 
     try:
         with _on_interrupt(interrupted):
-            async with live_line(face.line):
+            async with live_line(place.face.line):
                 await serving
     except asyncio.CancelledError:
         if asked > 1:
@@ -230,6 +249,20 @@ async def _until_done(role: Coordinator | Session, face: Face, leave: Callable[[
         raise
     finally:
         looking.cancel()
+
+
+async def _serve(role: Coordinator | Session, host: Host) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        watching = tasks.create_task(_watch(host))
+        await role.serve()
+        watching.cancel()
+
+
+async def _watch(host: Host) -> None:
+    """Raises NetworkDown once the daemon has ended: whoever sends takes that for the other side's silence."""
+    while True:
+        host.check_alive()
+        await asyncio.sleep(_LOOK_S)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,8 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
+log = logging.getLogger(__name__)
+
 console = Console(highlight=False)
 _REFRESH_S = 0.25
 
@@ -56,8 +58,9 @@ async def live_line(line: Callable[[], str]) -> AsyncIterator[None]:
             yield
         finally:
             refreshing.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await refreshing
+            await asyncio.wait([refreshing])  # it raises only if we are cancelled ourselves
+            if not refreshing.cancelled() and (error := refreshing.exception()):
+                log.error("the line at the bottom stood still: %r", error)
 
 
 async def _refresh(live: Live, line: Callable[[], str]) -> None:

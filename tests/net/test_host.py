@@ -11,7 +11,9 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -28,12 +30,25 @@ from dugnad.dht.transport import (
     Unreachable,
 )
 from dugnad.dht.wire import WireError
+from dugnad.peer import roles
+from dugnad.peer.errors import sentence_of
 
 pytestmark = pytest.mark.net
 
 CHANNEL = "test/requests/1"
 STREAMS = "test/streams/1"
 RUN = b"r" * 32
+
+DOCKER = [
+    "/ip4/127.0.0.1/tcp/4001",
+    "/ip6/::1/tcp/4001",
+    "/ip6/fe80::1/tcp/4001",
+    "/ip4/169.254.0.7/tcp/4001",
+    *(f"/ip4/172.{number}.0.1/tcp/4001" for number in range(17, 32)),
+    "/ip4/8.8.8.8/tcp/4001",
+    "/dns4/example.org/tcp/4001",
+]
+"""Of a machine with many networks of its own."""
 
 Start = Callable[..., Awaitable[Host]]
 
@@ -388,6 +403,42 @@ async def test_a_dead_daemon_is_our_failure_not_the_peers_and_leaving_still_work
         with pytest.raises(NetworkDown):
             await b.discover(RUN)
     assert time.monotonic() - began < 6
+
+
+async def test_a_role_whose_daemon_is_killed_ends_with_a_sentence(tmp_path: Path) -> None:
+    async def wait() -> None:
+        await asyncio.Event().wait()
+
+    anything: Any = SimpleNamespace(serve=wait, keep_looking=wait, line=str)
+
+    async def serve() -> None:
+        async with host(tmp_path) as entered, asyncio.timeout(10):
+            asyncio.get_running_loop().call_later(0.1, os.kill, entered.daemon_pid, signal.SIGKILL)
+            place = roles.Place(entered._identity, entered, anything, anything, "")
+            await roles._until_done(anything, place, lambda: None, "")
+
+    with pytest.raises(ExceptionGroup) as raised:
+        await serve()
+    said = sentence_of(raised.value)
+    assert said is not None
+    assert said[0].startswith("the network daemon has ended (status -9)")
+    assert said[1] == 1
+
+
+@pytest.mark.parametrize("seen", [DOCKER, list(reversed(DOCKER))])
+async def test_of_many_addresses_those_are_told_that_others_can_dial(
+    start: Start, monkeypatch: pytest.MonkeyPatch, seen: list[str]
+) -> None:
+    a = await start()
+    from hivemind.utils.multiaddr import Multiaddr  # here: the host has seen to its warnings
+
+    answer = SimpleNamespace(identify=SimpleNamespace(addrs=[Multiaddr(address).to_bytes() for address in seen]))
+    monkeypatch.setattr(a._daemon, "ask", AsyncMock(return_value=answer))
+    await a._look_up_addresses()
+    told = [address.partition("/p2p/")[0] for address in a.addresses()]
+    assert len(told) == 16
+    assert set(told[:2]) == {"/ip4/8.8.8.8/tcp/4001", "/dns4/example.org/tcp/4001"}
+    assert not any(address.startswith(("/ip4/127.", "/ip6/::1", "/ip6/fe80:", "/ip4/169.254.")) for address in told)
 
 
 async def test_nothing_is_left_after_leaving_or_failing(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """What the user is told, and what is our own mistake."""
 
+import errno
+import os
+
 import pytest
 
 from dugnad.coordinator.ledger import LedgerError
@@ -32,3 +35,9 @@ def test_a_chain_file_that_does_not_hold_together_comes_with_what_to_do() -> Non
 def test_what_is_our_own_mistake_keeps_its_traceback() -> None:
     assert sentence_of(AssertionError()) is None
     assert sentence_of(ExceptionGroup("", [CorpusError("x"), AssertionError()])) is None
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+def test_too_many_open_files_come_with_what_to_do(number: int) -> None:
+    said = sentence_of(OSError(number, os.strerror(number)))
+    assert said == ("too many open files: raise the limit with ulimit -n", 1)

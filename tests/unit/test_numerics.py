@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from dugnad.configs.recipe import Recipe, RecipeError, load
-from dugnad.peer.data import CorpusError
+from dugnad.peer.data import Corpus, CorpusError
 from dugnad.peer.numerics import Numerics
 from dugnad.peer.trainer import OptimizerError
 
 TINY = load("tiny-books")
+CORPUS = Corpus.load(TINY.data)
 
 
 def with_parts(elements: int) -> Recipe:
@@ -55,3 +56,10 @@ def test_eight_bits_train_on_the_gpu() -> None:
 def test_a_corpus_that_is_too_short_for_the_recipe_is_found_at_the_start() -> None:
     with pytest.raises(CorpusError, match="hold less back"):
         Numerics(replace(TINY, data=replace(TINY.data, validation_bytes=2**30))).prepare(to_train=False)
+
+
+def test_a_training_text_shorter_than_a_sample_is_found_at_the_start() -> None:
+    num_bytes = sum(part.size for part in (CORPUS.train, CORPUS.validation))
+    data = replace(TINY.data, validation_bytes=num_bytes - TINY.model.context)
+    with pytest.raises(CorpusError, match="only 128 bytes are there to train on"):
+        Numerics(replace(TINY, data=data)).prepare(to_train=False)

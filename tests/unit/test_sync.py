@@ -436,7 +436,10 @@ async def test_a_peer_that_lies_about_the_run_is_passed_over_and_named(lie: Mess
         assert await asker.welcome([DONOR.peer_id, OTHER.peer_id]) == a_welcome()
 
 
-async def test_the_first_who_proves_the_run_is_believed_and_nobody_is_asked_after_that() -> None:
+async def test_the_first_who_proves_the_run_is_believed_and_nobody_is_asked_after_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sync, "ASKED_AT_ONCE", 1)
     async with network() as net, asyncio.timeout(LONG_S):
         first = await serve(net, DONOR, script(a_welcome()), run=WORLD.run)
         second = await serve(net, OTHER, script(a_welcome()), run=WORLD.run)
@@ -444,6 +447,21 @@ async def test_the_first_who_proves_the_run_is_believed_and_nobody_is_asked_afte
         nobody = PeerId("nobody")
         assert await asker.welcome(iter([nobody, DONOR.peer_id, OTHER.peer_id])) == a_welcome()
         assert (first, second) == ([WelcomeRequest()], [])
+
+
+async def test_strangers_who_say_nothing_do_not_keep_the_truth_from_who_asks() -> None:
+    async with network() as net, asyncio.timeout(LONG_S / 2):  # half of what one of them may take
+        mute = [Identity.from_seed(bytes([k]) * 32) for k in range(100, 99 + sync.ASKED_AT_ONCE)]
+        for stranger in mute:
+            await net.join(stranger.peer_id).serve(CHANNEL, never)
+        await serve(net, DONOR, script(a_welcome()), run=WORLD.run)
+        asker = Asker(net.join(ME.peer_id), ME, WORLD.run)
+        assert await asker.welcome([*(stranger.peer_id for stranger in mute), DONOR.peer_id]) == a_welcome()
+
+
+async def never(sender: PeerId, raw: bytes) -> bytes:
+    await asyncio.Event().wait()
+    return b""
 
 
 async def test_a_run_of_an_organizer_that_is_no_key_is_believed_of_nobody() -> None:
