@@ -1,0 +1,95 @@
+"""How a role finds its run, whoever else says that he is there."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dugnad.coordinator import sync
+from dugnad.coordinator.messages import Delegation, Genesis, Welcome, delegation_payload
+from dugnad.coordinator.sync import CHANNEL, CODEC, SyncError
+from dugnad.dht.identity import Identity, PeerId
+from dugnad.dht.invite import Invite
+from dugnad.dht.transport import NetworkDown
+from dugnad.dht.wire import seal
+from dugnad.peer import roles
+from tests.unit.memory_transport import Net, network
+
+ME, FOUNDER, ORGANIZER, OTHER = (Identity.from_seed(bytes([k]) * 32) for k in range(1, 5))
+GENESIS = Genesis(b"{}", ORGANIZER.peer_id, FOUNDER.peer_id, bytes(32))
+RUN = GENESIS.run
+SIGNATURE = ORGANIZER.sign(delegation_payload(RUN, FOUNDER.peer_id, 1))
+WELCOME = Welcome(GENESIS, Delegation(FOUNDER.peer_id, 1, SIGNATURE))
+INVITE = Invite(RUN, ORGANIZER.public_key, (f"/ip4/127.0.0.1/tcp/1/p2p/{FOUNDER.peer_id}",), "tiny", 0)
+STRANGERS = [Identity.from_seed(bytes([k]) * 32).peer_id for k in range(100, 100 + 5 * sync.ASKED_AT_ONCE)]
+
+
+async def never(sender: PeerId, raw: bytes) -> bytes:
+    await asyncio.Event().wait()
+    return b""
+
+
+async def join(net: Net, identity: Identity) -> None:
+    async def answer(sender: PeerId, raw: bytes) -> bytes:
+        return seal(identity, RUN, CODEC, WELCOME)
+
+    await net.join(identity.peer_id).serve(CHANNEL, answer)
+
+
+def place(net: Net, members: dict[PeerId, str]) -> Any:
+    async def look_around() -> dict[PeerId, str]:
+        return members
+
+    return SimpleNamespace(host=net.join(ME.peer_id), identity=ME, swarm=SimpleNamespace(look_around=look_around))
+
+
+async def mute_strangers(net: Net) -> dict[PeerId, str]:
+    for stranger in STRANGERS:
+        await net.join(stranger).serve(CHANNEL, never)
+    return dict.fromkeys(STRANGERS, "coordinator")
+
+
+async def test_who_is_invited_asks_those_of_the_invite_before_any_stranger_who_says_that_he_leads() -> None:
+    async with network() as net, asyncio.timeout(5):
+        members = await mute_strangers(net)
+        await join(net, FOUNDER)
+        assert await roles._welcome(place(net, members), INVITE) == WELCOME
+
+
+async def test_where_no_record_counts_the_invite_is_enough() -> None:
+    async with network() as net, asyncio.timeout(5):
+        await join(net, FOUNDER)
+        assert await roles._welcome(place(net, {}), INVITE) == WELCOME
+
+
+async def test_where_those_of_the_invite_are_gone_the_members_are_asked() -> None:
+    async with network() as net, asyncio.timeout(5):
+        await join(net, OTHER)
+        assert await roles._welcome(place(net, {OTHER.peer_id: "volunteer"}), INVITE) == WELCOME
+
+
+async def test_looking_for_the_run_ends_in_time_however_many_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roles, "WELCOME_S", 0.2)
+    async with network() as net, asyncio.timeout(5):
+        members = await mute_strangers(net)
+        with pytest.raises(SyncError, match=r"nobody could say what this run is: .*nobody knows an address of it"):
+            await roles._welcome(place(net, members), INVITE)
+
+
+@pytest.mark.parametrize(
+    ("addresses", "port"),
+    [
+        (["/ip4/8.8.8.8/tcp/55/p2p/me", "/ip4/192.168.1.5/tcp/44/p2p/me"], 44),
+        (["/ip4/192.168.1.5/tcp/44/p2p/me", "/ip4/192.168.1.9/tcp/66/p2p/relay/p2p-circuit/p2p/me"], 44),
+    ],
+)
+def test_the_port_is_that_of_our_own_machine(addresses: list[str], port: int) -> None:
+    host: Any = SimpleNamespace(addresses=lambda: tuple(addresses))
+    assert roles._tcp_port(host) == port
+
+
+def test_a_daemon_that_names_no_address_is_told_as_that() -> None:
+    host: Any = SimpleNamespace(addresses=lambda: ())
+    with pytest.raises(NetworkDown, match="names no address"):
+        roles._tcp_port(host)
