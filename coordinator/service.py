@@ -135,6 +135,8 @@ class Coordinator(Shell):
         measured = max(self.chain.validation().items(), default=(0, None))
         self.machine.restore(self.chain.applieds(after_round=head - SHOWN_ROUNDS), measured)
         round_, model = await asyncio.to_thread(self._newest_model, head)
+        if round_ == head and not self._is_certified(round_, model):
+            round_, model = await asyncio.to_thread(self._older_model, round_, model)
         self.models.append((round_, model))
         if round_ < head:
             log.info("replaying rounds %d to %d on the checkpoint of round %d", round_ + 1, head, round_)
@@ -147,15 +149,18 @@ class Coordinator(Shell):
         newest = self.checkpoints.latest()
         if newest is None:
             return 0, self._first_model()
-        found = self._model_of(self.checkpoints.load(newest), head_round)
-        if found[0] < head_round or self._is_certified(*found):
-            return found
-        # We ended before a quorum had signed this model, so nobody may take it from us: if everyone ended then, nobody
-        # would have a model. The rounds before it are certified, and are met again in replaying from further back.
-        older = self.checkpoints.latest(before_round=found[0])
+        return self._model_of(self.checkpoints.load(newest), head_round)
+
+    def _older_model(self, head_round: int, newest: Model) -> tuple[int, Model]:
+        """A model from which the rounds before the head are met again in replaying, instead of the `newest`.
+
+        We ended before a quorum had signed that one, so nobody may take it from us; if everyone ended then, nobody
+        would have a model. What stands before it is certified.
+        """
+        older = self.checkpoints.latest(before_round=head_round)
         start = 0 if older is None else round_of(older)
         if head_round - start > REPLAY_ROUNDS:
-            return found
+            return head_round, newest
         return (0, self._first_model()) if older is None else self._model_of(self.checkpoints.load(older), head_round)
 
     def _first_model(self) -> Model:

@@ -20,7 +20,7 @@ from blake3 import blake3
 
 from dugnad.dht.chunks import Cancel, Failure, Fetcher, Request, Stuck
 from dugnad.dht.identity import PeerId
-from dugnad.dht.transport import Stream, Transport, TransportError
+from dugnad.dht.transport import Stream, Transport, TransportError, printable
 
 T = TypeVar("T")
 
@@ -49,8 +49,8 @@ class PushRefused(TransportError):
     """The other side does not take these bytes, for a reason in words."""
 
     def __init__(self, peer: PeerId, reason: str) -> None:
-        super().__init__(f"{peer} refused: {reason}")
-        self.peer, self.reason = peer, reason
+        self.peer, self.reason = peer, printable(reason)
+        super().__init__(f"{peer} refused: {self.reason}")
 
 
 class Stalled(TransportError):

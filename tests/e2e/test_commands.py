@@ -102,6 +102,34 @@ def test_a_coordinator_killed_outright_resumes_as_well(start: Start) -> None:
     assert audited(coordinator.directory)["rounds"] == 10
 
 
+@pytest.mark.parametrize(
+    "end",
+    [pytest.param(Running.interrupt, id="stopped", marks=pytest.mark.soak), pytest.param(Running.kill, id="killed")],
+)
+def test_a_run_whose_every_process_ended_goes_on_from_their_folders(
+    start: Start, end: Callable[[Running], None]
+) -> None:
+    coordinator, volunteers = begin_run(start, 3, rounds=20)
+    coordinator.until(lambda said: at_round(3)(said) and len(said["committee"]) == 4, "round with all")
+    everyone = [coordinator, *volunteers]
+    for one in everyone:
+        end(one)
+    for one in everyone:
+        one.ended()
+        one.assert_nothing_left()
+    stood_at = audited(coordinator.directory)["rounds"]
+    resumed = start("coordinator", "launch", "--resume", coordinator.directory)
+    resumed.until(lambda said: said["round"] >= stood_at, "sign of life")
+    invite = resumed.invite()
+    again = [start(one.directory.name, "join", invite) for one in volunteers]
+    assert resumed.ended(120) == 0, resumed.text()
+    for one in again:
+        assert one.ended() == 0, one.text()
+    found = audited(coordinator.directory)
+    assert found["rounds"] >= 20 > stood_at
+    assert found["digests_agree"]
+
+
 def test_one_interrupt_leaves_in_order_and_two_leave_now_and_the_others_go_on(start: Start) -> None:
     coordinator, volunteers = begin_run(start, 4, rounds=20)
     coordinator.until(lambda said: at_round(2)(said) and len(said["committee"]) == 5, "round with all")
