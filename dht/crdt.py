@@ -36,6 +36,7 @@ class RecordMap:
     def __init__(self, *, max_owners: int = 10_000) -> None:
         self._max_owners = max_owners
         self._by_slot: dict[bytes, tuple[int, Record]] = {}  # with the number of its change; in that order
+        self._raws: set[bytes] = set()
         self._slots_of: Counter[PeerId] = Counter()
         self.changes = 0
         """How many merges have changed the map."""
@@ -59,7 +60,14 @@ class RecordMap:
         self.changes += 1
         self._by_slot.pop(record.slot, None)  # else it would keep its old place in the order
         self._by_slot[record.slot] = self.changes, record
+        if held is not None:
+            self._raws.discard(held.raw)
+        self._raws.add(record.raw)
         return True
+
+    def holds(self, raw: bytes) -> bool:
+        """Whether a record of just these bytes stands in the map, expired or not."""
+        return raw in self._raws
 
     def get(self, kind: str, owner: PeerId, key: str = "", *, now: float) -> Record | None:
         """What `owner` says, or None if it has said nothing that still holds at `now` (unix seconds)."""
@@ -114,6 +122,7 @@ class RecordMap:
         for slot, (_, record) in list(self._by_slot.items()):
             if now > record.expires_ms / 1000 + KINDS[record.kind].max_lifetime_s + MAX_AHEAD_S:
                 del self._by_slot[slot]
+                self._raws.discard(record.raw)
                 self._slots_of[record.owner] -= 1
                 if not self._slots_of[record.owner]:
                     del self._slots_of[record.owner]

@@ -8,8 +8,8 @@
                                   A: Want, Push(also what it has in these buckets and B does not)
 
 Silence means nothing: no message awaits another, none is sent twice, the next exchange or repair makes up for a lost
-one. A sender may say anything; records carry their owner's signature, answers to one peer are limited in bytes, and a
-false summary costs its sender's partner no more than that.
+one. A sender may say anything; records carry their owner's signature, and what one peer says and is answered is limited
+in bytes, where each message and each look at the whole map has a price; what goes beyond that is not even looked at.
 """
 
 from collections import Counter, deque
@@ -27,8 +27,10 @@ from dugnad.dht.wire import Kind, WireError
 EXCHANGE_S = 1.0
 RECENT_S = 8.0
 REPAIR_S = 30.0
-ANSWER_BYTES = 16 * 2**20
-"""What one peer gets of us in answers, at most, from one repair of ours to the next: two copies of a large map."""
+PEER_BYTES = 16 * 2**20
+"""What one peer may say and is answered from one repair of ours to the next: two copies of a large map."""
+MESSAGE_BYTES = 4096
+"""What a message counts besides its contents: a signature and a stream of its own cost us as much."""
 MAX_ITEMS = 4096
 MAX_REPAIRS_OF_NEW = 3
 """Repairs for peers that connected at the same time: what these bring then spreads as recent changes."""
@@ -133,7 +135,7 @@ class Gossip:
         self._to_repair: list[PeerId] = []
         self._marks: deque[tuple[float, int]] = deque()
         self._next_exchange, self._next_repair = 0.0, 0.0
-        self._answered: Counter[PeerId] = Counter()
+        self._spent: Counter[PeerId] = Counter()
         self.refused: Counter[str] = Counter()
         """How many records were refused, by the reason of their WireError."""
 
@@ -156,12 +158,16 @@ class Gossip:
         if now >= self._next_repair or now < self._next_repair - REPAIR_S:
             self._next_repair = now + REPAIR_S
             self._records.prune(now=now)
-            self._answered.clear()
+            self._spent.clear()
             effects += self._repair(now, rng)
         return effects
 
     def receive(self, sender: PeerId, message: Struct, *, now: float) -> list[Effect]:
         """Take in what `sender` says and answer it, within its limit. Raises WireError for what is not gossip."""
+        if not isinstance(message, Message):
+            raise WireError("unknown kind", f"a {type(message).__name__} is no gossip")
+        if not self._afford(sender, self._price(message)):
+            return []
         match message:
             case Push():
                 return self._take(message.raws, now)
@@ -171,8 +177,6 @@ class Gossip:
                 answers = self._differences(message.hashes, now)
             case Summary():
                 answers = self._compared(message, now)
-            case _:
-                raise WireError("unknown kind", f"a {type(message).__name__} is no gossip")
         return list(self._within_limit(sender, answers))
 
     def _exchange(self, now: float, rng: Chance) -> list[Effect]:
@@ -203,6 +207,8 @@ class Gossip:
     def _take(self, raws: Iterable[bytes], now: float) -> list[Effect]:
         changed: list[Effect] = []
         for raw in raws:
+            if self._records.holds(raw):  # its signature was verified when it came first
+                continue
             try:
                 record = self._parse(raw, now)
             except WireError as error:  # not the sender's fault for certain: its clock or ours may be wrong
@@ -263,10 +269,18 @@ class Gossip:
 
     def _within_limit(self, sender: PeerId, answers: Iterable[Message]) -> Iterator[Effect]:
         for message in answers:
-            self._answered[sender] += _bytes_of(message)
-            if self._answered[sender] > ANSWER_BYTES:
+            if not self._afford(sender, MESSAGE_BYTES + _bytes_of(message)):
                 return
             yield Send(sender, message)
+
+    def _afford(self, peer: PeerId, num_bytes: int) -> bool:
+        self._spent[peer] += num_bytes
+        return self._spent[peer] <= PEER_BYTES
+
+    def _price(self, message: Message) -> int:
+        """What a message of another's counts; one that has us sort the whole map counts by the map's size."""
+        whole = isinstance(message, Buckets) or (isinstance(message, Summary) and message.buckets)
+        return MESSAGE_BYTES + _bytes_of(message) + (_ITEM_BYTES * len(self._records) if whole else 0)
 
 
 def refresh_s(num_members: int) -> float:

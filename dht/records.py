@@ -92,8 +92,8 @@ class RecordKind:
 
 
 KINDS = {
-    "member": RecordKind(MemberBody, cap_bytes=6144, max_lifetime_s=24 * 3600.0),
-    "progress": RecordKind(ProgressBody, cap_bytes=1536, max_lifetime_s=3600.0),
+    "member": RecordKind(MemberBody, cap_bytes=6144, max_lifetime_s=600.0),
+    "progress": RecordKind(ProgressBody, cap_bytes=1536, max_lifetime_s=600.0),
 }
 MAX_RECORD_BYTES = max(kind.cap_bytes for kind in KINDS.values())
 

@@ -16,11 +16,11 @@ from typing import Any, Self
 
 from dugnad.dht import records
 from dugnad.dht.crdt import RecordMap
-from dugnad.dht.gossip import GOSSIP_KINDS, Changed, Gossip, Send, refresh_s
+from dugnad.dht.gossip import GOSSIP_KINDS, Gossip, Send, refresh_s
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId, nickname
-from dugnad.dht.records import MemberBody, ProgressBody, Record
-from dugnad.dht.transport import TransportError
+from dugnad.dht.records import KINDS, MemberBody, ProgressBody, Record
+from dugnad.dht.transport import Direction, TransportError
 from dugnad.dht.wire import Codec, WireError, open_sealed, seal
 
 log = logging.getLogger(__name__)
@@ -33,13 +33,15 @@ MEMBER_LIFETIME_S = 180.0
 PROGRESS_LIFETIME_PERIODS = 6
 """For how many of the periods after which it is renewed what we say of our progress holds."""
 ANSWER_S = 3.0
+MAX_WAITING = 64
+"""Answers to one peer that wait for earlier ones to reach it; what does not fit is left to the next exchange."""
 
 
 class Swarm:
     """Entered, it keeps one peer among the members of one run until it is left.
 
     role: "volunteer" or "coordinator". progress: what we are doing, asked now and then. refused: hears why a record or
-    a message of gossip was refused, in a word or two.
+    a message of gossip was refused, in a word or two. passed: hears the direction and kind of each message of gossip.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Swarm:
         role: str,
         refused: Callable[[str], None],
         progress: Callable[[], ProgressBody | None],
+        passed: Callable[[Direction, str], None] | None = None,
     ) -> None:
         self.records = RecordMap()
         self._host = host
@@ -59,10 +62,13 @@ class Swarm:
         self._role = role
         self._refused = refused
         self._progress = progress
+        self._passed = passed or (lambda direction, kind: None)
         self._gossip = Gossip(identity.peer_id, self.records, self._parse)
         self._rng = random.Random()
         self._tasks = asyncio.TaskGroup()
-        self._running: list[asyncio.Task[None]] = []
+        self._running: set[asyncio.Task[None]] = set()
+        self._answering: dict[PeerId, list[Send]] = {}
+        """What is still to be sent to each peer that is being answered: one message at a time."""
         self._over = False
         """Whether we are leaving: from then on gossip that arrives is ignored."""
 
@@ -71,7 +77,7 @@ class Swarm:
         await self._host.serve(CHANNEL, self._on_message)
         await self._announce()
         for work in (self._keep_announcing(), self._keep_telling(), self._keep_gossiping()):
-            self._running.append(self._spawn(work))
+            self._spawn(work)
         return self
 
     async def __aexit__(
@@ -82,12 +88,13 @@ class Swarm:
             task.cancel()
         await self._tasks.__aexit__(kind, error, trace)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._tasks.create_task(work)
         task.add_done_callback(self._ended)  # right behind the task group's own, which takes no more after a failure
-        return task
+        self._running.add(task)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
         if not task.cancelled() and task.exception() is not None:
             self._over = True
 
@@ -138,7 +145,8 @@ class Swarm:
         while True:
             body, period_s = self._progress(), refresh_s(len(self.roles()) + 1)
             if body is not None:
-                self._say("progress", body, PROGRESS_LIFETIME_PERIODS * period_s)
+                lifetime_s = min(PROGRESS_LIFETIME_PERIODS * period_s, KINDS["progress"].max_lifetime_s)
+                self._say("progress", body, lifetime_s)
             await asyncio.sleep(period_s)
 
     # -- gossip
@@ -147,12 +155,19 @@ class Swarm:
         while True:
             now = time.time()
             await self._meet()
-            await self._perform(self._gossip.tick(now=now, rng=self._rng))
+            for effect in self._gossip.tick(now=now, rng=self._rng):
+                if isinstance(effect, Send):
+                    await self._send(effect)
             await asyncio.sleep(max(0.05, min(1.0, self._gossip.wake_at() - time.time())))
 
     async def _meet(self) -> None:
-        """Let the gossip and the network know of the members that the records name."""
-        self._gossip.set_peers(tuple(self.roles()))
+        """Let the gossip and the network know of the members that the records name, and gossip of who is connected."""
+        try:
+            connected = await self._host.peers()  # a coordinator that was away for long is in nobody's records
+        except TransportError as error:
+            log.debug("could not learn who is connected: %s", error)
+            connected = []
+        self._gossip.set_peers({*self.roles(), *connected})
         for record in self.records.items("member", now=time.time()):
             if isinstance(record.body, MemberBody):
                 await self._host.learn(record.owner, record.body.addresses)
@@ -164,24 +179,34 @@ class Swarm:
             sender, message = open_sealed(raw, self._run, CODEC)
             if sender != peer:
                 raise WireError("not the sender")
+            self._passed("received", CODEC.tag_of(message))
             effects = self._gossip.receive(sender, message, now=time.time())
         except WireError as error:
             self._refused(error.reason)
             return b""
-        self._spawn(self._perform(effects))
+        sends = [effect for effect in effects if isinstance(effect, Send)]  # who wants the changes asks the records
+        waiting = self._answering.get(peer)
+        if waiting is not None:
+            waiting += sends[: max(0, MAX_WAITING - len(waiting))]
+        elif sends:
+            self._answering[peer] = sends
+            self._spawn(self._answer(peer, sends))
         return b""
 
-    async def _perform(self, effects: list[Send | Changed]) -> None:
-        for effect in effects:
-            match effect:
-                case Send(to, message):
-                    raw = seal(self._identity, self._run, CODEC, message)
-                    try:
-                        await self._host.request(to, CHANNEL, raw, timeout_s=ANSWER_S)
-                    except TransportError as error:
-                        log.debug("no gossip with %s: %s", nickname(to), error)
-                case Changed():
-                    pass  # whoever wants to know asks the records
+    async def _answer(self, peer: PeerId, sends: list[Send]) -> None:
+        try:
+            while sends:
+                await self._send(sends.pop(0))
+        finally:
+            del self._answering[peer]
+
+    async def _send(self, send: Send) -> None:
+        raw = seal(self._identity, self._run, CODEC, send.message)
+        self._passed("sent", CODEC.tag_of(send.message))
+        try:
+            await self._host.request(send.to, CHANNEL, raw, timeout_s=ANSWER_S)
+        except TransportError as error:
+            log.debug("no gossip with %s: %s", nickname(send.to), error)
 
     def _parse(self, raw: bytes, now: float) -> Record:
         try:

@@ -166,21 +166,31 @@ def test_a_full_map_takes_news_of_known_owners_only_until_pruned() -> None:
     assert not records.merge(record(2, 1))
     assert records.merge(record(1, 2))
     assert records.merge(record(1, 1, kind="progress"))
-    day_s = 24 * 3600.0
-    records.prune(now=NOW + 5.0 + day_s + 61.0)
+    longest_s = 600.0
+    records.prune(now=NOW + 5.0 + longest_s + 61.0)
     assert records.seq_of("member", OWNERS[0].peer_id) == 0
     assert records.merge(record(2, 1))
 
 
 def test_pruning_waits_until_no_older_record_can_still_hold() -> None:
-    day_s = 24 * 3600.0
-    longest, replaced_by = record(0, 1, lifetime_s=day_s), record(0, 2, lifetime_s=5.0)
+    longest_s = 600.0
+    longest, replaced_by = record(0, 1, lifetime_s=longest_s), record(0, 2, lifetime_s=5.0)
     records = merged([longest, replaced_by])
-    for passed_s in (0.0, 6.0, day_s, day_s + 66.0):
+    for passed_s in (0.0, 6.0, longest_s, longest_s + 66.0):
         records.prune(now=NOW + passed_s)
         records.merge(longest)
         assert records.get("member", OWNERS[0].peer_id, now=NOW + passed_s) in (None, replaced_by)
     assert len(records) == 1
+
+
+def test_the_bytes_of_a_record_are_held_until_it_is_replaced_or_pruned() -> None:
+    old, new = record(0, 1), record(0, 2)
+    records = merged([old])
+    assert records.holds(old.raw)
+    records.merge(new)
+    assert (records.holds(old.raw), records.holds(new.raw)) == (False, True)
+    records.prune(now=NOW + 1e6)
+    assert not records.holds(new.raw)
 
 
 def test_evidence_is_bounded() -> None:

@@ -16,6 +16,8 @@ from dugnad.dht.gossip import (
     GOSSIP_KINDS,
     MAX_ITEMS,
     MAX_REPAIRS_OF_NEW,
+    MESSAGE_BYTES,
+    PEER_BYTES,
     REPAIR_S,
     Buckets,
     Changed,
@@ -39,7 +41,7 @@ IDENTITIES = [Identity.from_seed(number.to_bytes(32)) for number in range(50)]
 ME, YOU, THIRD = (identity.peer_id for identity in IDENTITIES[:3])
 
 
-def member(owner: int, seq: int = 1, *, says: str = "", now: float = NOW, lifetime_s: float = 3600.0) -> Record:
+def member(owner: int, seq: int = 1, *, says: str = "", now: float = NOW, lifetime_s: float = 600.0) -> Record:
     body = MemberBody((), "volunteer", says, "")
     return issue(IDENTITIES[owner], RUN, "member", "", seq, body, now=now, lifetime_s=lifetime_s)
 
@@ -304,15 +306,38 @@ def test_a_message_that_is_no_gossip_is_a_wire_error() -> None:
 
 
 def test_one_peer_gets_only_so_many_bytes_between_two_repairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gossip, "ANSWER_BYTES", 10 * len(member(0).raw))
+    want = Want((member(0).slot,))
+    monkeypatch.setattr(gossip, "PEER_BYTES", 10 * (2 * MESSAGE_BYTES + 16 + len(member(0).raw)))
     peer, _ = peer_with(member(0), peers=[YOU])
     rng = random.Random(1)
     peer.tick(now=NOW, rng=rng)
-    want = Want((member(0).slot,))
     assert sum(len(peer.receive(YOU, want, now=NOW)) for _ in range(100)) == 10
     assert len(peer.receive(THIRD, want, now=NOW)) == 1
     peer.tick(now=NOW + REPAIR_S, rng=rng)
     assert len(peer.receive(YOU, want, now=NOW + REPAIR_S)) == 1
+
+
+def test_empty_summaries_without_end_are_not_all_answered() -> None:
+    peer, _ = peer_with()
+    empty = Summary((), b"", False)
+    answered = sum(len(peer.receive(YOU, empty, now=NOW)) for _ in range(20_000))
+    assert 0 < answered <= PEER_BYTES // (2 * MESSAGE_BYTES)
+
+
+def test_what_is_pushed_counts_and_beyond_the_limit_nothing_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    peer, records = peer_with()
+    monkeypatch.setattr(gossip, "PEER_BYTES", MESSAGE_BYTES + len(member(1).raw))
+    assert peer.receive(YOU, Push((member(1).raw,)), now=NOW) == [Changed(member(1))]
+    monkeypatch.setattr(records, "buckets", None)
+    monkeypatch.setattr(peer, "_parse", None)
+    for message in (Push((member(2).raw,)), Buckets(bytes(2048)), Summary((), bytes(256), False)):
+        assert peer.receive(YOU, message, now=NOW) == []
+
+
+def test_the_signature_of_a_record_that_is_held_is_not_verified_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    peer, _ = peer_with(member(1))
+    monkeypatch.setattr(peer, "_parse", None)
+    assert peer.receive(YOU, Push((member(1).raw,) * 1200), now=NOW) == []
 
 
 def test_asking_for_one_record_many_times_gets_it_once() -> None:
