@@ -2,10 +2,12 @@
 
 An announcement stands under (run, peer id) and is signed together with its place and its expiry, so that neither a
 stranger's bytes nor our own old ones with a new expiry can take its place. The nodes that keep it check that.
+Whatever strangers send, a node keeps a bounded number of announcements, for minutes, and answers within bounds.
 """
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import struct
 import time
@@ -19,12 +21,21 @@ import msgspec
 from dugnad.dht.daemon import STOP_S, Daemon
 from dugnad.dht.identity import Identity, PeerId, verify
 from dugnad.dht.transport import NetworkDown
+from dugnad.dht.wire import WireError
 
 OwnerOf = Callable[[bytes], PeerId | None]
 """Whose record these bytes are; None if they are no valid record."""
 
-RECORD_BYTES = 8192
-LIFETIME_S = 24 * 3600.0
+RECORD_BYTES = 6144
+LIFETIME_S = 300.0
+"""For how long an announcement holds at most."""
+MAX_OWNERS = 3 * 2**20 // RECORD_BYTES
+"""How many announcements a node keeps of one run: all of them fit into one answer, which hivemind bounds at 4 MiB."""
+_CLOCK_ERROR_S = 60.0
+_RUNS_KEPT = 8  # by a node that knows no run yet
+_REQUEST_BYTES = 1024  # of a request that carries no records
+_KEYS_PER_REQUEST = 1  # our own nodes never ask for more
+_NODE_ID_BYTES = (0, 20)
 _SIGNATURE_BYTES = 64
 _ANSWER_S = 3.0
 _DOMAIN = b"dugnad/announcement/1"
@@ -36,7 +47,7 @@ class Directory:
     def __init__(self, daemon: Daemon, identity: Identity, owner_of: OwnerOf) -> None:
         self._daemon = daemon
         self._identity = identity
-        self._owner_of = owner_of
+        self._ownership = _Ownership(identity, owner_of)
         self._p2p: Any = None
         self._control: Any = None
         self._node: Any = None
@@ -48,6 +59,7 @@ class Directory:
         self._p2p = await P2P.replicate(Multiaddr(f"/unix{self._daemon.control}"))
         self._control = self._p2p._client.control
         self._control._pending_calls = _PendingCalls(self._control._pending_calls)
+        self._control.unary_handlers = _Handlers()
         return self
 
     async def join(self, peers: Sequence[PeerId]) -> None:
@@ -59,15 +71,18 @@ class Directory:
             p2p=self._p2p,
             node_id=DHTID.generate(source=self._identity.peer_id.encode()),
             initial_peers=[f"/p2p/{peer}" for peer in peers],
-            record_validator=_Ownership(self._identity, self._owner_of),
+            record_validator=self._ownership,
             wait_timeout=_ANSWER_S,
             ensure_bootstrap_success=False,  # that check turns away peers whose clocks are 3 s off; records bound time
             strict=False,
             cache_locally=False,  # an announcement is worth something only as it stands now
             cache_nearest=0,
+            cache_size=_RUNS_KEPT,
             cache_on_store=False,
             cache_refresh_before_expiry=0,
         )
+        self._node.protocol.storage.maxsize = _RUNS_KEPT
+        self._node.protocol.call_find = _by_content(self._node.protocol.call_find)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -82,17 +97,23 @@ class Directory:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def announce(self, run: bytes, raw: bytes, *, expires_s: float) -> bool:
-        """Keep our record `raw` in the DHT for `expires_s` seconds; whether a node took it."""
+        """Keep our record `raw` in the DHT for `expires_s` seconds, at most LIFETIME_S; whether a node took it."""
         assert len(raw) <= RECORD_BYTES, f"a record of {len(raw)} bytes, at most {RECORD_BYTES}"
         expiry = time.time() + min(expires_s, LIFETIME_S)
-        return bool(await self._node.store(_key(run), raw, expiry, subkey=self._identity.peer_id))
+        return bool(await self._node.store(self._key(run), raw, expiry, subkey=self._identity.peer_id))
 
     async def discover(self, run: bytes) -> list[bytes]:
         """The raw records of all peers that announced themselves for `run`, ours too; each checked for its owner."""
-        found = await self._node.get(_key(run), latest=True)
+        found = await self._node.get(self._key(run), latest=True)
         if found is None or not isinstance(found.value, dict):
             return []
         return [entry.value for entry in found.value.values()]
+
+    def _key(self, run: bytes) -> bytes:
+        """A run's key; from now on this node keeps announcements only of the runs that we asked for."""
+        key = _DOMAIN + run
+        self._ownership.places.add(hashlib.sha1(key).digest())
+        return key
 
 
 class _Ownership:
@@ -101,11 +122,20 @@ class _Ownership:
     def __init__(self, identity: Identity, owner_of: OwnerOf) -> None:
         self._identity = identity
         self._owner_of = owner_of
+        self.places: set[bytes] = set()
+        """The keys, hashed, under which records may stand; while there is none, any."""
 
     def validate(self, record: Any) -> bool:
-        """Whether `record` (hivemind's DHTRecord, from anyone) is signed by the peer under whose name it stands."""
+        """Whether `record` (hivemind's DHTRecord, from anyone) is signed by the peer under whose name it stands.
+
+        It must stand under one of our runs' keys and be about to expire, give or take what clocks differ.
+        """
         value, signature = record.value[:-_SIGNATURE_BYTES], record.value[-_SIGNATURE_BYTES:]
-        if len(value) > RECORD_BYTES + 8 or record.expiration_time > time.time() + 2 * LIFETIME_S:
+        if len(record.key) != 20 or (self.places and record.key not in self.places):
+            return False
+        if not abs(record.expiration_time - time.time()) <= LIFETIME_S + _CLOCK_ERROR_S:  # so that NaN fails too
+            return False
+        if len(value) > RECORD_BYTES + 8:
             return False
         try:
             peer = PeerId(msgspec.msgpack.decode(record.subkey, type=str))
@@ -131,20 +161,84 @@ class _PendingCalls(dict[Any, "asyncio.Future[Any]"]):
         return future is not None and not future.done()
 
 
+class _Handlers(dict[str, Any]):
+    """hivemind's handlers of requests, each behind `_check_request`: what that raises goes back to the sender."""
+
+    def __setitem__(self, name: str, handler: Any) -> None:
+        async def guarded(request: bytes, sender: Any) -> bytes:
+            _check_request(name, request)
+            return bytes(await handler(request, sender))
+
+        super().__setitem__(name, guarded)
+
+
+def _check_request(name: str, raw: bytes) -> None:
+    """Raises WireError for a request (protobuf, from anyone) that none of our nodes sends.
+
+    A long one makes a reply hundreds of times longer; a bad node id ends in a traceback on the terminal.
+    """
+    from hivemind.proto import dht_pb2
+
+    method = name.rpartition(".")[2]
+    if method != "rpc_store" and len(raw) > _REQUEST_BYTES:
+        raise WireError("too large", f"a request of {len(raw)} bytes, at most {_REQUEST_BYTES}")
+    kinds = {"rpc_find": dht_pb2.FindRequest, "rpc_store": dht_pb2.StoreRequest, "rpc_ping": dht_pb2.PingRequest}
+    request = kinds[method].FromString(raw)
+    if len(request.peer.node_id) not in _NODE_ID_BYTES:
+        raise WireError("malformed", f"a node id of {len(request.peer.node_id)} bytes")
+    if method != "rpc_ping" and len(request.keys) > _KEYS_PER_REQUEST:
+        raise WireError("too large", f"{len(request.keys)} keys, at most {_KEYS_PER_REQUEST}")
+
+
+def _by_content(call_find: Callable[..., Any]) -> Callable[..., Any]:
+    """`DHTProtocol.call_find`, its answers rebuilt from the records in them: what else they say nobody has signed.
+
+    An expiry of the whole that lies far ahead would end a search at once.
+    """
+    from hivemind.dht.storage import DictionaryDHTValue
+    from hivemind.utils.timed_storage import ValueWithExpiration
+
+    def rebuilt(found: Any) -> Any:
+        records = DictionaryDHTValue()
+        for subkey, (value, expiry) in found.value.data.items() if found is not None else ():
+            records.store(subkey, value, expiry)
+        return ValueWithExpiration(records, records.latest_expiration_time) if records else None
+
+    async def call(peer: Any, keys: Any) -> Any:
+        answer = await call_find(peer, keys)
+        return answer and {key: (rebuilt(found), nearest) for key, (found, nearest) in answer.items()}
+
+    return call
+
+
+def _store_later(self: Any, subkey: Any, value: bytes, expiry: float) -> bool:
+    """`DictionaryDHTValue.store` for at most MAX_OWNERS subkeys, and only for what expires later than what is held.
+
+    hivemind's own refuses an older value but takes its expiry, and with that deletes the newer one too early.
+    """
+    from hivemind.utils.timed_storage import TimedStorage
+
+    held = self.data.get(subkey)
+    if held is not None and expiry <= held.expiration_time:
+        return bool(held.value == value and held.expiration_time == expiry)
+    if held is None and len(self) >= MAX_OWNERS:
+        return False
+    self.latest_expiration_time = max(self.latest_expiration_time, expiry)
+    return bool(TimedStorage.store(self, subkey, value, expiry))
+
+
 def import_hivemind() -> None:
-    """Import hivemind (1-3 s, with torch) without its warnings, log handler and renamed log levels."""
+    """Import hivemind (1-3 s, with torch) without its warnings, log handler, renamed log levels and storing fault."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import hivemind.dht.node
         import hivemind.p2p  # noqa: F401
+        from hivemind.dht.storage import DictionaryDHTValue
         from hivemind.utils.logging import use_hivemind_log_handler
+    DictionaryDHTValue.store = _store_later
     use_hivemind_log_handler("nowhere")
     logging.getLogger("hivemind").setLevel(logging.ERROR)
     logging.addLevelName(logging.WARNING, "WARNING")
-
-
-def _key(run: bytes) -> bytes:
-    return _DOMAIN + run
 
 
 def _signed(record: Any, value: bytes) -> bytes:
