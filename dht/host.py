@@ -122,10 +122,13 @@ class Host:
         self._daemon.check_alive()
 
     async def peers(self) -> list[PeerId]:
-        """To whom the daemon is connected, sorted."""
+        """To whom the daemon is connected, sorted. Raises NetworkDown."""
         from hivemind.proto import p2pd_pb2
 
-        answer = await self._daemon.ask(p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS))
+        try:
+            answer = await self._daemon.ask(p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS))
+        except DaemonRefused as error:
+            raise NetworkDown(f"the network daemon does not say to whom it is connected: {error}") from error
         found = {_peer_of(peer.id) for peer in answer.peers}
         return sorted(peer for peer in found if peer is not None)
 

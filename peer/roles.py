@@ -182,7 +182,15 @@ async def _placed(
             state_dir=folder.path,
             owner_of=owner_of,
         ) as host,
-        Swarm(host, identity, run, role=role, refused=metrics.rejected_message, progress=face.progress) as swarm,
+        Swarm(
+            host,
+            identity,
+            run,
+            role=role,
+            refused=metrics.rejected_message,
+            progress=face.progress,
+            passed=metrics.message_passed,
+        ) as swarm,
     ):
         face.swarm = swarm
         yield Place(identity, host, swarm, face, exporter.url)
