@@ -200,8 +200,9 @@ def _by_content(call_find: Callable[..., Any]) -> Callable[..., Any]:
 
     def rebuilt(found: Any) -> Any:
         records = DictionaryDHTValue()
-        for subkey, (value, expiry) in found.value.data.items() if found is not None else ():
-            records.store(subkey, value, expiry)
+        if found is not None and isinstance(found.value, DictionaryDHTValue):
+            for subkey, (value, expiry) in found.value.data.items():
+                records.store(subkey, value, expiry)
         return ValueWithExpiration(records, records.latest_expiration_time) if records else None
 
     async def call(peer: Any, keys: Any) -> Any:
