@@ -17,7 +17,7 @@ test: setup ## units and simulations on two cores, then sockets and processes on
 	$(BIN)/pytest -q -n 2 --dist loadgroup -m "not (net or e2e or soak)"
 	$(BIN)/pytest -q -m "(net or e2e) and not soak"
 
-soak: setup ## what takes an hour: 900 seeds of chaos, random kills of real processes; keeps its output in docs/
+soak: setup ## what takes half an hour: 900 seeds of chaos, random kills of real processes; keeps its output in docs/
 	set -o pipefail; $(BIN)/pytest -v --no-header --durations 0 --durations-min 1 -m soak --timeout 0 | tee docs/soak.txt
 
 lint: setup ## ruff and mypy

@@ -27,7 +27,7 @@ COMMIT_BYTES = 1024 * 1024 + 160 * 1024
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
 Count = Annotated[int, Meta(ge=0, lt=2**53)]
-Some = Annotated[int, Meta(ge=1, lt=2**53)]
+Positive = Annotated[int, Meta(ge=1, lt=2**53)]
 Text = Annotated[str, Meta(max_length=200)]
 Address = Annotated[str, Meta(max_length=256)]
 Addresses = Annotated[tuple[Address, ...], Meta(max_length=16)]
@@ -109,7 +109,7 @@ class Contribution(Message, frozen=True):
     head: Digest
     root: Digest
     ranges: Ranges
-    tokens: Some
+    tokens: Positive
     loss: float
 
 
@@ -128,7 +128,7 @@ class Entry(Message, frozen=True):
 
     peer: Member
     root: Digest
-    tokens: Some
+    tokens: Positive
     loss: float
     ranges: Ranges
 

@@ -16,7 +16,8 @@ import pytest
 from dugnad.dht import directory
 from dugnad.dht.directory import LIFETIME_S, MAX_OWNERS, Directory, import_hivemind
 from dugnad.dht.host import Host
-from dugnad.dht.identity import Identity, PeerId, public_key_of
+from dugnad.dht.identity import Identity
+from tests.net.hosts import ignore, owner_of
 
 pytestmark = pytest.mark.net
 
@@ -27,18 +28,10 @@ FIND, PING = "DHTProtocol.rpc_find", "DHTProtocol.rpc_ping"
 Start = Callable[..., Awaitable[Host]]
 
 
-def owner_of(raw: bytes) -> PeerId | None:
-    """Records of these tests are a peer id and some text."""
-    peer = PeerId(raw[:52].decode("ascii", "replace"))
-    try:
-        public_key_of(peer)
-    except ValueError:
-        return None
-    return peer
-
-
-def ignore(direction: str, kind: str, num_bytes: int) -> None:
-    """A meter for those who don't count."""
+@pytest.fixture(autouse=True, scope="module")
+def hivemind() -> None:
+    """Imported before any test imports a part of it, so that its warnings are none of ours in whatever order."""
+    import_hivemind()
 
 
 @pytest.fixture
@@ -58,7 +51,6 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
 @pytest.fixture
 def storage() -> Any:
     """What a node keeps, empty."""
-    import_hivemind()
     from hivemind.dht.storage import DHTLocalStorage
 
     return DHTLocalStorage()
@@ -72,7 +64,6 @@ def place_of(run: bytes) -> bytes:
 
 
 def test_only_our_runs_announcements_that_end_soon_are_kept() -> None:
-    import_hivemind()
     identity = Identity.generate()
     ownership = Directory(None, identity, owner_of)._ownership  # type: ignore[arg-type]
 

@@ -18,7 +18,7 @@ from unittest.mock import AsyncMock
 import pytest
 
 from dugnad.dht.host import Host
-from dugnad.dht.identity import Identity, PeerId, public_key_of
+from dugnad.dht.identity import Identity, PeerId
 from dugnad.dht.transport import (
     REQUEST_BYTES,
     BootstrapError,
@@ -32,6 +32,7 @@ from dugnad.dht.transport import (
 from dugnad.dht.wire import WireError
 from dugnad.peer import roles
 from dugnad.peer.errors import sentence_of
+from tests.net.hosts import ignore, owner_of
 
 pytestmark = pytest.mark.net
 
@@ -51,20 +52,6 @@ DOCKER = [
 """Of a machine with many networks of its own."""
 
 Start = Callable[..., Awaitable[Host]]
-
-
-def owner_of(raw: bytes) -> PeerId | None:
-    """Records of these tests are a peer id and some text."""
-    peer = PeerId(raw[:52].decode("ascii", "replace"))
-    try:
-        public_key_of(peer)
-    except ValueError:
-        return None
-    return peer
-
-
-def ignore(direction: str, kind: str, num_bytes: int) -> None:
-    """A meter for those who don't count."""
 
 
 def host(tmp_path: Path, identity: Identity | None = None, **settings: Any) -> Host:

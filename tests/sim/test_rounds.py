@@ -252,12 +252,7 @@ def test_a_round_begun_on_an_older_copy_of_the_chain_is_given_up_when_the_newer_
     names = start(world, 3)
     world.run(300, until=committed(world, 3))
     world.run(world.now + 1.0)
-    for name in (COORDINATOR, *names):
-        world.crash(name)
-    disk = world.disks[COORDINATOR]
-    disk.commits.pop()
-    disk.model_round = rounds(world)
-    disk.model = world.models[disk.model_round]
+    world.lose_newest_commit()
     world.start_coordinator()
     for name in ("new0", "new1"):
         world.start_volunteer(name)

@@ -57,12 +57,7 @@ def lossy_disk() -> World:
     world = started()
     world.run(300, until=lambda: rounds(world) >= 3)
     world.run(world.now + 1.0)
-    for name in (COORDINATOR, *NAMES):
-        world.crash(name)
-    disk = world.disks[COORDINATOR]
-    disk.commits.pop()
-    disk.model_round = rounds(world)
-    disk.model = world.models[disk.model_round]
+    world.lose_newest_commit()
     world.start_coordinator()
     for newcomer in ("new0", "new1", "new2"):
         world.start_volunteer(newcomer)

@@ -131,6 +131,15 @@ class World:
         if node is not None:
             node.alive = False
 
+    def lose_newest_commit(self) -> None:
+        """Everyone is killed, and what the coordinator's disk took last is gone with the power."""
+        for name in list(self.nodes):
+            self.crash(name)
+        disk = self.disks[COORDINATOR]
+        disk.commits.pop()
+        disk.model_round = len(disk.commits)
+        disk.model = self.models[disk.model_round]
+
     def freeze(self, name: str) -> None:
         """SIGSTOP: connections stay open, nothing is processed."""
         self.nodes[PeerId(name)].frozen = True
@@ -260,6 +269,8 @@ class World:
 class Node:
     """A process: a machine, its shell's work in virtual time, and its disk."""
 
+    machine: Leader | Volunteer
+
     def __init__(self, world: World, peer: PeerId, disk: Disk) -> None:
         self.world, self.peer, self.disk = world, peer, disk
         self.alive, self.frozen = True, False
@@ -282,31 +293,29 @@ class Node:
         self._schedule()
 
     def take(self, sender: PeerId, message: Message) -> None:
-        raise NotImplementedError
+        self.perform(self.machine.receive(sender, message, now=self.world.now))
 
     def tick(self) -> None:
-        raise NotImplementedError
-
-    def wake_at(self) -> float:
-        raise NotImplementedError
+        self.perform(self.machine.tick(now=self.world.now))
 
     def leader(self) -> Leader:
         """The machine of a coordinator."""
-        raise NotImplementedError
+        assert isinstance(self.machine, Leader)
+        return self.machine
 
     def unreachable(self, peer: PeerId) -> None:
         """The network says that nobody answers there; a volunteer concludes nothing from it."""
 
     def _schedule(self) -> None:
         self._wake += 1
-        mine, at_s = self._wake, self.wake_at()
+        mine, at_s = self._wake, self.machine.wake_at()
         if at_s < float("inf"):
             self.world.after(max(at_s - self.world.now, 0.001), lambda: self._woken(mine))
 
     def _woken(self, mine: int) -> None:
         if mine == self._wake:
             self.do(lambda node: node.tick())
-            self._overdue = self._overdue + 1 if self.wake_at() <= self.world.now else 0
+            self._overdue = self._overdue + 1 if self.machine.wake_at() <= self.world.now else 0
             if self._overdue > RESTLESS_TICKS:
                 self.world.fail(f"{self.peer} has nothing to do and does not come to rest")
 
@@ -351,13 +360,10 @@ class Node:
         model = blake3(self.disk.model + b"".join(commit.block.parts)).digest()
         self.disk.model_round, self.disk.model = commit.block.round, model
         self.world.saw_model(commit.block.round, model)
-        self.applied(commit.block.round, model)
-
-    def applied(self, round_: int, model: bytes) -> None:
-        raise NotImplementedError
+        self.perform(self.machine.applied(commit.block.round, model, NO_COST, now=self.world.now))
 
     def hold(self, digests: tuple[bytes, ...]) -> None:
-        raise NotImplementedError
+        self.perform(self.machine.holds(digests, now=self.world.now))
 
     def fetch(self, digests: tuple[bytes, ...], donors: tuple[PeerId, ...]) -> None:
         here = set(digests) & self.disk.blobs
@@ -393,6 +399,8 @@ class Node:
 class CoordinatorNode(Node):
     """The coordinator: leads and follows, trains nothing."""
 
+    machine: Leader
+
     def __init__(self, world: World, disk: Disk, *, term: int) -> None:
         super().__init__(world, COORDINATOR, disk)
         said = SimSigner(ORGANIZER).sign(delegation_payload(RUN, COORDINATOR, term))
@@ -404,26 +412,8 @@ class CoordinatorNode(Node):
         since = [commit for commit in disk.commits if commit.block.round > disk.model_round]
         self.do(lambda _: self.perform(self.machine.synced(disk.model_round, disk.model, since, now=now)))
 
-    def leader(self) -> Leader:
-        return self.machine
-
-    def take(self, sender: PeerId, message: Message) -> None:
-        self.perform(self.machine.receive(sender, message, now=self.world.now))
-
-    def tick(self) -> None:
-        self.perform(self.machine.tick(now=self.world.now))
-
-    def wake_at(self) -> float:
-        return self.machine.wake_at()
-
     def unreachable(self, peer: PeerId) -> None:
         self.perform(self.machine.lost(peer, "nobody answers", now=self.world.now))
-
-    def applied(self, round_: int, model: bytes) -> None:
-        self.perform(self.machine.applied(round_, model, NO_COST, now=self.world.now))
-
-    def hold(self, digests: tuple[bytes, ...]) -> None:
-        self.perform(self.machine.holds(digests, now=self.world.now))
 
     def result(self, owner: PeerId, plan: Plan, parts: dict[int, bytes]) -> None:
         """Averages arrived from their owner."""
@@ -433,6 +423,8 @@ class CoordinatorNode(Node):
 
 class VolunteerNode(Node):
     """A volunteer: trains for as long as its speed says, and moves its parts."""
+
+    machine: Volunteer
 
     def __init__(self, world: World, peer: PeerId, disk: Disk) -> None:
         super().__init__(world, peer, disk)
@@ -461,21 +453,6 @@ class VolunteerNode(Node):
         self.world.send(COORDINATOR, self.peer, leader.machine._delegation)
         self.world.after(2.0, lambda: self.do(lambda _: self.begin() if self.follower.leader is None else None))
         self._schedule()
-
-    def take(self, sender: PeerId, message: Message) -> None:
-        self.perform(self.machine.receive(sender, message, now=self.world.now))
-
-    def tick(self) -> None:
-        self.perform(self.machine.tick(now=self.world.now))
-
-    def wake_at(self) -> float:
-        return self.machine.wake_at()
-
-    def applied(self, round_: int, model: bytes) -> None:
-        self.perform(self.machine.applied(round_, model, NO_COST, now=self.world.now))
-
-    def hold(self, digests: tuple[bytes, ...]) -> None:
-        self.perform(self.machine.holds(digests, now=self.world.now))
 
     def perform_one(self, effect: object) -> None:
         match effect:
