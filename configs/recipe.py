@@ -209,6 +209,14 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AdmissionSettings:
+    """Whom the run trusts, and so how many votes decide."""
+
+    kind: Literal["invited", "open"]
+    """invited: one vote each, more than half decide. open: votes weigh what was earned, more than two thirds decide."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """Every setting of a run. Take one from `load`, `loads` or `decode`: those check it, the constructor does not."""
 
@@ -224,6 +232,7 @@ class Recipe:
     codec: CodecSettings
     evaluation: EvaluationSettings
     checkpoints: CheckpointSettings
+    admission: AdmissionSettings
 
     def cut(self, rounds: int) -> "Recipe":
         """The recipe of a run that ends after the first `rounds` rounds of this one; at most `rounds.num_rounds()`."""

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from dugnad.coordinator import ranges
-from dugnad.coordinator.messages import Block, Commit, Voter, vote_payload
-from dugnad.coordinator.votes import Signer, certified_by, committee_of, has_quorum
+from dugnad.coordinator.ledger import Charter
+from dugnad.coordinator.messages import PRECOMMIT, Block, Commit, Voter, epoch_payload, vote_payload
+from dugnad.coordinator.votes import Signer
 from dugnad.dht.identity import PeerId
 
 Applieds = Mapping[int, Mapping[PeerId, bytes]]
@@ -37,20 +38,32 @@ class Audit:
         return not (self.faults or self.ranges_lost or self.ranges_doubled) and self.digests_agree
 
 
-def audit(run: bytes, founder: PeerId, commits: Iterable[Commit], applied: Applieds, signer: Signer) -> Audit:
-    """Walk a chain from genesis: links, certificates, steps, voters, samples, and the model digests peers reported."""
+def audit(charter: Charter, commits: Iterable[Commit], applied: Applieds, signer: Signer) -> Audit:
+    """Walk a chain from genesis: links, certificates, steps, voters, samples, and the model digests peers reported.
+
+    commits: of one chain, which holds what the newest epoch kept.
+    """
     found = Audit()
-    parent, committee = run, committee_of(founder, ())
+    parent, epoch, committee = charter.run, 0, charter.first_head().committee
     done: list[ranges.Range] = []
     digest_after: set[bytes] = set()
     cursor = step = 0
     for commit in commits:
         block = commit.block
-        if block.parent != parent or block.round != found.rounds + 1:
+        if block.parent != parent or block.round != found.rounds + 1 or block.epoch < epoch:
             found.faults.append(f"round {block.round} does not follow round {found.rounds}")
-        if not _certified(run, commit, committee, signer):
+        if block.epoch > epoch and not _begun(charter, commit, signer):
+            found.faults.append(f"epoch {block.epoch} was not begun by the organizer")
+        if block.epoch == epoch and not _certified(charter, commit, committee, signer):
             found.faults.append(f"round {block.round} has no quorum of its committee")
-        found.faults.extend(_faults(block, step, committee))
+        found.faults.extend(_faults(block, step, None if block.epoch > epoch else committee))
+        weights = charter.rule.weigh(
+            {voter.peer: voter.incarnation for voter in block.committee},
+            block.coordinator.coordinator if block.coordinator is not None else None,
+            found.credit,
+        )
+        if block.committee != weights and block.epoch == epoch:
+            found.faults.append(f"round {block.round} gives votes that do not weigh as the quorum rule says")
         if digest_after and digest_after != {block.model_before}:
             found.digests_agree = False
             found.faults.append(f"model digests after round {found.rounds} differ")
@@ -59,6 +72,7 @@ def audit(run: bytes, founder: PeerId, commits: Iterable[Commit], applied: Appli
             found.credit[entry.peer] += entry.tokens
         cursor, found.ranges_to_redo = block.cursor, block.redo
         found.rounds, parent, committee, step = block.round, block.hash, block.committee, block.global_step
+        epoch = block.epoch
         digest_after = set(applied.get(block.round, {}).values())
     if len(digest_after) > 1:
         found.digests_agree = False
@@ -69,25 +83,41 @@ def audit(run: bytes, founder: PeerId, commits: Iterable[Commit], applied: Appli
     return found
 
 
-def _certified(run: bytes, commit: Commit, committee: tuple[Voter, ...], signer: Signer) -> bool:
-    block = commit.block
-    payload = vote_payload(run, block.epoch, block.round, block.term, block.view, block.hash)
-    return has_quorum(committee, certified_by(signer, payload, commit.ballots))
+def _certified(charter: Charter, commit: Commit, committee: tuple[Voter, ...], signer: Signer) -> bool:
+    block, voters = commit.block, {voter.peer: voter.incarnation for voter in committee}
+    place = (charter.run, block.epoch, block.round, commit.view, PRECOMMIT, block.hash)
+    true = [
+        ballot.peer
+        for ballot in commit.ballots
+        if ballot.peer in voters
+        and signer.verify(ballot.peer, vote_payload(*place, voters[ballot.peer]), ballot.signature)
+    ]
+    return charter.rule.decided(committee, true)
 
 
-def _faults(block: Block, step: int, committee: tuple[Voter, ...]) -> list[str]:
-    """What is wrong with a block by itself, after a round that ended at `step` with `committee`."""
+def _begun(charter: Charter, commit: Commit, signer: Signer) -> bool:
+    payload = epoch_payload(charter.run, commit.block.hash)
+    return any(
+        ballot.peer == charter.organizer and signer.verify(charter.organizer, payload, ballot.signature)
+        for ballot in commit.ballots
+    )
+
+
+def _faults(block: Block, step: int, committee: tuple[Voter, ...] | None) -> list[str]:
+    """What is wrong with a block by itself, after a round that ended at `step`; `committee`: who could vote on it."""
     out: list[str] = []
     if block.global_step != step + block.steps:
         out.append(f"round {block.round} says step {block.global_step}; {step} + {block.steps} was expected")
     named = (*block.redo, *(r for entry in block.entries for r in entry.ranges))
     if any(end > block.cursor for _, end in named):
         out.append(f"round {block.round} names samples beyond its data cursor {block.cursor}")
-    voters = [voter.peer for voter in block.committee]
-    if not set(voters) <= {entry.peer for entry in block.entries} | {voter.peer for voter in committee}:
+    if committee is None:
+        return out
+    known = {entry.peer for entry in block.entries} | {voter.peer for voter in committee}
+    if block.coordinator is not None:
+        known.add(block.coordinator.coordinator)
+    if not {voter.peer for voter in block.committee} <= known:
         out.append(f"round {block.round} gives a vote to someone who neither contributed nor voted before")
-    if block.committee != committee_of(voters[0], voters):
-        out.append(f"round {block.round} gives votes that do not weigh as the quorum rule says")
     return out
 
 

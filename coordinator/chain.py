@@ -1,6 +1,7 @@
-"""What a role keeps of its run, in one SQLite file: the genesis, every commit, and what peers say they applied.
+"""What a role keeps of its run, in one SQLite file: the genesis, every commit, and its own promises as a voter.
 
-Everything else folds out of these: head, credit, data ranges, the audit, the history of rounds.
+Everything else folds out of the commits: head, credit, data ranges, the audit, the history of rounds. A file that was
+copied is another voter, whose promises nobody knows: the file holds an incarnation, which goes with its inode.
 """
 
 import contextlib
@@ -13,12 +14,17 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import Struct
 
+from dugnad.coordinator.follower import Promises
 from dugnad.coordinator.messages import Applied, Commit, Genesis
 from dugnad.dht.identity import PeerId
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS genesis (one INTEGER PRIMARY KEY CHECK (one = 1), body BLOB NOT NULL) STRICT;
-CREATE TABLE IF NOT EXISTS commits (round INTEGER PRIMARY KEY, body BLOB NOT NULL, at_s REAL NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS commits
+    (round INTEGER PRIMARY KEY, epoch INTEGER NOT NULL, body BLOB NOT NULL, at_s REAL NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS promises (one INTEGER PRIMARY KEY CHECK (one = 1), body BLOB NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS incarnation
+    (one INTEGER PRIMARY KEY CHECK (one = 1), inode INTEGER NOT NULL, id BLOB NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS applied (round INTEGER, peer TEXT, body BLOB NOT NULL, PRIMARY KEY (round, peer)) STRICT;
 CREATE TABLE IF NOT EXISTS terms (term INTEGER PRIMARY KEY) STRICT;
 CREATE TABLE IF NOT EXISTS validation (round INTEGER PRIMARY KEY, loss REAL NOT NULL) STRICT;
@@ -96,7 +102,38 @@ class Chain:
 
     def append(self, commit: Commit, *, at_s: float) -> None:
         """Store one commit durably; at_s is the wall clock, for people. Raises ChainError, and stores nothing."""
-        self._write("INSERT INTO commits VALUES (?, ?, ?)", (commit.block.round, msgspec.msgpack.encode(commit), at_s))
+        block = commit.block
+        row = (block.round, block.epoch, msgspec.msgpack.encode(commit), at_s)
+        self._write("INSERT INTO commits VALUES (?, ?, ?, ?)", row)
+
+    def rewind(self, round_: int) -> None:
+        """Forget every commit after that round, and what was said of them: another epoch begins there."""
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            for table in ("commits", "applied", "validation"):
+                self._db.execute(f"DELETE FROM {table} WHERE round > ?", (round_,))
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
+
+    def remember(self, promises: Promises) -> None:
+        """Store durably what this voter has promised, in the place of what it promised before."""
+        self._write("INSERT OR REPLACE INTO promises VALUES (1, ?)", (msgspec.msgpack.encode(promises),))
+
+    def promises(self) -> Promises | None:
+        """What this voter promised last."""
+        row = next(self._read("SELECT body FROM promises"), None)
+        return None if row is None else self._decode(row[0], Promises, "what this voter has promised")
+
+    def incarnation(self) -> bytes:
+        """8 bytes that name this disk as a voter's, for ever; made anew if the file is a copy of another."""
+        inode = self.path.stat().st_ino
+        row = next(self._read("SELECT inode, id FROM incarnation"), None)
+        if row is not None and row[0] == inode:
+            return bytes(row[1])
+        fresh = os.urandom(8)
+        self._write("INSERT OR REPLACE INTO incarnation VALUES (1, ?, ?)", (inode, fresh))
+        return fresh
 
     def applied(self, peer: PeerId, said: Applied) -> None:
         """Keep what `peer` says it has applied; what it said first of a model stays."""
@@ -116,6 +153,15 @@ class Chain:
         term = max(newest + 1, int(at_s))
         self._write("INSERT INTO terms VALUES (?)", (term,))
         return term
+
+    def epoch_begins(self, *, after_epoch: int) -> int | None:
+        """The first round of the epoch that followed that one, or None."""
+        row = next(self._read("SELECT min(round) FROM commits WHERE epoch > ?", after_epoch))
+        return None if row[0] is None else int(row[0])
+
+    def commit(self, round_: int) -> Commit | None:
+        """The commit of one round, if it is here."""
+        return next(self.commits(after_round=round_ - 1, limit=1), None) if round_ > 0 else None
 
     def commits(self, *, after_round: int = 0, limit: int = -1) -> Iterator[Commit]:
         """The commits of later rounds, oldest first. Raises ChainError at a damaged one."""

@@ -1,8 +1,14 @@
-"""The half of a round that every voter runs, the coordinator too: hold, check, vote, and follow what was committed.
+"""The half of a round that every voter runs, whoever leads: hold, check, vote, give up a leader, follow the commits.
 
-    Proposal   -> all parts held?  no: wait, then fetch them       yes: Vote
-    Commit     -> proven?  no: refuse    yes: Store, then hold all parts, then Apply, then Applied
-    silence    -> nothing: a follower never concludes anything from it
+    Proposal    -> all parts held?  no: wait, then fetch them       yes: Remember, then Vote (prevote)
+    Lock        -> a quorum prevoted: Remember, then Vote (precommit)
+    silence     -> of the leader: Remember, then ViewChange to all voters; a quorum of those is a NewView
+    NewView     -> the next leader leads; it must propose what the highest lock among the pledges names
+    Commit      -> proven?  no: refuse    yes: Store, then hold all parts, then Apply, then Applied
+
+Why no two blocks can be committed for one round: a commit is a quorum that was locked on its block in one view. Whoever
+changes the view pledges to vote in no earlier one, and says what it is locked on; any quorum of pledges holds one of
+those locked voters, so every later view must propose that same block. Promises are on disk before they are said.
 
 Two positions move apart for a while: the chain's head (proven commits, stored) and the model (commits applied). The
 model only ever takes the next committed bytes, so it is always the model after some round of the chain.
@@ -12,20 +18,33 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from msgspec import Struct, structs
+
+from dugnad.configs.recipe import RoundSettings
 from dugnad.coordinator.ledger import Ledger, LedgerError
+from dugnad.coordinator.membership import stretch
 from dugnad.coordinator.messages import (
+    PRECOMMIT,
+    PREVOTE,
     Applied,
     Block,
     Commit,
     Delegation,
+    Freeze,
+    Lock,
     Message,
+    NewView,
+    Plan,
+    Pledge,
     Proposal,
+    Standing,
+    ViewChange,
     Vote,
     applied_payload,
-    delegation_payload,
+    pledge_payload,
     vote_payload,
 )
-from dugnad.coordinator.votes import Signer
+from dugnad.coordinator.votes import Signer, leaders, weight_of
 from dugnad.dht.identity import PeerId
 
 FETCH_AFTER_S = 2.0
@@ -34,6 +53,11 @@ RETRY_S = 3.0
 """How long a fetch or a catch-up may take before it is asked for again."""
 REPLAY_ROUNDS = 32
 """How many committed rounds a follower replays at most; further behind, it takes the state instead."""
+PLEDGE_AGAIN_S = 2.0
+"""How often a pledge is said again while nothing comes of it."""
+FOLLOWING = "following"
+"""The phase in a `Standing` of who does not lead."""
+LEADERS_WORDS = (Standing, Plan, Freeze, Proposal, Lock, Commit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +73,32 @@ class Store:
     """Make `commit` durable; effects after this one must not leave before it is."""
 
     commit: Commit
+
+
+@dataclass(frozen=True, slots=True)
+class Rewind:
+    """Durably forget every commit after `round_`: the `Store` that follows begins another epoch there."""
+
+    round_: int
+
+
+class Promises(Struct, frozen=True, array_like=True):
+    """What a voter has promised in one round, and must keep after a restart."""
+
+    epoch: int
+    round: int
+    pledged: int = 0
+    """It votes in no view before this one."""
+    prevoted: Proposal | None = None
+    """The newest proposal that it has prevoted."""
+    lock: Lock | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Remember:
+    """Make `promises` durable, in the place of those before; effects after this one must not leave before it is."""
+
+    promises: Promises
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +118,10 @@ class Apply:
 
 @dataclass(frozen=True, slots=True)
 class CatchUp:
-    """Ask `donor` for the commits after `after_round` and hand them in."""
+    """Ask `donor` for the commits after that place, (epoch, round), and hand them in."""
 
     donor: PeerId
-    after_round: int
+    after: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +140,7 @@ class Refused:
     detail: str
 
 
-Effect = Send | Store | Fetch | Apply | CatchUp | Resync | Refused
+Effect = Send | Store | Rewind | Remember | Fetch | Apply | CatchUp | Resync | Refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,48 +152,163 @@ class Cost:
     sent_bytes: dict[str, int]
 
 
-class Follower:
-    """Votes and follows as `signer.peer_id`; `organizer` is who may delegate the lead."""
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """When a leader is given up: silent for `silence_s`, at work for `round_s`, or counting votes for `vote_s`."""
 
-    def __init__(self, signer: Signer, ledger: Ledger, organizer: PeerId) -> None:
+    silence_s: float
+    round_s: float
+    vote_s: float
+
+    @classmethod
+    def of(cls, rounds: RoundSettings) -> "Patience":
+        """As a recipe's durations ask for."""
+        round_s = rounds.train_s + 4 * rounds.exchange_s
+        return cls(rounds.silence_s, round_s, rounds.exchange_s + rounds.silence_s)
+
+
+class Follower:
+    """Votes and follows as `signer.peer_id`; `incarnation` names the disk that keeps its promises."""
+
+    def __init__(self, signer: Signer, ledger: Ledger, patience: Patience, incarnation: bytes) -> None:
         self.ledger = ledger
-        self.leader: PeerId | None = None
-        self.term = 0
+        self.incarnation = incarnation
         self.delegation: Delegation | None = None
-        """The organizer's word for that leader and term."""
+        """The newest word of the organizer on who may have the coordinator's seat."""
+        self.view = 0
+        """Of the next round: 0, or what a NewView has proven."""
+        self.new_view: NewView | None = None
+        """The proof of `view`."""
+        self.promises = Promises(0, 1)
         self.model: bytes | None = None
         """Digest of the model after `model_round`; None until `synced`."""
         self.model_round = -1
         self._signer = signer
-        self._organizer = organizer
+        self._patience = patience
+        self._order: tuple[tuple[bytes, int], PeerId] = ((b"", 0), signer.peer_id)
+        """(head, view), and who leads it: it is asked for all the time."""
         self._held: set[bytes] = set()
-        self._proposal: Block | None = None
-        self._voted: tuple[tuple[int, int, int], bytes] = ((0, 0, 0), b"")
-        """(round, term, view) of the newest vote, and for which block."""
+        self._proposal: Proposal | None = None
+        self._pledges: dict[int, dict[PeerId, ViewChange]] = {}
+        """view -> who pledged it, in this round."""
         self._said: Applied | None = None
         self._unapplied: deque[Commit] = deque(maxlen=REPLAY_ROUNDS)
         self._applying: Commit | None = None
         self._act_at = float("inf")
         """When to fetch missing parts, first or again."""
         self._catching_up_until = 0.0
+        self._heard_at = 0.0
+        """When the leader of `view` was last heard, or began to be awaited."""
+        self._busy_since: float | None = None
+        """Since when that leader has been at work on the round, by its own word."""
+        self._voting_since: float | None = None
+        self._pledge_at = float("inf")
+        self._raise_at = float("inf")
+        """When the pledged view, of which no NewView has come, is given up as well."""
+        self._ran_at = 0.0
+        self._told_at: dict[PeerId, float] = {}
         self._handlers: dict[type[Message], Callable[..., list[Effect]]] = {
             Delegation: self._on_delegation,
             Proposal: self._on_proposal,
+            Lock: self._on_lock,
+            ViewChange: self._on_view_change,
+            NewView: self._on_new_view,
             Commit: self._on_commit,
+            Standing: self._on_standing,
         }
 
-    def restore(self, commits: Iterable[Commit], held: Iterable[bytes]) -> None:
-        """Take up the chain that this peer's own disk kept, and say which blobs are there; then `synced` may follow."""
+    def restore(self, commits: Iterable[Commit], held: Iterable[bytes], promises: Promises | None = None) -> None:
+        """Take up what this peer's own disk kept, and say which blobs are there; then `synced` may follow.
+
+        Raises LedgerError if the commits are no chain.
+        """
         for commit in commits:
             self.ledger.append(commit)
+            self.delegation = commit.block.coordinator or self.delegation
         self._held.update(held)
+        head = self.ledger.head
+        self.promises = Promises(head.epoch, head.round + 1)
+        if promises is not None and (promises.epoch, promises.round) == (head.epoch, head.round + 1):
+            self.promises = promises
+
+    # -- who leads
+
+    @property
+    def leader(self) -> PeerId:
+        """Who leads the next round in the view that we know of."""
+        key = (self.ledger.head.hash, self.view)
+        if self._order[0] != key:
+            self._order = (key, self.ledger.head.leader(self.view))
+        return self._order[1]
+
+    @property
+    def leads(self) -> bool:
+        """Whether that is us, with the disk that the committee knows, and we have not given this view up ourselves."""
+        return self.leader == self._signer.peer_id and self.votes and self.promises.pledged <= self.view
+
+    @property
+    def votes(self) -> bool:
+        """Whether we are in the committee, with this disk."""
+        seat = self.ledger.head.voter(self._signer.peer_id)
+        return seat is not None and seat.incarnation == self.incarnation
+
+    @property
+    def bound_to(self) -> Block | None:
+        """What the leader of this view must propose, if anything: what may be committed, or what it has proposed."""
+        must, before = self._must, self.promises.prevoted
+        if must is not None:
+            return must
+        return before.block if before is not None and before.view == self.view else None
+
+    @property
+    def _must(self) -> Block | None:
+        """The only block that may be proposed in this view, if a lock says so."""
+        lock, proof = self.promises.lock, self.new_view
+        if (lock is None or lock.view != self.view) and proof is not None and proof.view == self.view:
+            lock = proof.lock
+        elif lock is not None and lock.view != self.view:
+            lock = None
+        return None if lock is None else lock.block
+
+    def silent_s(self, *, now: float) -> float | None:
+        """For how long nobody has led whom we hear, if that is worth a word; else None."""
+        silent = now - self._heard_at
+        return silent if silent >= self._silence_s and not self.leads else None
+
+    @property
+    def _silence_s(self) -> float:
+        return self._patience.silence_s * stretch(self.ledger.head.contributors)
+
+    def heard(self, sender: PeerId, message: Message, *, now: float) -> None:
+        """A message came: one that only leaders say shows that ours is there."""
+        leading = isinstance(message, LEADERS_WORDS) and getattr(message, "phase", "") != FOLLOWING
+        if leading and sender == self.leader:
+            self._heard_at = now
+
+    def contacts(self, *, now: float) -> tuple[PeerId, ...]:
+        """Whom to tell where we stand: the leader, and while it is not heard one more voter, another each time."""
+        me, silence_s = self._signer.peer_id, self._silence_s
+        head, silent = self.ledger.head, now - self._heard_at
+        order = [peer for peer in leaders(head.hash, head.committee, head.coordinator) if peer != me]
+        out = [] if self.leader == me else [self.leader]
+        if order and (silent >= silence_s or self.leader == me):
+            out.append(order[int(2 * max(0.0, silent) / silence_s) % len(order)])
+        return tuple(dict.fromkeys(out))
+
+    @property
+    def applying(self) -> Commit | None:
+        """The commit that is being applied."""
+        return self._applying
+
+    # -- what happens
 
     def handles(self, message: Message) -> bool:
         """Whether `message` is this machine's to receive."""
         return type(message) in self._handlers
 
     def receive(self, sender: PeerId, message: Message, *, now: float) -> list[Effect]:
-        """Take a Delegation, Proposal or Commit."""
+        """Take one of the messages that `handles` names."""
+        self._ran_at = max(self._ran_at, now)
         return self._handlers[type(message)](sender, message, now)
 
     def holds(self, digests: tuple[bytes, ...], *, now: float) -> list[Effect]:
@@ -152,36 +317,33 @@ class Follower:
         return self._advance(now)
 
     def synced(self, round_: int, model: bytes, since: Iterable[Commit], *, now: float) -> list[Effect]:
-        """The shell holds the model after `round_`, whose digest peers certified; `since` are the commits after it."""
+        """The shell holds the model after `round_`, which is proven; `since` are the commits after it."""
         self._unapplied = deque(since, maxlen=REPLAY_ROUNDS)
         self._has_model(round_, model)
-        self._act_at = now
-        return self._advance(now)
+        self._act_at = self._heard_at = self._ran_at = now
+        if self.promises.pledged > self.view:  # before a restart
+            self._pledge_at, self._raise_at = now, now + 2 * self._silence_s
+        out: list[Effect] = []
+        if self.at_head and self.ledger.tip is not None:
+            out = self._sign_applied(self.ledger.tip.block, model, Cost(0.0, 0.0, {}))
+        return [*out, *self._advance(now)]
 
     def applied(self, round_: int, model: bytes, cost: Cost, *, now: float) -> list[Effect]:
         """The model after `round_` is in place."""
         commit = self._applying
-        assert commit is not None
+        if commit is None:
+            return []  # an epoch began meanwhile, before that round
         assert commit.block.round == round_ == self.model_round + 1, "commits are applied one by one, in order"
         self._has_model(round_, model)
         self._held.difference_update(commit.block.parts)
         self._act_at = now if self._unapplied else float("inf")
-        payload = applied_payload(self.ledger.run, round_, commit.block.hash, model)
-        self._said = Applied(
-            round_,
-            commit.block.hash,
-            model,
-            self._signer.sign(payload),
-            cost.train_s,
-            cost.wall_s,
-            tuple(sorted(cost.sent_bytes.items())),
-        )
-        return [*self._say_applied(), *self._advance(now)]
+        return [*self._sign_applied(commit.block, model, cost), *self._advance(now)]
 
     def damaged(self, digests: tuple[bytes, ...], *, now: float) -> list[Effect]:
         """These parts of the commit under way are no longer what they were on disk: get them anew."""
-        assert self._applying is not None
         self._held.difference_update(digests)
+        if self._applying is None:
+            return []
         if not self._unapplied or self._unapplied[0] is not self._applying:
             self._unapplied.appendleft(self._applying)
         self._applying, self._act_at = None, now
@@ -191,78 +353,355 @@ class Follower:
         """These blobs are no longer on disk, and belong to nothing that was committed."""
         self._held.difference_update(digests)
 
-    def behind(self, head_round: int, donor: PeerId, *, now: float) -> list[Effect]:
-        """`donor` says that the chain has reached `head_round`: catch up if that is news."""
-        if head_round <= self.ledger.head.round or now < self._catching_up_until:
+    def behind(self, place: tuple[int, int], donor: PeerId, *, now: float) -> list[Effect]:
+        """`donor` says that the chain has reached that place, (epoch, round): catch up if that is news."""
+        if place <= self.ledger.head.place or now < self._catching_up_until:
             return []
         self._catching_up_until = now + RETRY_S
-        return [CatchUp(donor, self.ledger.head.round)]
+        return [CatchUp(donor, self.ledger.head.place)]
 
     def tick(self, *, now: float) -> list[Effect]:
-        """Fetch what should have come by now."""
-        return self._fetch_missing(now) if now >= self._act_at else []
+        """Fetch what should have come by now, and give up a leader who is silent or gets nowhere."""
+        if now - self._ran_at > self._silence_s / 2:  # it was us who stood still, not the leader
+            self._heard_at = now
+            self._busy_since = None if self._busy_since is None else now
+            self._voting_since = None if self._voting_since is None else now
+        self._ran_at = now
+        out = self._fetch_missing(now) if now >= self._act_at else []
+        if now >= self._impatient_at():
+            return [*out, *self._give_up(max(self.view, self.promises.pledged) + 1, now)]
+        if now >= self._pledge_at:
+            out += self._say_pledge(now)
+        return out
 
     def wake_at(self) -> float:
         """When `tick` has something to do."""
-        return self._act_at
+        return min(self._act_at, self._pledge_at, self._impatient_at())
 
     @property
     def at_head(self) -> bool:
         """Whether the model is that of the chain's head."""
         return self.model is not None and self.model_round == self.ledger.head.round
 
-    def _on_delegation(self, sender: PeerId, said: Delegation, now: float) -> list[Effect]:
-        payload = delegation_payload(self.ledger.run, said.coordinator, said.term)
-        if said.term > self.term and not self._signer.verify(self._organizer, payload, said.signature):
-            return [Refused(sender, "delegation", f"term {said.term} is not signed by the organizer")]
-        if said.term <= self.term:
+    def position(self) -> Standing:
+        """Where the run stands, as one who does not lead it says."""
+        head = self.ledger.head
+        return Standing(head.epoch, head.round, head.hash, self.view, FOLLOWING, "", False, 0, None)
+
+    def put_right(self, sender: PeerId, place: tuple[int, int], view: int, *, now: float) -> list[Effect]:
+        """`sender` says that it stands at that place and in that view of the next round: show it what it lacks."""
+        head = self.ledger.head
+        lacks_view = place == head.place and view < self.view
+        if sender == self._signer.peer_id or not (place < head.place or lacks_view):
             return []
-        self.leader, self.term, self.delegation = said.coordinator, said.term, said
-        return self._say_applied()  # the new leader may not have heard it, and vouches for the model with it
+        if now < self._told_at.get(sender, -1.0) + 1.0:
+            return []
+        self._told_at = {peer: at for peer, at in self._told_at.items() if now < at + 1.0} | {sender: now}
+        if lacks_view:
+            lock = self.promises.lock
+            proof = self.new_view if self.new_view is not None and self.new_view.view == self.view else lock
+            return [] if proof is None else [Send((sender,), proof)]
+        tip = self.ledger.tip
+        if tip is not None and place == (head.epoch, head.round - 1):
+            return [Send((sender,), tip)]
+        return [Send((sender,), self.position())]
+
+    # -- messages
+
+    def _on_delegation(self, sender: PeerId, said: Delegation, now: float) -> list[Effect]:
+        if said.term <= max(self.ledger.head.term, self.delegation.term if self.delegation else 0):
+            return []
+        if not self.ledger.delegates(said):
+            return [Refused(sender, "delegation", f"term {said.term} is not signed by the organizer")]
+        self.delegation = said
+        return []
+
+    def _on_standing(self, sender: PeerId, said: Standing, now: float) -> list[Effect]:
+        place = (said.epoch, said.head_round)
+        if sender == self.leader and place == self.ledger.head.place and said.in_view == self.view:
+            working, voting = said.phase not in ("idle", "finished", FOLLOWING), said.phase == "vote"
+            self._busy_since = (now if self._busy_since is None else self._busy_since) if working else None
+            self._voting_since = (now if self._voting_since is None else self._voting_since) if voting else None
+        return [*self.behind(place, sender, now=now), *self.put_right(sender, place, said.in_view, now=now)]
 
     def _on_proposal(self, sender: PeerId, said: Proposal, now: float) -> list[Effect]:
         block, head = said.block, self.ledger.head
-        if sender != self.leader or block.term != self.term:
-            return [Refused(sender, "not leader", f"proposal of term {block.term}, term {self.term} is led by another")]
-        if block.round > head.round + 1:
-            return self.behind(block.round - 1, sender, now=now)
-        if block.round <= head.round:
-            return []
+        if (block.epoch, block.round) != (head.epoch, head.round + 1):
+            return self.behind((block.epoch, block.round - 1), sender, now=now)
+        if said.view > self.view:
+            return []  # its leader says it again once our report shows that we do not know of the view
+        if said.view < self.view or sender != self.leader:
+            return [Refused(sender, "not leader", f"proposal of view {said.view}; view {self.view} has another leader")]
         try:
             self.ledger.check(block)
         except LedgerError as error:
             return [Refused(sender, "invalid block", str(error))]
-        if self._proposal is None or (block.term, block.view) > (self._proposal.term, self._proposal.view):
-            self._proposal = block
+        if self._must is not None and block != self._must:
+            return [Refused(sender, "not locked", f"another block than that of the lock which began view {self.view}")]
+        if self._proposal is None or self._proposal.view < said.view:
+            self._proposal = said
             self._act_at = now + FETCH_AFTER_S
+        elif self._proposal.block != block:
+            return [Refused(sender, "two proposals", f"two blocks in view {said.view} of round {block.round}")]
         return self._advance(now)
 
-    def _on_commit(self, sender: PeerId, said: Commit, now: float) -> list[Effect]:
-        if said.block.round <= self.ledger.head.round:
+    def _on_lock(self, sender: PeerId, said: Lock, now: float) -> list[Effect]:
+        head, held = self.ledger.head, self.promises.lock
+        if (said.block.epoch, said.block.round) != (head.epoch, head.round + 1):
+            return self.behind((said.block.epoch, said.block.round - 1), sender, now=now)
+        if said.view < self.promises.pledged or not self.votes or (held is not None and said.view < held.view):
             return []
-        if said.block.round > self.ledger.head.round + 1:
-            return self.behind(said.block.round, sender, now=now)
+        if held is None or held.view < said.view:
+            try:
+                self._check_lock(said)
+            except LedgerError as error:
+                return [Refused(sender, "invalid lock", str(error))]
+        elif held.block != said.block:
+            return [Refused(sender, "two locks", f"two locks in view {said.view} of round {said.block.round}")]
+        out: list[Effect] = []
+        if held is None or held.view < said.view:
+            out = self._promise(structs.replace(self.promises, pledged=said.view, lock=said))
+        if said.view > self.view:  # a quorum was there: that is as good a proof as a NewView
+            self.view = said.view
+            self._new_leader(now)
+        return [*out, self._vote(said.block, said.view, PRECOMMIT)]
+
+    def _on_view_change(self, sender: PeerId, said: ViewChange, now: float) -> list[Effect]:
+        head = self.ledger.head
+        if (said.epoch, said.round) != (head.epoch, head.round + 1):
+            return [
+                *self.behind((said.epoch, said.round - 1), sender, now=now),
+                *self.put_right(sender, (said.epoch, said.round - 1), 0, now=now),
+            ]
+        if said.view <= self.view:
+            return self.put_right(sender, head.place, said.view - 1, now=now)
+        if said.pledge.peer != sender or head.voter(sender) is None:
+            return [Refused(sender, "not a member", "it has no vote in this round")]
+        fault = self._fault_of(said)
+        if fault is not None:
+            return [Refused(sender, "invalid pledge", fault)]
+        for view in [v for v, pledged in self._pledges.items() if sender in pledged and v < said.view]:
+            del self._pledges[view][sender]  # one pledge of each voter: it can't fill our memory
+        if any(sender in pledged for view, pledged in self._pledges.items() if view > said.view):
+            return []
+        self._pledges.setdefault(said.view, {})[sender] = said
+        return self._count_pledges(now)
+
+    def _on_new_view(self, sender: PeerId, said: NewView, now: float) -> list[Effect]:
+        head = self.ledger.head
+        if (said.epoch, said.round) != (head.epoch, head.round + 1) or said.view <= self.view:
+            return self.behind((said.epoch, said.round - 1), sender, now=now)
+        fault = self._fault_of_new_view(said)
+        if fault is not None:
+            return [Refused(sender, "invalid view", fault)]
+        return self._enter(said, now)
+
+    def _on_commit(self, sender: PeerId, said: Commit, now: float) -> list[Effect]:
+        block, head = said.block, self.ledger.head
+        if (block.epoch, block.round) <= head.place:
+            return []
+        if block.epoch == head.epoch and block.round > head.round + 1:
+            return self.behind((block.epoch, block.round), sender, now=now)
         try:
-            self.ledger.check_commit(said, self._signer)
+            self.ledger.check_commit(said)
         except LedgerError as error:
+            if block.epoch > head.epoch and block.round > head.round + 1:
+                return self.behind((block.epoch, block.round), sender, now=now)  # its parent may come with the rest
             return [Refused(sender, "invalid commit", str(error))]
+        out = self._rewind(block) if block.parent != head.hash else []
         self.ledger.append(said)
+        self.delegation = block.coordinator or self.delegation
         # in the midst of a round its parts are still on their way here: fetching at once would move them twice
         grace_s = FETCH_AFTER_S if self._proposal is not None else 0.0
-        self._proposal = None
+        self._begin_round(now)
         self._unapplied.append(said)
         self._catching_up_until = 0.0
         if self._applying is None:
             self._act_at = now + grace_s
-        return [Store(said), *self._advance(now)]
+        return [*out, Store(said), *self._advance(now)]
+
+    # -- views
+
+    def _begin_round(self, now: float) -> None:
+        head = self.ledger.head
+        self.promises = Promises(head.epoch, head.round + 1)
+        self.view, self.new_view, self._proposal = 0, None, None
+        self._pledges.clear()
+        self._new_leader(now)
+        self._pledge_at = self._raise_at = float("inf")
+
+    def _impatient_at(self) -> float:
+        """When we give up the leader, or the one to whom we have pledged ourselves and who has not begun."""
+        if not self.votes or self.model is None:
+            return float("inf")
+        silent_at = float("inf") if self.leads else self._heard_at + self._silence_s
+        if self.promises.pledged > self.view:  # while its leader is there, the view may still come to its end
+            return max(self._raise_at, silent_at)
+        alone = len(self.ledger.head.committee) == 1
+        stuck_at = float("inf") if self._busy_since is None else self._busy_since + self._patience.round_s
+        voted_at = float("inf") if self._voting_since is None else self._voting_since + self._patience.vote_s
+        return float("inf") if alone else min(silent_at, stuck_at, voted_at)
+
+    def _new_leader(self, now: float) -> None:
+        """Of a new leader nothing else was heard yet: its silence begins here."""
+        self._heard_at, self._busy_since, self._voting_since = now, None, None
+
+    def _give_up(self, view: int, now: float) -> list[Effect]:
+        """Pledge ourselves to `view`, durably, and tell all voters."""
+        self._raise_at = now + 2 * self._silence_s
+        return [*self._promise(structs.replace(self.promises, pledged=view)), *self._say_pledge(now)]
+
+    def _say_pledge(self, now: float) -> list[Effect]:
+        self._pledge_at = now + PLEDGE_AGAIN_S
+        head, promises = self.ledger.head, self.promises
+        locked, block = (0, b"") if promises.lock is None else (promises.lock.view + 1, promises.lock.block.hash)
+        payload = pledge_payload(
+            self.ledger.run, head.epoch, head.round + 1, promises.pledged, locked, block, self.incarnation
+        )
+        pledge = Pledge(self._signer.peer_id, locked, block, self._signer.sign(payload))
+        said = ViewChange(head.epoch, head.round + 1, promises.pledged, pledge, promises.lock)
+        return [Send(tuple(sorted(head.voters)), said)]
+
+    def _count_pledges(self, now: float) -> list[Effect]:
+        """Begin a view that is ours to lead, or join those who have given up a leader."""
+        committee, rule = self.ledger.head.committee, self.ledger.rule
+        for view, said in sorted(self._pledges.items(), reverse=True):
+            ours = self.ledger.head.leader(view) == self._signer.peer_id and self.votes
+            if ours and view > self.view and rule.decided(committee, said):
+                return self._lead(view, said, now)
+        pledged = max(self.view, self.promises.pledged)
+        for view in sorted((v for v in self._pledges if v > pledged), reverse=True):
+            higher = {peer for v, said in self._pledges.items() if v >= view for peer in said}
+            lost = self.promises.pledged > self.view and weight_of(committee, higher) > rule.faulty(committee)
+            if self.votes and (lost or rule.blocks(committee, higher)):
+                return self._give_up(view, now)
+        return []
+
+    def _lead(self, view: int, said: dict[PeerId, ViewChange], now: float) -> list[Effect]:
+        head = self.ledger.head
+        locks = (one.lock for one in said.values() if one.lock is not None)
+        highest = max(locks, key=lambda lock: lock.view, default=None)
+        pledges = tuple(said[peer].pledge for peer in sorted(said))
+        proof = NewView(head.epoch, head.round + 1, view, pledges, highest)
+        others = tuple(sorted(head.voters - {self._signer.peer_id}))
+        return [*self._enter(proof, now), *([Send(others, proof)] if others else [])]
+
+    def _enter(self, proof: NewView, now: float) -> list[Effect]:
+        self.view, self.new_view = proof.view, proof
+        self._new_leader(now)
+        self._pledges = {view: said for view, said in self._pledges.items() if view > proof.view}
+        if self.promises.pledged <= proof.view:
+            self._pledge_at = self._raise_at = float("inf")
+        if self._proposal is not None and self._proposal.view < proof.view:
+            self._proposal = None
+        return self._say_applied()  # the new leader may not have heard it, and vouches for the model with it
+
+    def _fault_of(self, said: ViewChange) -> str | None:
+        pledge, lock = said.pledge, said.lock
+        if not self._pledged(pledge, said.view):
+            return f"the pledge of {pledge.peer} is not signed by the voter that the committee knows"
+        if (pledge.locked, pledge.block) != ((0, b"") if lock is None else (lock.view + 1, lock.block.hash)):
+            return f"the pledge of {pledge.peer} speaks of another lock than it shows"
+        if lock is None:
+            return None
+        if lock.view >= said.view:
+            return "a lock of the view that it pledges itself to"
+        try:
+            self._check_lock(lock)
+        except LedgerError as error:
+            return str(error)
+        return None
+
+    def _fault_of_new_view(self, said: NewView) -> str | None:
+        committee, rule = self.ledger.head.committee, self.ledger.rule
+        true = {pledge.peer for pledge in said.pledges if self._pledged(pledge, said.view)}
+        if len(true) != len(said.pledges) or not rule.decided(committee, true):
+            return f"the pledges to view {said.view} are not those of a quorum"
+        highest = max((pledge.locked, pledge.block) for pledge in said.pledges)
+        shown = (0, b"") if said.lock is None else (said.lock.view + 1, said.lock.block.hash)
+        if highest != shown:
+            return f"view {said.view} does not begin with the highest lock of its pledges"
+        try:
+            if said.lock is not None:
+                self._check_lock(said.lock)
+        except LedgerError as error:
+            return str(error)
+        return None
+
+    def _pledged(self, pledge: Pledge, view: int) -> bool:
+        head = self.ledger.head
+        voter = head.voter(pledge.peer)
+        if voter is None:
+            return False
+        payload = pledge_payload(
+            self.ledger.run, head.epoch, head.round + 1, view, pledge.locked, pledge.block, voter.incarnation
+        )
+        return self._signer.verify(pledge.peer, payload, pledge.signature)
+
+    def _check_lock(self, lock: Lock) -> None:
+        self.ledger.check(lock.block)
+        if not self.ledger.certifies(lock.block, lock.view, PREVOTE, lock.ballots):
+            raise LedgerError(f"the prevotes of view {lock.view} are not a quorum")
+
+    # -- votes
+
+    def _promise(self, promises: Promises) -> list[Effect]:
+        self.promises = promises
+        return [Remember(promises)]
+
+    def _vote(self, block: Block, view: int, phase: int) -> Send:
+        payload = vote_payload(self.ledger.run, block.epoch, block.round, view, phase, block.hash, self.incarnation)
+        said = Vote(block.epoch, block.round, view, phase, block.hash, self._signer.sign(payload))
+        return Send((self.ledger.head.leader(view),), said)
+
+    def _prevote(self, said: Proposal) -> list[Effect]:
+        """Prevote, unless we have promised otherwise."""
+        block, before = said.block, self.promises.prevoted
+        if block.model_before != self.model:
+            self._proposal, self.model = None, None
+            return [Resync(f"the committee's model after round {self.model_round} differs from ours")]
+        if not self.votes or said.view < self.promises.pledged:
+            return []
+        if before is not None and (said.view < before.view or (said.view == before.view and said != before)):
+            return [Refused(self.leader, "two proposals", f"two blocks in view {said.view} of round {block.round}")]
+        out: list[Effect] = []
+        if said != before:
+            out = self._promise(structs.replace(self.promises, pledged=said.view, prevoted=said))
+        return [*out, self._vote(block, said.view, PREVOTE)]
+
+    # -- the chain and the model
+
+    def _rewind(self, block: Block) -> list[Effect]:
+        """The organizer began an epoch on an earlier block: what followed it counts no more."""
+        self.ledger.rewind(block.parent)
+        base = block.round - 1
+        kept = [commit for commit in self._unapplied if commit.block.round <= base]
+        self._unapplied = deque(kept, maxlen=REPLAY_ROUNDS)
+        if self._applying is not None and self._applying.block.round > base:
+            self._applying = None
+        out: list[Effect] = [Rewind(base)]
+        if self.model_round > base:
+            self.model = None
+            out.append(Resync(f"epoch {block.epoch} begins after round {base}, and our model is of a later one"))
+        return out
 
     def _has_model(self, round_: int, model: bytes) -> None:
         self.model_round, self.model, self._applying = round_, model, None
         while self._unapplied and self._unapplied[0].block.round <= round_:
             self._unapplied.popleft()
 
+    def _sign_applied(self, block: Block, model: bytes, cost: Cost) -> list[Effect]:
+        payload = applied_payload(self.ledger.run, block.round, block.hash, model)
+        sent = tuple(sorted(cost.sent_bytes.items()))
+        signature = self._signer.sign(payload)
+        self._said = Applied(block.round, block.hash, model, signature, cost.train_s, cost.wall_s, sent)
+        return self._say_applied()
+
     def _say_applied(self) -> list[Effect]:
-        return [] if self._said is None or self.leader is None else [Send((self.leader,), self._said)]
+        """Tell the leader, and the coordinator, who keeps the books."""
+        coordinator = self.ledger.head.coordinator
+        to = {self.leader} | ({coordinator} if coordinator is not None else set())
+        return [] if self._said is None else [Send(tuple(sorted(to)), self._said)]
 
     def _advance(self, now: float) -> list[Effect]:
         """Apply the next commit, or vote on the proposal, as soon as all of its bytes are held."""
@@ -270,24 +709,11 @@ class Follower:
             return []
         if self._unapplied:
             return self._apply_next(now)
-        block = self._proposal
-        if block is None or not self.at_head or self._missing(block):
+        said = self._proposal
+        if said is None or not self.at_head or self._missing(said.block):
             return []
         self._act_at = float("inf")
-        if block.model_before != self.model:
-            self._proposal, self.model = None, None
-            return [Resync(f"the committee's model after round {self.model_round} differs from ours")]
-        if all(voter.peer != self._signer.peer_id for voter in self.ledger.head.committee):
-            return []
-        vote = ((block.round, block.term, block.view), block.hash)
-        if vote[0] <= self._voted[0] and vote != self._voted:
-            assert self.leader is not None
-            return [Refused(self.leader, "two proposals", f"two blocks in view {block.view} of round {block.round}")]
-        self._voted = vote
-        payload = vote_payload(self.ledger.run, block.epoch, block.round, block.term, block.view, block.hash)
-        signature = self._signer.sign(payload)
-        said = Vote(block.epoch, block.round, block.term, block.view, block.hash, signature)
-        return [Send((self.leader,) if self.leader else (), said)]
+        return self._prevote(said)
 
     def _apply_next(self, now: float) -> list[Effect]:
         commit = self._unapplied[0]
@@ -313,13 +739,14 @@ class Follower:
             commit = self._unapplied[0]
             block, donors = commit.block, [ballot.peer for ballot in commit.ballots]
         elif self._proposal is not None:
-            block, donors = self._proposal, [entry.peer for entry in self._proposal.entries]
+            block, donors = self._proposal.block, [entry.peer for entry in self._proposal.block.entries]
         else:
             return []
         missing = self._missing(block)
         if not missing:
             return []
         self._act_at = now + RETRY_S
-        # the leader last: its uplink serves everyone
+        # who has come since may have them too; the leader last: its uplink serves everyone
+        donors = list(dict.fromkeys([*donors, *sorted(self.ledger.head.voters)]))
         others = [peer for peer in donors if peer not in (self._signer.peer_id, self.leader)]
-        return [Fetch(missing, (*others, *((self.leader,) if self.leader else ())))]
+        return [Fetch(missing, (*others, *(() if self.leads else (self.leader,))))]

@@ -13,6 +13,11 @@ from dugnad.coordinator.messages import MAX_PEERS, Report
 from dugnad.dht.identity import PeerId
 
 
+def stretch(contributors: int) -> float:
+    """By how much reports are rarer, and silences longer, in a swarm of that size: a leader hears all of it."""
+    return max(1.0, contributors / 200)
+
+
 class Stage(StrEnum):
     """What a member says it is doing, in the order in which a round passes through it."""
 
@@ -46,7 +51,7 @@ class Membership:
     """What the leader knows of everyone who reports to it; `silence_s` without a word means lost."""
 
     def __init__(self, silence_s: float) -> None:
-        self._silence_s = silence_s
+        self._shortest_s = self._silence_s = silence_s
         self._peers: dict[PeerId, _Presence] = {}
 
     def heard(self, peer: PeerId, report: Report, *, now: float) -> bool:
@@ -55,6 +60,14 @@ class Membership:
             return False
         self._peers[peer] = _Presence(report, now)
         return True
+
+    def resize(self, contributors: int) -> None:
+        """The swarm is that large now: silences are judged by it."""
+        self._silence_s = self._shortest_s * stretch(contributors)
+
+    def forget(self) -> None:
+        """Forget everyone: who is here will say so."""
+        self._peers.clear()
 
     def lose(self, peer: PeerId, why: str) -> None:
         """The network says that `peer` does not answer; it is back with its next report."""
@@ -99,13 +112,18 @@ class Membership:
         return frozenset(peer for peer, presence in self._peers.items() if presence.report.leaving)
 
     def ready(self, head: Head) -> tuple[PeerId, ...]:
-        """Those who stand at the head, are here and want to stay, in peer-id order."""
-        return tuple(
-            peer
-            for peer in self.live()
-            if (report := self._peers[peer].report).head == head.hash
-            and report.stage != Stage.SYNCING
-            and not report.leaving
+        """Those who stand at the head, are here, train and want to stay, in peer-id order."""
+        return tuple(peer for peer in self.live() if self._peers[peer].report.trains and self.stands(peer, head))
+
+    def stands(self, peer: PeerId, head: Head) -> bool:
+        """Whether `peer` is here, has the model of the head, and wants to stay."""
+        said = self.report(peer)
+        return (
+            said is not None
+            and said.head == head.hash
+            and said.stage != Stage.SYNCING
+            and not said.leaving
+            and self.is_live(peer)
         )
 
     def is_arriving(self, peer: PeerId, head: Head) -> bool:
@@ -113,13 +131,17 @@ class Membership:
         said = self.report(peer)
         return said is not None and self.is_live(peer) and said.head == head.hash and said.stage == Stage.SYNCING
 
-    def decide(self, head: Head, *, min_peers: int, awaited: Iterable[PeerId]) -> Decision:
-        """Who takes part in the round after `head`.
+    def decide(
+        self, head: Head, *, min_peers: int, awaited: Iterable[PeerId], barred: frozenset[PeerId] = frozenset()
+    ) -> Decision:
+        """Who takes part in the round after `head`, without the `barred`.
 
         awaited: peers worth a short wait (those of the last round, who still apply it); empty once the wait is over.
         """
-        ready = self.ready(head)
-        applying = [p for p in awaited if self.is_live(p) and p not in ready and p not in self.leaving()]
+        ready = tuple(peer for peer in self.ready(head) if peer not in barred)
+        leaving = self.leaving()
+        here = {peer for peer in self.live() if self._peers[peer].report.trains}
+        applying = [p for p in awaited if p in here and p not in ready and p not in leaving]
         if applying:
             return Decision((), f"waiting for {len(applying)} to apply round {head.round}")
         unheard = [p for p in awaited if p not in self._peers]
@@ -127,6 +149,6 @@ class Membership:
             return Decision((), f"waiting for {len(unheard)} of the last round to say that they are here")
         if len(ready) < min_peers:
             missing = min_peers - len(ready)
-            syncing = sum(1 for p in self.live() if p not in ready and p not in self.leaving())
+            syncing = len(here - set(ready) - leaving)
             return Decision((), f"waiting for {missing} more peer{'s' * (missing > 1)} ({syncing} syncing)")
         return Decision(ready, f"{len(ready)} peers are ready")

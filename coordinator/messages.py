@@ -4,8 +4,9 @@ All travel sealed (`dht.wire`): signed by their sender, bound to the run, capped
 what its sender knows, never what the receiver must do next: it may be lost, repeated or reordered, and saying it again
 is always harmless.
 
-    leader -> members   Standing  Plan  Freeze  Proposal  Commit
-    member -> leader    Report  Contribution  Have  Vote  Applied
+    leader -> members   Standing  Plan  Freeze  Proposal  Lock  Commit
+    member -> leader    Report  Contribution  Have  Vote  Applied  Delegation
+    voter -> voters     ViewChange, and from the new leader NewView
     joiner <-> anyone   Welcome  CommitsRequest/Commits  StateRequest/StateOffer
 """
 
@@ -21,8 +22,10 @@ from dugnad.dht.wire import Kind
 MAX_PEERS = 1024
 MAX_PARTS = 8192
 MAX_RANGES = 4096
-COMMIT_BYTES = 1024 * 1024 + 160 * 1024
-"""The largest commit: the largest proposal, and a ballot of everyone."""
+MAX_VOTERS = 64
+"""The largest committee."""
+COMMIT_BYTES = 1024 * 1024 + 32 * 1024
+"""The largest commit: the largest block, and a ballot of each voter; a lock and a new view are no larger."""
 
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
@@ -32,6 +35,8 @@ Text = Annotated[str, Meta(max_length=200)]
 Address = Annotated[str, Meta(max_length=256)]
 Addresses = Annotated[tuple[Address, ...], Meta(max_length=16)]
 Member = Annotated[PeerId, Meta(min_length=1, max_length=80)]
+Incarnation = Annotated[bytes, Meta(min_length=8, max_length=8)]
+"""Names one disk of a voter: its votes and locks live there, so a voter with another disk is another voter."""
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Rate = Annotated[float, Meta(ge=0, le=1e15)]
 """Bytes per second."""
@@ -45,7 +50,7 @@ class Message(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 
 
 class Delegation(Message, frozen=True):
-    """The organizer's word that `coordinator` leads in `term`; of two, the higher term holds.
+    """The organizer's word that `coordinator` may have the coordinator's seat; of two, the one of the later term.
 
     Signed with the run key over `delegation_payload`.
     """
@@ -67,18 +72,20 @@ class Seat(Message, frozen=True):
 class Plan(Message, frozen=True):
     """What this round is: who works on what, and who owns which part of the vector.
 
-    `owners[k]` reduces part k. A higher (term, view) replaces a lower one of the same round; a member whose seat is
-    unchanged by it keeps its work. Durations count from receipt.
+    `owners[k]` reduces part k; when that owner is lost, `backups[k]` takes the part over, or else any survivor. A
+    higher (view, attempt) replaces a lower one of the same round: a view has one leader, who may attempt it again. A
+    member whose seat is unchanged by it keeps its work. Durations count from receipt.
     """
 
     epoch: Count
     round: Count
-    term: Count
     view: Count
+    attempt: Count
     head: Digest
     global_step: Count
     seats: Annotated[tuple[Seat, ...], Meta(max_length=MAX_PEERS)]
     owners: Annotated[tuple[Member, ...], Meta(max_length=MAX_PARTS)]
+    backups: Annotated[tuple[Member, ...], Meta(max_length=MAX_PARTS)]
     train_s: Seconds
     exchange_s: Seconds
 
@@ -94,7 +101,7 @@ class Plan(Message, frozen=True):
     @property
     def order(self) -> tuple[int, int, int]:
         """What orders two plans: the greater replaces the other."""
-        return (self.round, self.term, self.view)
+        return (self.round, self.view, self.attempt)
 
 
 class Contribution(Message, frozen=True):
@@ -114,13 +121,17 @@ class Contribution(Message, frozen=True):
 
 
 class Have(Message, frozen=True):
-    """An owner's word that it holds, checked, all of its parts of `contributor`'s vector with that root."""
+    """An owner's word that it holds, checked, all of its parts of these vectors: (contributor, root) each."""
 
     round: Count
-    term: Count
     view: Count
-    contributor: Member
-    root: Digest
+    attempt: Count
+    vectors: Annotated[tuple[tuple[Member, Digest], ...], Meta(min_length=1, max_length=2 * MAX_PEERS)]
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """As `Plan.order`."""
+        return (self.round, self.view, self.attempt)
 
 
 class Entry(Message, frozen=True):
@@ -137,16 +148,22 @@ class Freeze(Message, frozen=True):
     """The one set of contributions that every part of this attempt is folded from, in peer-id order."""
 
     round: Count
-    term: Count
     view: Count
+    attempt: Count
     entries: Annotated[tuple[Entry, ...], Meta(min_length=1, max_length=MAX_PEERS)]
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """As `Plan.order`."""
+        return (self.round, self.view, self.attempt)
 
 
 class Voter(Message, frozen=True):
-    """A committee member and the weight of its vote."""
+    """A committee member, the weight of its vote, and which disk of it may vote."""
 
     peer: Member
     weight: Count
+    incarnation: Incarnation
 
 
 class Block(Message, frozen=True):
@@ -154,13 +171,13 @@ class Block(Message, frozen=True):
 
     `parts` are the digests of the encoded averages, in part order; empty in a block that only changes the committee.
     `redo` and `cursor` say which samples are still to be trained on: those in `redo`, and all from `cursor` on.
-    `model_before` is the digest of the model that the parts are applied to.
+    `model_before` is the digest of the model that the parts are applied to. `coordinator` says who of the next
+    committee has the coordinator's seat, if someone has. In which view it was proposed it does not say: a later leader
+    may have to propose the same block again.
     """
 
     epoch: Count
     round: Count
-    term: Count
-    view: Count
     parent: Digest
     model_before: Digest
     global_step: Count
@@ -169,27 +186,35 @@ class Block(Message, frozen=True):
     parts: Annotated[tuple[Digest, ...], Meta(max_length=MAX_PARTS)]
     redo: Ranges
     cursor: Count
-    committee: Annotated[tuple[Voter, ...], Meta(min_length=1, max_length=MAX_PEERS)]
+    committee: Annotated[tuple[Voter, ...], Meta(min_length=1, max_length=MAX_VOTERS)]
+    coordinator: Delegation | None
 
     @property
     def hash(self) -> bytes:
         """blake3 of the block's canonical encoding: 32 bytes."""
-        return blake3(b"dugnad/block/1" + msgspec.msgpack.encode(self)).digest()
+        return blake3(b"dugnad/block/2" + msgspec.msgpack.encode(self)).digest()
 
 
 class Proposal(Message, frozen=True):
-    """The leader asks the committee to vote on `block`."""
+    """The leader of `view` asks the committee to vote on `block`."""
 
+    view: Count
     block: Block
 
 
+PREVOTE, PRECOMMIT = 1, 2
+
+
 class Vote(Message, frozen=True):
-    """A voter's word that it holds, has checked and has stored all bytes of the block. Signed over `vote_payload`."""
+    """A voter's word in one of the two phases of a view, signed over `vote_payload`.
+
+    PREVOTE: it holds, has checked and has stored all bytes of the block. PRECOMMIT: it is locked on the block.
+    """
 
     epoch: Count
     round: Count
-    term: Count
     view: Count
+    phase: Annotated[int, Meta(ge=PREVOTE, le=PRECOMMIT)]
     block: Digest
     signature: Signature
 
@@ -201,11 +226,61 @@ class Ballot(Message, frozen=True):
     signature: Signature
 
 
+Ballots = Annotated[tuple[Ballot, ...], Meta(max_length=MAX_VOTERS)]
+
+
+class Lock(Message, frozen=True):
+    """A block and the prevotes of a quorum in one view: no other block can be committed in that view or before."""
+
+    view: Count
+    block: Block
+    ballots: Ballots
+
+
+class Pledge(Message, frozen=True):
+    """A voter's word to vote in no view before that one, and what it is locked on. Signed over `pledge_payload`.
+
+    `locked` is the view of its lock plus one, and `block` what it is locked on; 0 and nothing without a lock.
+    """
+
+    peer: Member
+    locked: Count
+    block: Annotated[bytes, Meta(max_length=32)]
+    signature: Signature
+
+
+class ViewChange(Message, frozen=True):
+    """A voter gives up the leader of the view before `view`; `lock` proves what its pledge says of a lock."""
+
+    epoch: Count
+    round: Count
+    view: Count
+    pledge: Pledge
+    lock: Lock | None
+
+
+class NewView(Message, frozen=True):
+    """The pledges of a quorum: proof for anyone that `view` has begun, and of what its leader must propose.
+
+    `lock` is the highest lock that the pledges speak of.
+    """
+
+    epoch: Count
+    round: Count
+    view: Count
+    pledges: Annotated[tuple[Pledge, ...], Meta(max_length=MAX_VOTERS)]
+    lock: Lock | None
+
+
 class Commit(Message, frozen=True):
-    """A block and the votes of a quorum of its parent's committee: proof for anyone, from whoever it comes."""
+    """A block and the precommits of a quorum of its parent's committee: proof for anyone, from whoever it comes.
+
+    A block that begins an epoch has a single ballot instead, the organizer's.
+    """
 
     block: Block
-    ballots: Annotated[tuple[Ballot, ...], Meta(max_length=MAX_PEERS)]
+    view: Count
+    ballots: Ballots
 
 
 class Applied(Message, frozen=True):
@@ -226,17 +301,21 @@ class Applied(Message, frozen=True):
 class Report(Message, frozen=True):
     """What a member is doing, said each `report_s` and at every change; silence means that it is lost.
 
-    `term` is the newest that it has heard of, `stage` a `Stage` value; `round` and `view` are of the plan of that term
-    which it follows (zeros without one).
+    `in_view` is the view of the next round that it knows of, `stage` a `Stage` value; `round`, `view` and `attempt` are
+    of the plan which it follows (zeros without one). `trains`: whether it wants a seat.
     `uplink` is its sending rate in bytes/s, 0 where unknown; a peer that can't accept connections owns no part.
     """
 
-    term: Count
+    epoch: Count
     head_round: Count
     head: Digest
+    in_view: Count
+    incarnation: Incarnation
+    trains: bool
     stage: Annotated[str, Meta(max_length=16)]
     round: Count
     view: Count
+    attempt: Count
     step: Count
     of_steps: Count
     leaving: bool
@@ -246,11 +325,12 @@ class Report(Message, frozen=True):
 
 
 class Standing(Message, frozen=True):
-    """Where the run stands, from the leader to everyone it knows, each `report_s`."""
+    """Where the run stands as its sender knows it; from the leader to everyone it knows, each `report_s`."""
 
-    term: Count
+    epoch: Count
     head_round: Count
     head: Digest
+    in_view: Count
     phase: Annotated[str, Meta(max_length=16)]
     reason: Text
     finished: bool
@@ -271,30 +351,36 @@ class Genesis(Message, frozen=True):
     """Who delegates the lead."""
     founder: Member
     """The first coordinator: the whole committee of round 1."""
+    incarnation: Incarnation
+    """Which disk of the founder votes in round 1."""
     first_model: Digest
 
     @property
     def run(self) -> bytes:
         """The run's id, 32 bytes."""
-        return blake3(b"dugnad/genesis/1" + msgspec.msgpack.encode(self)).digest()
+        return blake3(b"dugnad/genesis/2" + msgspec.msgpack.encode(self)).digest()
 
 
 class Welcome(Message, frozen=True):
-    """What the run is, and who leads it now."""
+    """What the run is."""
 
     genesis: Genesis
-    delegation: Delegation
 
 
 class CommitsRequest(Message, frozen=True):
-    """Asks for committed rounds after `after_round`, oldest first."""
+    """Asks for what was committed after that round of that epoch, oldest first.
 
+    Where a later epoch began before that round, the answer begins there.
+    """
+
+    epoch: Count
     after_round: Count
 
 
 class Commits(Message, frozen=True):
-    """A run of consecutive commits, and the round of the sender's head."""
+    """A run of consecutive commits, and the epoch and round of the sender's head."""
 
+    head_epoch: Count
     head_round: Count
     commits: Annotated[tuple[Commit, ...], Meta(max_length=1024)]
 
@@ -304,21 +390,27 @@ class StateRequest(Message, frozen=True):
 
 
 class StateOffer(Message, frozen=True):
-    """The model after `round`: its manifest, and those who signed that digest (`Applied` ballots)."""
+    """The model after `round`: its manifest, and those who signed that digest (`Applied` ballots).
+
+    Ballots are needed only while the round is the newest: later the next block names the digest.
+    """
 
     round: Count
     manifest: Annotated[bytes, Meta(max_length=1024 * 1024)]
-    ballots: Annotated[tuple[Ballot, ...], Meta(max_length=MAX_PEERS)]
+    ballots: Ballots
 
 
 ROUND_KINDS: tuple[Kind, ...] = (
     Kind("delegation", Delegation, 1024),
     Kind("plan", Plan, 1024 * 1024),
     Kind("contribution", Contribution, 64 * 1024),
-    Kind("have", Have, 1024),
+    Kind("have", Have, 256 * 1024),
     Kind("freeze", Freeze, 1024 * 1024),
     Kind("proposal", Proposal, 1024 * 1024),
     Kind("vote", Vote, 1024),
+    Kind("lock", Lock, COMMIT_BYTES),
+    Kind("view-change", ViewChange, COMMIT_BYTES),
+    Kind("new-view", NewView, COMMIT_BYTES + 32 * 1024),
     Kind("commit", Commit, COMMIT_BYTES),
     Kind("applied", Applied, 4096),
     Kind("report", Report, 8192),
@@ -338,13 +430,25 @@ SYNC_KINDS: tuple[Kind, ...] = (
 
 
 def delegation_payload(run: bytes, coordinator: PeerId, term: int) -> bytes:
-    """What the organizer signs so that `coordinator` leads in `term`."""
+    """What the organizer signs so that `coordinator` may have the coordinator's seat, from `term` on."""
     return b"dugnad/delegation/1" + msgspec.msgpack.encode((run, coordinator, term))
 
 
-def vote_payload(run: bytes, epoch: int, round_: int, term: int, view: int, block: bytes) -> bytes:
-    """What a voter signs."""
-    return b"dugnad/vote/1" + msgspec.msgpack.encode((run, epoch, round_, term, view, block))
+def vote_payload(run: bytes, epoch: int, round_: int, view: int, phase: int, block: bytes, incarnation: bytes) -> bytes:
+    """What a voter signs, as the incarnation that the committee names."""
+    return b"dugnad/vote/2" + msgspec.msgpack.encode((run, epoch, round_, view, phase, block, incarnation))
+
+
+def pledge_payload(
+    run: bytes, epoch: int, round_: int, view: int, locked: int, block: bytes, incarnation: bytes
+) -> bytes:
+    """What a voter signs who will vote in no view of that round before `view`."""
+    return b"dugnad/pledge/1" + msgspec.msgpack.encode((run, epoch, round_, view, locked, block, incarnation))
+
+
+def epoch_payload(run: bytes, block: bytes) -> bytes:
+    """What the organizer signs to begin an epoch with `block`."""
+    return b"dugnad/epoch/1" + msgspec.msgpack.encode((run, block))
 
 
 def applied_payload(run: bytes, round_: int, block: bytes, model: bytes) -> bytes:

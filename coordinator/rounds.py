@@ -1,30 +1,38 @@
-"""The half of a round that only the leader runs: plan, freeze, propose, commit.
+"""The half of a round that only its leader runs: plan, freeze, propose, lock, commit.
 
-    IDLE     who is ready?            -> Plan to the members                                    -> GATHER
-    GATHER   Contribution, Have       -> everyone here is held whole, or the deadline: Freeze   -> REDUCE
-    REDUCE   result bytes arrive      -> every part is here: Proposal to the committee          -> VOTE
-    VOTE     Vote                     -> a quorum: Commit, durable before it is said            -> IDLE
+    FOLLOWING  another peer leads      until the view is ours                                         -> IDLE
+    IDLE       who is ready?           -> Plan to the members                                         -> GATHER
+    GATHER     Contribution, Have      -> everyone here is held whole, or the deadline: Freeze        -> REDUCE
+    REDUCE     result bytes arrive     -> every part is here: Proposal to the committee               -> VOTE
+    VOTE       prevotes: a quorum      -> Lock;   precommits: a quorum -> Commit, durable before said -> IDLE
 
 A member that is lost is no longer waited for. A lost *owner* of parts, or one that does not deliver by the deadline,
-costs a view: the same round is planned again with other owners, and every contribution that is still held whole
-counts. Nothing is undone by a failed attempt, since nothing was done: the model moves by commits alone.
+costs an attempt: the same round is planned again, the backups of the lost take over their parts, and every contribution
+that is still held whole counts. Nothing is undone by a failed attempt, since nothing was done: the model moves by
+commits alone. In one view a leader proposes one block at most; where a lock says which, it proposes that one.
 
 Reports say what each member last saw, so what was lost on the way is said again; Standing does the same for the leader.
-The lead itself is a seat that one peer holds, by the organizer's delegation, for a term.
+Every voter carries this machine, and the follower says when it is its turn.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+import msgspec
+
 from dugnad.configs.recipe import Recipe
 from dugnad.coordinator import follower as following
 from dugnad.coordinator import ranges
 from dugnad.coordinator.follower import Cost, Follower, Refused, Send, Store
-from dugnad.coordinator.membership import Membership, Stage
+from dugnad.coordinator.ledger import Head
+from dugnad.coordinator.membership import Membership, Stage, stretch
 from dugnad.coordinator.messages import (
     MAX_PEERS,
+    PRECOMMIT,
+    PREVOTE,
     Applied,
     Ballot,
     Block,
@@ -34,6 +42,7 @@ from dugnad.coordinator.messages import (
     Entry,
     Freeze,
     Have,
+    Lock,
     Message,
     Plan,
     Proposal,
@@ -44,11 +53,13 @@ from dugnad.coordinator.messages import (
     applied_payload,
     vote_payload,
 )
-from dugnad.coordinator.votes import Signer, committee_of, has_quorum, quorum_weight, weight_of
+from dugnad.coordinator.votes import Signer, chosen, weight_of
 from dugnad.dht.identity import PeerId
 
 MAX_VECTORS = 2
 """How many vectors of one contributor an owner holds: the newest, and one of a seat that was changed."""
+MAX_OWNERS = 64
+"""How many reduce at most: above that, connections and messages cost more than the work that is shared."""
 SETTLE_S = 5.0
 """How long those of the last round are awaited, after a commit or a start, to say that they stand at the head.
 
@@ -90,6 +101,7 @@ Effect = following.Effect | Keep | LeftOut
 class Phase(StrEnum):
     """Where the leader is in a round."""
 
+    FOLLOWING = following.FOLLOWING
     IDLE = "idle"
     GATHER = "gather"
     REDUCE = "reduce"
@@ -109,24 +121,42 @@ class _Round:
     seats: dict[PeerId, Seat] = field(default_factory=dict)
     contributions: dict[PeerId, Contribution] = field(default_factory=dict)
     held: dict[tuple[PeerId, PeerId], tuple[bytes, ...]] = field(default_factory=dict)
-    """(owner, contributor) -> roots of what the owner holds whole, in this view; newest last, MAX_VECTORS at most."""
+    """(owner, contributor) -> roots of what the owner holds whole in this attempt: MAX_VECTORS at most, newest last."""
+    holders: Counter[tuple[PeerId, bytes]] = field(default_factory=Counter)
+    """(contributor, root) -> how many owners hold it: the same, counted."""
     slow: set[PeerId] = field(default_factory=set)
     """Owners that were here and did not deliver."""
     freeze: Freeze | None = None
     results: dict[int, bytes] = field(default_factory=dict)
     proposal: Proposal | None = None
-    ballots: dict[PeerId, Ballot] = field(default_factory=dict)
+    ballots: dict[int, dict[PeerId, Ballot]] = field(default_factory=lambda: {PREVOTE: {}, PRECOMMIT: {}})
+    """phase -> who voted for the proposal."""
+    lock: Lock | None = None
 
 
 class Leader:
-    """Leads the run for one term; `follower` is this peer's own voting half."""
+    """Leads the run whenever `follower`, this peer's own voting half, says that it is its turn.
+
+    started: unix seconds when this process began, so that its attempts are told from those before. known_plan: the
+    newest plan of the round under way that this peer was given by another leader. barred: who gets no seat and no vote.
+    """
 
     def __init__(
-        self, follower: Follower, signer: Signer, recipe: Recipe, delegation: Delegation, num_parts: int, assign: Assign
+        self,
+        follower: Follower,
+        signer: Signer,
+        recipe: Recipe,
+        num_parts: int,
+        assign: Assign,
+        *,
+        started: int,
+        known_plan: Callable[[], Plan | None] = lambda: None,
+        barred: Callable[[], frozenset[PeerId]] = frozenset,
     ) -> None:
-        self.phase = Phase.IDLE
+        self.phase = Phase.FOLLOWING
         self.reason = "starting"
-        self.stopping = False
+        self.leaving = False
+        """Whether this peer wants to go, and so to be in no later committee."""
         self.membership = Membership(recipe.rounds.silence_s)
         self.follower = follower
         self.validation: tuple[int, float | None] = (0, None)
@@ -135,15 +165,18 @@ class Leader:
         """round -> peer -> what it said it applied, of the newest rounds."""
         self._signer = signer
         self._recipe = recipe
-        self._delegation = delegation
         self._num_parts = num_parts
         self._assign = assign
+        self._known_plan = known_plan
+        self._barred = barred
         self._round: _Round | None = None
-        self._next_view = 0
+        self._led: tuple[bytes, int] | None = None
+        """(head, view) that we lead."""
+        self._next_attempt = started
         self._awaited: tuple[PeerId, ...] = ()
         self._settle_until = 0.0
         self._settle_limit = 0.0
-        self._report_at = 0.0
+        self._stand_at = 0.0
         self._told_at: dict[PeerId, float] = {}
         self._handlers: dict[type[Message], Callable[..., list[Effect]]] = {
             Report: self._on_report,
@@ -152,25 +185,29 @@ class Leader:
             Vote: self._on_vote,
             Applied: self._on_applied,
         }
-        follower.receive(signer.peer_id, delegation, now=0.0)
 
     # -- what happens to the leader
 
+    def handles(self, message: Message) -> bool:
+        """Whether `message` is this machine's or its follower's."""
+        return type(message) in self._handlers or self.follower.handles(message)
+
     def receive(self, sender: PeerId, message: Message, *, now: float) -> list[Effect]:
-        """Take any message of a round; effects in the order in which they must happen."""
+        """Take one of the messages that `handles` names; effects in the order in which they must happen."""
+        self.follower.heard(sender, message, now=now)
         handler = self._handlers.get(type(message))
         if handler is not None:
             return self._settle(handler(sender, message, now), now)
         if self.follower.handles(message):
             return self._settle(self.follower.receive(sender, message, now=now), now)
-        return self._settle([Refused(sender, "not a member", f"{type(message).__name__} is a leader's word")], now)
+        return [Refused(sender, "misdirected", f"{type(message).__name__} is for members")]
 
     def result(
         self, owner: PeerId, order: tuple[int, int, int], parts: dict[int, bytes], *, now: float
     ) -> list[Effect]:
-        """`owner` sent the bytes of encoded averages, {part: digest}; they are checked and on disk here.
+        """The bytes of encoded averages of `owner` are here, {part: digest}, checked and on disk.
 
-        order: the (round, term, view) that they were made in.
+        order: the (round, view, attempt) that they were made in.
         """
         out = self.follower.holds(tuple(parts.values()), now=now)
         work = self._round
@@ -184,7 +221,7 @@ class Leader:
         return self._settle(self.follower.holds(digests, now=now), now)
 
     def applied(self, round_: int, model: bytes, cost: Cost, *, now: float) -> list[Effect]:
-        """The coordinator's own copy of the model has taken `round_`."""
+        """This peer's copy of the model has taken `round_`."""
         return self._settle(self.follower.applied(round_, model, cost, now=now), now)
 
     def damaged(self, digests: tuple[bytes, ...], *, now: float) -> list[Effect]:
@@ -203,28 +240,29 @@ class Leader:
 
     def synced(self, round_: int, model: bytes, since: Iterable[Commit], *, now: float) -> list[Effect]:
         """The shell holds the model after `round_`; `since` are the commits after it."""
-        committee = self.follower.ledger.head.committee
-        self._awaited = tuple(voter.peer for voter in committee if voter.peer != self._signer.peer_id)
-        self._settle_until, self._settle_limit = now + SETTLE_S, now + self._recipe.rounds.exchange_s
         return self._settle(self.follower.synced(round_, model, since, now=now), now)
 
-    def stop(self, *, now: float) -> list[Effect]:
-        """Plan no further round; the one under way is finished. `phase` is IDLE when it is safe to go."""
-        self.stopping = True
+    def leave(self, *, now: float) -> list[Effect]:
+        """This peer wants to go: it is left out of the next committee, if someone else is in it."""
+        self.leaving = True
         return self._settle([], now)
 
     def tick(self, *, now: float) -> list[Effect]:
         """Let time pass: silences, deadlines, and the leader's own standing."""
         self.membership.tick(now=now)
         out = self._settle(self.follower.tick(now=now), now)
-        if now >= self._report_at:
-            self._report_at = now + self._recipe.rounds.report_s
-            out.append(Send(self.membership.live(), self.standing()))
+        if self._led is not None and now >= self._stand_at:
+            self._stand_at = now + self._recipe.rounds.report_s * stretch(self.follower.ledger.head.contributors)
+            others = tuple(peer for peer in self._hearers() if peer != self._signer.peer_id)
+            out += self._settle(self.follower.receive(self._signer.peer_id, self.standing(), now=now), now)
+            out.append(Send(others, self.standing()))
         return out
 
     def wake_at(self) -> float:
         """When `tick` has something to do next."""
-        return min(self._report_at, self.membership.wake_at(), self.follower.wake_at(), self._decide_at())
+        if self._led is None:
+            return self.follower.wake_at()
+        return min(self._stand_at, self.membership.wake_at(), self.follower.wake_at(), self._decide_at())
 
     def _decide_at(self) -> float:
         """When time alone makes a difference to the round."""
@@ -238,47 +276,78 @@ class Leader:
 
     def standing(self) -> Standing:
         """Where the run stands, in words."""
-        head = self.follower.ledger.head
-        finished = self.phase is Phase.FINISHED
+        said = self.follower.position()
+        if self._led is None:
+            return said
         val_round, val_loss = self.validation
-        term = self._delegation.term
-        return Standing(term, head.round, head.hash, self.phase, self.reason[:200], finished, val_round, val_loss)
+        return msgspec.structs.replace(
+            said,
+            phase=str(self.phase),
+            reason=self.reason[:200],
+            finished=self.finished,
+            val_round=val_round,
+            val_loss=val_loss,
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps of the run are done."""
+        return self._recipe.rounds.steps_at(self.follower.ledger.head.global_step) == 0
 
     @property
     def plan(self) -> Plan | None:
-        """The plan of the round under way."""
+        """The plan of the round that we lead."""
         return self._round.plan if self._round and self._round.plan.seats else None
 
     def state_ballots(self, round_: int, model: bytes) -> tuple[Ballot, ...]:
-        """Who signed that `model` is the digest after `round_`."""
-        said = self.digests.get(round_, {})
-        return tuple(Ballot(peer, applied.signature) for peer, applied in said.items() if applied.model == model)
+        """Who of those that vote next signed that `model` is the digest after `round_`."""
+        said, voters = self.digests.get(round_, {}), self.follower.ledger.head.voters
+        signed = (peer for peer in said if said[peer].model == model and peer in voters)
+        return tuple(Ballot(peer, said[peer].signature) for peer in signed)
+
+    def _hearers(self) -> tuple[PeerId, ...]:
+        """Whom a leader keeps in touch with: who is here, and the voters, who may not know yet whom to report to."""
+        return tuple(sorted({*self.membership.live(), *self.follower.ledger.head.voters}))
 
     # -- messages
 
     def _on_report(self, sender: PeerId, said: Report, now: float) -> list[Effect]:
+        place, head = (said.epoch, said.head_round), self.follower.ledger.head
+        behind = self.follower.behind(place, sender, now=now)  # our disk is an older copy, or another epoch began
+        if self._led is None or place != head.place or said.in_view < self.follower.view:
+            if self._led is not None:
+                self.membership.heard(sender, said, now=now)
+            return [*behind, *self.follower.put_right(sender, place, said.in_view, now=now)]
         if not self.membership.heard(sender, said, now=now):
             return [Refused(sender, "full", f"{MAX_PEERS} peers are here already")]
-        if said.term < self._delegation.term:
-            return [Send((sender,), self._delegation)]
-        if said.head_round > self.follower.ledger.head.round:  # our disk is an older copy
-            return list(self.follower.behind(said.head_round, sender, now=now))
-        if now < self._told_at.get(sender, 0.0) + self._recipe.rounds.report_s:
-            return []
+        out = self._outbid(said, now)
+        if out or now < self._told_at.get(sender, -1e9) + self._recipe.rounds.report_s:
+            return out
         again = self._unheard(sender, said)
         return self._tell((sender,), again, now) if again is not None else []
 
+    def _outbid(self, said: Report, now: float) -> list[Effect]:
+        """A process that led this view before us, and died, may have got further than our attempts: go beyond."""
+        if (said.round, said.view) != (self.follower.ledger.head.round + 1, self.follower.view):
+            return []
+        if said.attempt < self._next_attempt:
+            return []
+        self._next_attempt = said.attempt + 1
+        planning = self._round is not None and self.phase in (Phase.GATHER, Phase.REDUCE)
+        return self._attempt(self._round, now) if planning and self._round is not None else []
+
     def _unheard(self, peer: PeerId, said: Report) -> Message | None:
         """What `peer`, by its own report, has not heard yet."""
-        ledger, work = self.follower.ledger, self._round
-        if said.head_round < ledger.head.round:
-            return ledger.tip if said.head_round == ledger.head.round - 1 else None
+        work = self._round
         if work is None:
             return None
         if self.phase is Phase.VOTE:
-            votes = any(voter.peer == peer for voter in ledger.head.committee)
-            return work.proposal if votes and peer not in work.ballots else None
-        if (said.round, said.view) != (work.plan.round, work.plan.view):
+            if peer not in self.follower.ledger.head.voters:
+                return None
+            if work.lock is not None:
+                return work.lock if peer not in work.ballots[PRECOMMIT] else None
+            return work.proposal if peer not in work.ballots[PREVOTE] else None
+        if (said.round, said.view, said.attempt) != work.plan.order:
             return work.plan if work.plan.seat_of(peer) else None
         return work.freeze if said.stage in (Stage.TRAINING, Stage.CONTRIBUTED) else None
 
@@ -301,38 +370,45 @@ class Leader:
 
     def _on_have(self, sender: PeerId, said: Have, now: float) -> list[Effect]:
         work = self._round
-        if work is None or (said.round, said.term, said.view) != work.plan.order:
+        if work is None or said.order != work.plan.order:
             return []
-        if sender not in work.plan.owners or said.contributor not in work.seats:
-            return [Refused(sender, "no seat", f"it holds parts of {said.contributor} that nobody gave it")]
-        known = work.held.get((sender, said.contributor), ())
-        if said.root not in known:
-            work.held[sender, said.contributor] = (*known, said.root)[-MAX_VECTORS:]
+        if sender not in work.plan.owners:
+            return [Refused(sender, "no seat", "it holds parts that nobody gave it")]
+        for contributor, root in said.vectors:
+            known = work.held.get((sender, contributor), ())
+            if contributor not in work.seats or root in known:
+                continue
+            work.holders[contributor, root] += 1
+            for old in known[: len(known) + 1 - MAX_VECTORS]:
+                work.holders[contributor, old] -= 1
+            work.held[sender, contributor] = (*known, root)[-MAX_VECTORS:]
         return []
 
     def _on_vote(self, sender: PeerId, said: Vote, now: float) -> list[Effect]:
         work, ledger = self._round, self.follower.ledger
-        if work is None or work.proposal is None or said.block != work.proposal.block.hash:
+        if work is None or work.proposal is None or sender in work.ballots[said.phase]:
             return []
-        if all(voter.peer != sender for voter in ledger.head.committee):
+        block, view, voter = work.proposal.block, work.proposal.view, ledger.head.voter(sender)
+        if (said.view, said.block) != (view, block.hash):
+            return []
+        if voter is None:
             return [Refused(sender, "not a member", "it has no vote in this round")]
-        block = work.proposal.block
         # the block's own words, not the vote's: a certificate is checked against those
-        payload = vote_payload(ledger.run, block.epoch, block.round, block.term, block.view, said.block)
+        payload = vote_payload(ledger.run, block.epoch, block.round, view, said.phase, block.hash, voter.incarnation)
         if not self._signer.verify(sender, payload, said.signature):
-            return [Refused(sender, "bad signature", f"vote on round {said.round}")]
-        work.ballots[sender] = Ballot(sender, said.signature)
+            return [Refused(sender, "bad signature", f"vote on round {said.round}, maybe of another disk of that peer")]
+        work.ballots[said.phase][sender] = Ballot(sender, said.signature)
         return []
 
     def _on_applied(self, sender: PeerId, said: Applied, now: float) -> list[Effect]:
         ledger = self.follower.ledger
-        if said.block != ledger.hashes.get(said.round):
+        if said.block != ledger.block_hash(said.round):
             return [Refused(sender, "foreign chain", f"it applied another block of round {said.round}, or an old one")]
         payload = applied_payload(ledger.run, said.round, said.block, said.model)
         if not self._signer.verify(sender, payload, said.signature):
             return [Refused(sender, "bad signature", f"model digest after round {said.round}")]
         kept: list[Effect] = []
-        known_here = sender == self._signer.peer_id or self.membership.report(sender) is not None
+        known_here = sender in (self._signer.peer_id, *ledger.head.voters) or self.membership.report(sender) is not None
         if known_here and said.round > ledger.head.round - SHOWN_ROUNDS:
             known = self.digests.setdefault(said.round, {})
             if sender not in known or known[sender].model != said.model:  # said again, it may have forgotten its cost
@@ -350,7 +426,7 @@ class Leader:
         pending = effects
         while True:
             for effect in pending:
-                if isinstance(effect, Send) and self._signer.peer_id in effect.to:
+                if isinstance(effect, Send) and self._signer.peer_id in effect.to and self.handles(effect.message):
                     others = tuple(peer for peer in effect.to if peer != self._signer.peer_id)
                     if others:
                         done.append(Send(others, effect.message))
@@ -363,11 +439,12 @@ class Leader:
                 return done
 
     def _loop_back(self, message: Message, now: float) -> list[Effect]:
-        handler = self._handlers.get(type(message))
-        me = self._signer.peer_id
+        handler, me = self._handlers.get(type(message)), self._signer.peer_id
         return handler(me, message, now) if handler else list(self.follower.receive(me, message, now=now))
 
     def _step(self, now: float) -> list[Effect]:
+        if not self._leads(now):
+            return []
         work = self._round
         if work is not None and work.plan.head != self.follower.ledger.head.hash:
             return self._abandon("the chain went on without this round")
@@ -379,10 +456,31 @@ class Leader:
             return self._count_votes(now)
         return self._idle(now)
 
+    def _leads(self, now: float) -> bool:
+        """Whether it is our turn; takes up the lead, or lays it down."""
+        follower = self.follower
+        if not follower.leads or follower.model is None:
+            if self._led is not None:
+                self._led, self._awaited = None, ()
+                self.membership.forget()
+            self._round, self.phase, self.reason = None, Phase.FOLLOWING, "another peer leads"
+            return False
+        led = (follower.ledger.head.hash, follower.view)
+        if self._led is None or (self._led != led and follower.view > 0):
+            self._round, self.phase, self.reason = None, Phase.IDLE, "taking the lead"
+            self._awaited = tuple(sorted(follower.ledger.head.voters - {self._signer.peer_id}))
+            self._settle_until, self._settle_limit = now + SETTLE_S, now + self._recipe.rounds.exchange_s
+            self._stand_at = now
+        if self._led != led:
+            self.membership.resize(follower.ledger.head.contributors)
+        self._led = led
+        return True
+
     def _idle(self, now: float) -> list[Effect]:
         head = self.follower.ledger.head
-        if self.follower.model is None:
-            return []  # starting
+        bound = self.follower.bound_to
+        if bound is not None:
+            return self._propose_again(bound, now)
         if now >= self._settle_until:
             arriving = now < self._settle_limit
             self._awaited = tuple(p for p in self._awaited if arriving and self.membership.is_arriving(p, head))
@@ -391,23 +489,41 @@ class Leader:
         if steps == 0:
             self.phase, self.reason = Phase.FINISHED, f"finished: all {head.global_step} steps are done"
             return []
-        if self.stopping:
-            self.reason = "the coordinator is leaving"
-            return []
-        decision = self.membership.decide(head, min_peers=self._recipe.rounds.min_peers, awaited=self._awaited)
+        self.phase = Phase.IDLE
+        decision = self.membership.decide(
+            head, min_peers=self._recipe.rounds.min_peers, awaited=self._awaited, barred=self._barred()
+        )
         self.reason = decision.reason
-        if decision.members:
+        if decision.members and not (self.leaving and self._others(head)):
             return self._open(decision.members, steps, now)
-        return self._propose_departures(now)
+        return self._change_committee(now) if self._awaited == () or self.leaving else []
+
+    def _others(self, head: Head) -> bool:
+        """Whether someone else is in the committee, and here."""
+        return any(self.membership.is_live(peer) for peer in head.voters - {self._signer.peer_id})
 
     def _open(self, members: Sequence[PeerId], steps: int, now: float) -> list[Effect]:
         head = self.follower.ledger.head
         deadline = now + self._recipe.rounds.train_s + self._recipe.rounds.exchange_s
         work = _Round(head.redo, head.cursor, steps, self._empty_plan(), deadline)
-        for peer in sorted(members):
+        self._inherit(work, head)
+        for peer in sorted(set(members) - work.seats.keys()):
             work.seats[peer] = self._seat(work, peer)
         self._round = work
-        return self._plan_view(work, now)
+        return self._attempt(work, now)
+
+    def _inherit(self, work: _Round, head: Head) -> None:
+        """Keep the seats that a leader before us gave in this round: work on them may be done already."""
+        known = self._known_plan()
+        if known is None or known.head != head.hash:
+            return
+        given = [r for seat in known.seats for r in seat.ranges]
+        cursor = max([head.cursor, *(end for _, end in given)])
+        allowed = ranges.normal((*head.redo, (head.cursor, cursor)))
+        if not ranges.disjoint(given) or ranges.minus(given, allowed):
+            return  # no seats at all rather than such as no block may have
+        work.cursor, work.redo = cursor, ranges.minus(allowed, given)
+        work.seats.update((seat.peer, seat) for seat in known.seats)
 
     def _seat(self, work: _Round, peer: PeerId) -> Seat:
         """Allot samples to `peer`: first those that others left undone, then new ones."""
@@ -423,31 +539,31 @@ class Leader:
     def _empty_plan(self) -> Plan:
         head, rounds = self.follower.ledger.head, self._recipe.rounds
         return Plan(
-            head.epoch, head.round + 1, self._delegation.term, self._next_view, head.hash, head.global_step,
-            (), (), rounds.train_s, rounds.exchange_s,
+            head.epoch, head.round + 1, self.follower.view, self._next_attempt, head.hash, head.global_step,
+            (), (), (), rounds.train_s, rounds.exchange_s,
         )  # fmt: skip
 
-    def _plan_view(self, work: _Round, now: float) -> list[Effect]:
+    def _attempt(self, work: _Round, now: float) -> list[Effect]:
         """Plan the round, first or again, for those who are here; their data ranges stay as they were."""
         seats = tuple(seat for peer, seat in sorted(work.seats.items()) if self._may_reduce(peer))
         if not seats:
             return self._abandon("everyone who had work is gone")
-        blank = self._empty_plan()
-        owners = self._owners(work, tuple(seat.peer for seat in seats))
-        work.plan = Plan(
-            blank.epoch, blank.round, blank.term, blank.view, blank.head, blank.global_step,
-            seats, owners, blank.train_s, blank.exchange_s,
-        )  # fmt: skip
-        self._next_view += 1
+        able = self._able(work, tuple(seat.peer for seat in seats))
+        owners = self._owners(work, able)
+        backups = self._backups(owners, sorted(able))
+        work.plan = msgspec.structs.replace(self._empty_plan(), seats=seats, owners=owners, backups=backups)
+        self._next_attempt += 1
         work.deadline = max(work.deadline, now + self._recipe.rounds.exchange_s)
         work.freeze, work.proposal = None, None
         work.held.clear()
+        work.holders.clear()
         work.results.clear()
         self.phase = Phase.GATHER
         self.reason = f"round {work.plan.round}: {len(seats)} peers work, {len(set(owners))} reduce"
         return self._tell(work.plan.members, work.plan, now)
 
-    def _owners(self, work: _Round, members: tuple[PeerId, ...]) -> tuple[PeerId, ...]:
+    def _able(self, work: _Round, members: tuple[PeerId, ...]) -> dict[PeerId, float]:
+        """Who of `members` may own parts, with its uplink."""
         reports = {peer: report for peer in members if (report := self.membership.report(peer))}
         able = [peer for peer in members if reports[peer].accepts and peer not in work.slow]
         if not able:
@@ -455,8 +571,35 @@ class Leader:
             able = list(members)
         # who does not know its uplink counts as the slowest who does
         slowest = min((reports[peer].uplink for peer in able if reports[peer].uplink > 0), default=1.0)
-        weighed = [(peer, reports[peer].uplink or slowest) for peer in able]
-        return self._assign(self._num_parts, weighed, previous=work.plan.owners or None)
+        weighed = {peer: reports[peer].uplink or slowest for peer in able}
+        before = set(work.plan.owners)
+        fastest = sorted(able, key=lambda peer: (peer not in before, -weighed[peer], peer))[:MAX_OWNERS]
+        return {peer: weighed[peer] for peer in fastest}
+
+    def _owners(self, work: _Round, able: Mapping[PeerId, float]) -> tuple[PeerId, ...]:
+        plan = work.plan
+        if not plan.owners:
+            return self._assign(self._num_parts, list(able.items()), previous=None)
+        promoted = tuple(
+            owner if owner in able else backup for owner, backup in zip(plan.owners, plan.backups, strict=True)
+        )
+        if set(promoted) <= able.keys():
+            return promoted
+        return self._assign(self._num_parts, list(able.items()), previous=promoted)
+
+    @staticmethod
+    def _backups(owners: tuple[PeerId, ...], able: Sequence[PeerId]) -> tuple[PeerId, ...]:
+        """Who takes a part over when its owner is lost: the parts of one owner go to many, one after the other."""
+        if len(able) == 1:
+            return owners
+        nth: Counter[PeerId] = Counter()
+        at = {peer: index for index, peer in enumerate(able)}
+        backups: list[PeerId] = []
+        for owner in owners:
+            step = 1 + nth[owner] % (len(able) - 1)
+            nth[owner] += 1
+            backups.append(able[(at[owner] + step) % len(able)])
+        return tuple(backups)
 
     def _abandon(self, reason: str) -> list[Effect]:
         self._round, self.phase, self.reason = None, Phase.IDLE, reason
@@ -472,24 +615,22 @@ class Leader:
 
     def _whole(self, work: _Round) -> dict[PeerId, Contribution]:
         """Contributions of which every owner holds all its parts, in peer-id order."""
-        owners = set(work.plan.owners)
+        owners = len(set(work.plan.owners))
         return {
-            peer: said
-            for peer, said in sorted(work.contributions.items())
-            if all(said.root in work.held.get((owner, peer), ()) for owner in owners)
+            peer: said for peer, said in sorted(work.contributions.items()) if work.holders[peer, said.root] == owners
         }
 
     def _declined(self, work: _Round, peer: PeerId) -> bool:
         """Whether `peer` knows this plan and says that it has nothing to contribute to it."""
         said = self.membership.report(peer)
-        order = (work.plan.round, work.plan.term, work.plan.view)
-        return said is not None and said.stage == Stage.WAITING and (said.round, said.term, said.view) == order
+        known = said is not None and (said.round, said.view, said.attempt) == work.plan.order
+        return known and said is not None and said.stage == Stage.WAITING
 
     def _gather(self, now: float) -> list[Effect]:
         work = self._round
         assert work is not None
         if self._lost_owners(work):
-            return self._plan_view(work, now)
+            return self._attempt(work, now)
         whole = self._whole(work)
         here = [p for p in work.plan.members if self.membership.is_live(p) and not self._declined(work, p)]
         waiting = [peer for peer in here if peer not in whole]
@@ -501,7 +642,7 @@ class Leader:
         if not waiting:
             return self._abandon("nobody's work could be gathered")
         self._mark_slow(work, {owner for owner in work.plan.owners if self._holds_nothing(work, owner)})
-        return self._plan_view(work, now)
+        return self._attempt(work, now)
 
     def _holds_nothing(self, work: _Round, owner: PeerId) -> bool:
         promised = {peer: said.root for peer, said in work.contributions.items() if peer != owner}
@@ -516,7 +657,7 @@ class Leader:
         entries = tuple(
             Entry(peer, said.root, said.tokens, said.loss, said.ranges) for peer, said in self._whole(work).items()
         )
-        work.freeze = Freeze(work.plan.round, work.plan.term, work.plan.view, entries)
+        work.freeze = Freeze(*work.plan.order, entries)
         work.deadline = now + self._recipe.rounds.exchange_s
         self.phase = Phase.REDUCE
         counted = {entry.peer for entry in entries}
@@ -531,12 +672,12 @@ class Leader:
         assert work is not None
         assert work.freeze is not None
         if self._lost_owners(work):
-            return self._plan_view(work, now)
+            return self._attempt(work, now)
         missing = self._missing(work)
         self.reason = f"round {work.plan.round}: {self._num_parts - len(missing)} of {self._num_parts} parts reduced"
         if missing and now >= work.deadline:
             self._mark_slow(work, {work.plan.owners[part] for part in missing})
-            return self._plan_view(work, now)
+            return self._attempt(work, now)
         if missing or not self.follower.at_head or self.follower.model is None:
             return []
         parts = tuple(work.results[part] for part in range(self._num_parts))
@@ -545,29 +686,57 @@ class Leader:
     def _missing(self, work: _Round) -> list[int]:
         return [part for part in range(self._num_parts) if part not in work.results]
 
-    def _propose_departures(self, now: float) -> list[Effect]:
-        """Between rounds, let those who want to leave go: a block that changes nothing but the committee."""
-        committee = self.follower.ledger.head.committee
-        leaving = self.membership.leaving() & {voter.peer for voter in committee}
-        if not leaving or not self.follower.at_head or self.follower.model is None:
+    def _change_committee(self, now: float) -> list[Effect]:
+        """Between rounds: a block that changes nothing but the committee, where someone is to go or to come."""
+        head, follower = self.follower.ledger.head, self.follower
+        if not follower.at_head or follower.model is None:
             return []
-        head = self.follower.ledger.head
+        members = self._next_members(head.voters)
+        seat = self._coordinator(members)
+        stays = members.keys() == head.voters
+        if not members or (stays and (seat is None or seat.coordinator == head.coordinator)):
+            return []
         self._round = _Round(head.redo, head.cursor, 0, self._empty_plan(), float("inf"))
-        self._next_view += 1
         return self._propose(self._round, (), (), now)
 
+    def _next_members(self, stay: Iterable[PeerId]) -> dict[PeerId, bytes]:
+        """Who of those that `stay`, and the coordinator, may vote next, {peer: incarnation}; not who leaves."""
+        head, mine = self.follower.ledger.head, {self._signer.peer_id: self.follower.incarnation}
+        gone = self.membership.leaving() | self._barred() | (mine.keys() if self.leaving else frozenset())
+        delegated = self.follower.delegation
+        peers = set(stay)
+        if delegated is not None and self._is_here(delegated.coordinator):
+            peers.add(delegated.coordinator)
+        elif head.coordinator is not None and not self._is_here(head.coordinator):
+            peers.discard(head.coordinator)
+        peers -= {peer for peer in peers if self.membership.report(peer) and not self.membership.is_live(peer)}
+        known = {voter.peer: voter.incarnation for voter in head.committee}
+        told = {peer: said.incarnation for peer in peers if (said := self.membership.report(peer)) is not None}
+        members = {peer: (known | told | mine)[peer] for peer in peers - gone if peer in known | told | mine}
+        coordinator = delegated.coordinator if delegated is not None else head.coordinator
+        return chosen(members, head.voters, coordinator, head.hash)
+
+    def _is_here(self, peer: PeerId) -> bool:
+        return peer == self._signer.peer_id or self.membership.stands(peer, self.follower.ledger.head)
+
+    def _coordinator(self, members: Mapping[PeerId, bytes]) -> Delegation | None:
+        """Who has the coordinator's seat in a committee of `members`."""
+        delegated = self.follower.delegation
+        return delegated if delegated is not None and delegated.coordinator in members else None
+
     def _propose(self, work: _Round, entries: tuple[Entry, ...], parts: tuple[bytes, ...], now: float) -> list[Effect]:
-        head, plan = self.follower.ledger.head, work.plan
+        head = self.follower.ledger.head
         assert self.follower.model is not None
         allotted = [r for seat in work.seats.values() for r in seat.ranges]
         done = [r for entry in entries for r in entry.ranges]
-        stay = {e.peer for e in entries} if entries else {voter.peer for voter in head.committee}
-        committee = committee_of(self._signer.peer_id, stay - self.membership.leaving())
+        members = self._next_members([entry.peer for entry in entries] if entries else head.voters)
+        if not members:  # all who worked are leaving, we too: somebody must be left to decide
+            members = {self._signer.peer_id: self.follower.incarnation}
+        seat = self._coordinator(members)
+        coordinator = None if seat is None else seat.coordinator
         block = Block(
             epoch=head.epoch,
-            round=plan.round,
-            term=plan.term,
-            view=plan.view,
+            round=head.round + 1,
             parent=head.hash,
             model_before=self.follower.model,
             global_step=head.global_step + work.steps,
@@ -576,36 +745,52 @@ class Leader:
             parts=parts,
             redo=ranges.minus((*work.redo, *allotted), done),
             cursor=work.cursor,
-            committee=committee,
+            committee=self.follower.ledger.rule.weigh(members, coordinator, self.follower.ledger.credit),
+            coordinator=seat,
         )
-        work.proposal = Proposal(block)
+        return self._put_to_vote(work, block, now)
+
+    def _propose_again(self, block: Block, now: float) -> list[Effect]:
+        """Propose what a lock, or our own prevote of before a restart, binds us to."""
+        head = self.follower.ledger.head
+        self._round = _Round(head.redo, head.cursor, block.steps, self._empty_plan(), float("inf"))
+        return self._put_to_vote(self._round, block, now)
+
+    def _put_to_vote(self, work: _Round, block: Block, now: float) -> list[Effect]:
+        work.proposal = Proposal(self.follower.view, block)
         work.deadline = float("inf")
         self.phase = Phase.VOTE
-        voters = {voter.peer for voter in head.committee if self.membership.is_live(voter.peer)}
         # members without a vote get it too: they hold its parts and may apply it without asking for them
-        to = tuple(sorted(voters | set(plan.members) | {self._signer.peer_id}))
+        to = tuple(sorted(self.follower.ledger.head.voters | set(work.plan.members) | {self._signer.peer_id}))
         return self._tell(to, work.proposal, now)
 
     def _count_votes(self, now: float) -> list[Effect]:
         work = self._round
         assert work is not None
         assert work.proposal is not None
-        committee = self.follower.ledger.head.committee
-        if not has_quorum(committee, work.ballots):
-            have, need = weight_of(committee, work.ballots), quorum_weight(committee)
-            absent = [v.peer for v in committee if v.peer not in work.ballots and not self.membership.is_live(v.peer)]
-            gone = f"; {len(absent)} voters are gone, and must come back with their folders" if absent else ""
-            self.reason = f"round {work.plan.round}: {have} of {need} votes{gone}"
+        head, rule = self.follower.ledger.head, self.follower.ledger.rule
+        phase = PREVOTE if work.lock is None else PRECOMMIT
+        given = work.ballots[phase]
+        if not rule.decided(head.committee, given):
+            have, need = weight_of(head.committee, given), rule.needed(head.committee)
+            absent = [peer for peer in head.voters if peer not in given and not self.membership.is_live(peer)]
+            gone = f"; {len(absent)} voters are gone" if absent else ""
+            what = "votes" if phase == PREVOTE else "votes to commit"
+            self.reason = f"round {head.round + 1}: {have} of {need} {what}{gone}"
             return []
-        voters = {voter.peer for voter in committee}
-        ballots = tuple(ballot for peer, ballot in sorted(work.ballots.items()) if peer in voters)
-        commit = Commit(work.proposal.block, ballots)
-        self._round, self.phase, self._next_view = None, Phase.IDLE, 0
-        self._awaited = self.membership.ready(self.follower.ledger.head)
+        ballots = tuple(ballot for peer, ballot in sorted(given.items()))
+        if work.lock is None:
+            work.lock = Lock(work.proposal.view, work.proposal.block, ballots)
+            return self._tell(tuple(sorted(head.voters)), work.lock, now)
+        commit = Commit(work.proposal.block, work.proposal.view, ballots)
+        hearers = self._hearers()
+        self._round, self.phase = None, Phase.IDLE
+        self._awaited = tuple(p for p in self.membership.ready(head) if p != self._signer.peer_id)
         self._settle_until, self._settle_limit = now + SETTLE_S, now + self._recipe.rounds.exchange_s
         followed = self.follower.receive(self._signer.peer_id, commit, now=now)
         assert isinstance(followed[0], Store), "a commit is durable before anyone hears of it"
-        return [followed[0], *self._tell(self.membership.live(), commit, now), *followed[1:]]
+        others = tuple(peer for peer in hearers if peer != self._signer.peer_id)
+        return [followed[0], *self._tell(others, commit, now), *followed[1:]]
 
     def _tell(self, to: tuple[PeerId, ...], message: Message, now: float) -> list[Effect]:
         for peer in to:

@@ -1,35 +1,32 @@
 """What one who joins or catches up asks of others, and how it knows that the answers are true.
 
-Welcome      the genesis, whose hash is the run's id, and who leads        checked by hash and by signature
-Commits      the chain after a round                                       checked by its certificates
-StateOffer   the manifest of a model after a round                         checked by the digests a quorum signed
-tensors      from anyone who has them                                      checked by hash
+Welcome      the genesis, whose hash is the run's id       checked by hash
+Commits      the chain after a round                       checked by its certificates
+StateOffer   the manifest of a model after a round         checked by the next block, or by digests a quorum signed
+chunks       from anyone who has them                      checked by hash
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 from blake3 import blake3
 
+from dugnad.coordinator.ledger import Charter
 from dugnad.coordinator.messages import (
     SYNC_KINDS,
-    Ballot,
     Commit,
     Commits,
     CommitsRequest,
-    Genesis,
     Message,
     StateOffer,
     StateRequest,
-    Voter,
     Welcome,
     WelcomeRequest,
     applied_payload,
-    delegation_payload,
 )
-from dugnad.coordinator.votes import Signer, certified_by, has_quorum
-from dugnad.dht.identity import Identity, PeerId, verify
+from dugnad.coordinator.votes import Signer
+from dugnad.dht.identity import Identity, PeerId
 from dugnad.dht.transport import Transport, TransportError
 from dugnad.dht.wire import Codec, WireError, open_sealed, seal
 
@@ -40,6 +37,8 @@ ANSWER_S = 10.0
 ASKED_AT_ONCE = 8
 """How many are asked what the run is at a time: strangers may say that they are there, and then say nothing."""
 A = TypeVar("A", bound=Message)
+CommitOf = Callable[[int], Commit | None]
+"""The commit of a round of our proven chain."""
 
 
 class SyncError(Exception):
@@ -91,50 +90,53 @@ class Asker:
             raise SyncError("nobody could say what this run is: " + ("; ".join(faults) or "nobody was found"))
         return proven[0]
 
-    async def commits(self, peer: PeerId, after_round: int, take: Callable[[Commit], int]) -> None:
-        """Hand every commit of `peer` after that round to `take`, which checks it and returns the head it now has."""
+    async def commits(self, peer: PeerId, after: tuple[int, int], take: Callable[[Commit], tuple[int, int]]) -> None:
+        """Hand every commit of `peer` after that place, (epoch, round), to `take`, which checks it and says how far
+        our chain reaches then.
+        """
         while True:
-            said = await self.ask(peer, CommitsRequest(after_round), Commits)
-            reached = after_round
+            said = await self.ask(peer, CommitsRequest(*after), Commits)
+            reached = after
             for commit in said.commits:
                 reached = take(commit)
-            if reached >= said.head_round:
+            if reached >= (said.head_epoch, said.head_round):
                 return
-            if reached <= after_round:
+            if reached <= after:
                 raise SyncError(f"{peer} says that its chain reaches round {said.head_round}, but does not show it")
-            after_round = reached
+            after = reached
 
     async def state(
-        self, peer: PeerId, genesis: Genesis, signer: Signer, commit_of: Callable[[int], Commit | None]
+        self, peer: PeerId, charter: Charter, first_model: bytes, commit_of: CommitOf, signer: Signer
     ) -> StateOffer:
-        """The newest certified model's manifest, as `peer` knows it; `commit_of` is our proven chain."""
+        """The model that `peer` offers, proven by our chain, of which `commit_of` gives the commits by round."""
         said = await self.ask(peer, StateRequest(), StateOffer)
-        if said.round == 0:
-            true = blake3(said.manifest).digest() == genesis.first_model
-        else:
-            commit = commit_of(said.round)
-            true = commit is not None and certifies(said.ballots, genesis.run, commit, said.manifest, signer)
-        if not true:
-            raise SyncError(f"{peer} offers a model after round {said.round} that no quorum has signed")
+        digest = blake3(said.manifest).digest()
+        if said.round == 0 and digest == first_model:
+            return said
+        ballots = {ballot.peer: ballot.signature for ballot in said.ballots}
+        if not is_proven(said.round, digest, ballots, charter, commit_of, signer):
+            raise SyncError(f"{peer} offers a model after round {said.round} that no quorum stands for")
         return said
 
 
-def certifies(ballots: Iterable[Ballot], run: bytes, commit: Commit, manifest: bytes, signer: Signer) -> bool:
-    """Whether a quorum of the committee that `commit` leaves behind signed this model after it."""
-    block = commit.block
-    payload = applied_payload(run, block.round, block.hash, blake3(manifest).digest())
-    return has_quorum(committee_after(commit), certified_by(signer, payload, ballots))
+def is_proven(
+    round_: int, model: bytes, ballots: Mapping[PeerId, bytes], charter: Charter, commit_of: CommitOf, signer: Signer
+) -> bool:
+    """Whether a quorum stands for `model` being the digest after `round_`: by the next block, or by `ballots`.
 
-
-def committee_after(commit: Commit) -> tuple[Voter, ...]:
-    """Who vouches for the model after `commit`: those who vote on the next round."""
-    return commit.block.committee
+    ballots: {peer: signature} over what `Applied` says, of those who vote on the next round.
+    """
+    following = commit_of(round_ + 1)
+    if following is not None:
+        return following.block.model_before == model
+    commit = commit_of(round_)
+    if commit is None:
+        return False
+    payload = applied_payload(charter.run, round_, commit.block.hash, model)
+    true = [peer for peer, signature in ballots.items() if signer.verify(peer, payload, signature)]
+    return charter.rule.decided(commit.block.committee, true)
 
 
 def _check_welcome(said: Welcome, run: bytes) -> None:
     if said.genesis.run != run:
         raise WireError("foreign run", "its genesis is not the one that the invite names")
-    order = said.delegation
-    payload = delegation_payload(run, order.coordinator, order.term)
-    if not verify(said.genesis.organizer, payload, order.signature):
-        raise WireError("bad signature", "the delegation is not signed by the organizer")

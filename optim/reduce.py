@@ -20,6 +20,8 @@ from dugnad.dht.identity import PeerId
 
 RETRY_S = 1.0
 """How long after a failure an upload or a delivery is tried again, and how often a Holds is said again."""
+FEW_VECTORS = 64
+"""With more of them, what is held is not said of each at once, and all of it is said again less often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +35,9 @@ class Upload:
 
 @dataclass(frozen=True, slots=True)
 class Holds:
-    """Tell the leader that all our parts of `contributor`'s vector are here."""
+    """Tell the leader that all our parts of these vectors, (contributor, root) each, are here."""
 
-    contributor: PeerId
-    root: bytes
+    vectors: tuple[tuple[PeerId, bytes], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,10 @@ class Reducer:
         self._undelivered: set[PeerId] = set()
         self._retry_at: dict[PeerId, float] = {}
         self._holds_at = float("inf")
+        self._unsaid: dict[tuple[PeerId, bytes], None] = {}
+        """What we hold whole and have not said yet."""
+        self._all_at = 0.0
+        """When all that we hold is to be said again."""
 
     @property
     def contributed(self) -> bool:
@@ -123,7 +128,7 @@ class Reducer:
         self._undelivered.clear()
         self._uploading.clear()
         self._retry_at.clear()
-        return [*self._drop(), *self._upload(now), *self._holds(now)]
+        return [*self._drop(), *self._upload(now), *self._holds(now, everything=True)]
 
     def doubt(self) -> None:
         """Owners may have lost meanwhile what they acknowledged: `plan`, which follows, offers all of it again."""
@@ -133,7 +138,7 @@ class Reducer:
         """Our own parts are encoded; their digests hash to `root`."""
         self._root = root
         self._held[self._me, root] = set(range(len(self._owners)))
-        return [*self._upload(now), *self._holds(now)]
+        return [*self._upload(now), *self._holds(now, everything=True)]
 
     def restart(self) -> None:
         """Our own work is void, as the `plan` that follows says; what others sent us stays held."""
@@ -165,9 +170,13 @@ class Reducer:
         """`parts` of `contributor` are here, checked against the digests that hash to `root`."""
         before = self._held.pop((contributor, root), set())
         self._held[contributor, root] = held = before | set(parts)
-        news = self._holds_all(held) and not self._holds_all(before)
-        out: list[Effect] = [Holds(contributor, root)] if news else []
-        return [*out, *self._fold()]
+        if not self._holds_all(held) or self._holds_all(before) or self.frozen:
+            return self._fold()
+        if len(self._held) > FEW_VECTORS:
+            self._unsaid[contributor, root] = None
+            self._holds_at = min(self._holds_at, now + RETRY_S)
+            return self._fold()
+        return [Holds(((contributor, root),)), *self._fold()]
 
     def freeze(self, entries: tuple[Weighed, ...], *, now: float) -> list[Effect]:
         """The leader froze the set that every part of this view is folded from."""
@@ -234,9 +243,19 @@ class Reducer:
     def _holds_all(self, held: set[int]) -> bool:
         return bool(self.own_parts) and held.issuperset(self.own_parts)
 
-    def _holds(self, now: float) -> list[Effect]:
-        self._holds_at = float("inf") if self.frozen or not self.own_parts else now + RETRY_S
-        return [Holds(peer, root) for (peer, root), held in sorted(self._held.items()) if self._holds_all(held)]
+    def _holds(self, now: float, *, everything: bool = False) -> list[Effect]:
+        """Say what we hold: what is new, and now and then all of it, since words may be lost."""
+        if self.frozen or not self.own_parts:
+            self._holds_at = float("inf")
+            return []
+        self._holds_at = now + RETRY_S
+        if everything or now >= self._all_at:
+            self._all_at = now + RETRY_S * max(1.0, len(self._held) / FEW_VECTORS * 4)
+            said = [key for key, held in sorted(self._held.items()) if self._holds_all(held)]
+        else:
+            said = list(self._unsaid)
+        self._unsaid.clear()
+        return [Holds(tuple(said))] if said else []
 
     def _fold(self) -> list[Effect]:
         if self._entries is None or self._folding or self._results or not self.own_parts:

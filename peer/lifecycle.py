@@ -2,22 +2,39 @@
 
     SYNC ──synced──> WAIT ──Plan with a seat──> TRAIN ──trained──> REDUCE ──Commit, applied──> WAIT
       ^               │                           │ nothing finite: back to WAIT, the round goes on without us
-      └── Resync ─────┴── (from anywhere)         └ a new view, the same seat: keep the work, send it to the new owners
+      └── Resync ─────┴── (from anywhere)         └ a new plan, the same seat: keep the work, send it to the new owners
 
-It joins two machines that do not know each other: the `Follower` that votes and follows the chain, and the `Reducer`
-of the round under way. Effects of all three come out in the order in which they must happen.
+While nobody leads whom we hear, it coasts: the interval under way goes on to its end, and the work is kept until
+somebody leads again; the shared model stays as it is.
+
+It joins machines that do not know each other: the `Leader`, which waits for its turn, with the `Follower` that votes
+and follows the chain, and the `Reducer` of the round under way. What one of us says to the leader stays in here while
+we lead. Effects come out in the order in which they must happen.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
 
 from dugnad.coordinator import follower as following
 from dugnad.coordinator import ranges
-from dugnad.coordinator.follower import Cost, Follower, Refused, Resync, Send
-from dugnad.coordinator.membership import Stage
-from dugnad.coordinator.messages import Commit, Contribution, Freeze, Have, Message, Plan, Report, Seat, Standing
+from dugnad.coordinator.follower import Cost, Refused, Resync, Send
+from dugnad.coordinator.membership import Stage, stretch
+from dugnad.coordinator.messages import (
+    Applied,
+    Commit,
+    Contribution,
+    Freeze,
+    Have,
+    Message,
+    Plan,
+    Report,
+    Seat,
+    Standing,
+)
+from dugnad.coordinator.rounds import Effect as LeaderEffect
+from dugnad.coordinator.rounds import Leader, Phase
 from dugnad.dht.identity import PeerId
 from dugnad.optim import reduce as reducing
 from dugnad.optim.reduce import Reducer, Weighed
@@ -63,7 +80,7 @@ class Reduce:
     effect: reducing.Upload | reducing.Fold | reducing.Deliver | reducing.Drop
 
 
-Effect = following.Effect | Train | StopTraining | Leave | Reduce
+Effect = LeaderEffect | Train | StopTraining | Leave | Reduce
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,75 +102,92 @@ class Abilities:
     uplink: float
 
 
-class Volunteer:
-    """One volunteer in one run; `follower` is its voting half, `report_s` how often it reports.
+GOODBYE_S = 10.0
+"""How long whoever leads a finished run waits for the others to see that it is finished."""
 
-    num_parts: of the vector that is exchanged. silence_s: after which the coordinator counts as gone.
+
+class Volunteer:
+    """One volunteer in one run; `leader` leads when it is our turn, `report_s` is how often it reports.
+
+    num_parts: of the vector that is exchanged.
     """
 
-    def __init__(
-        self,
-        me: PeerId,
-        follower: Follower,
-        abilities: Abilities,
-        *,
-        num_parts: int,
-        report_s: float,
-        silence_s: float,
-    ) -> None:
+    def __init__(self, me: PeerId, leader: Leader, abilities: Abilities, *, num_parts: int, report_s: float) -> None:
         self.state = State.SYNC
         self.reason = "no model yet"
         self.leaving = False
         self.standing: Standing | None = None
-        self.heard_at: float | None = None
-        """When the leader was last heard of."""
+        """What whoever leads said last."""
         self.plan: Plan | None = None
         """The newest plan of the round under way."""
         self.step = 0
         """Inner steps done in the round under way; kept by the shell."""
-        self.follower = follower
+        self.leader = leader
+        self.follower = leader.follower
         self._me = me
         self._abilities = abilities
         self._num_parts = num_parts
         self._report_s = report_s
-        self._silence_s = silence_s
+        self._coordinator_at: float | None = None
+        """When the coordinator was last there."""
         self._reducer = Reducer(me)
         self._promise: Contribution | None = None
         self._train_until = float("inf")
         self._report_at = 0.0
         self._reported: tuple[object, ...] = ()
         self._resync_at = 0.0
+        self._leave_by = float("inf")
         self._handlers: dict[type[Message], Callable[..., list[Effect]]] = {
             Plan: self._on_plan,
             Freeze: self._on_freeze,
-            Standing: self._on_standing,
         }
 
     # -- what happens to it
 
     def receive(self, sender: PeerId, message: Message, *, now: float) -> list[Effect]:
         """Take any message of a round."""
-        if sender == self.follower.leader:
-            self.heard_at = now
-        term = self.follower.term
-        out = self._receive(sender, message, now)
-        if self.follower.term != term:
-            self.heard_at = now  # of a new leader nothing else was heard yet: its silence begins here
-        return out
+        return self._settle(self._receive(sender, message, now), now)
 
     def _receive(self, sender: PeerId, message: Message, now: float) -> list[Effect]:
+        follower = self.follower
+        if self._coordinator_at is None or sender in (follower.ledger.head.coordinator, self._delegated):
+            self._coordinator_at = now
         if type(message) in self._handlers:
-            if sender != self.follower.leader:
+            follower.heard(sender, message, now=now)
+            if sender != follower.leader:
                 return [Refused(sender, "not leader", f"{type(message).__name__} from one who does not lead")]
-            return self._settle(self._handlers[type(message)](sender, message, now), now)
-        if self.follower.handles(message):
-            return self._settle(self.follower.receive(sender, message, now=now), now)
-        return [Refused(sender, "misdirected", f"{type(message).__name__} is for leaders")]
+            return self._handlers[type(message)](sender, message, now)
+        if isinstance(message, Standing) and sender == follower.leader and message.phase != following.FOLLOWING:
+            self.standing = message
+        head = follower.ledger.head
+        out: list[Effect] = list(self.leader.receive(sender, message, now=now))
+        if follower.ledger.head is not head and follower.ledger.head.coordinator is not None:
+            self._coordinator_at = now  # it was there to be named in the block
+        return out
+
+    @property
+    def _delegated(self) -> PeerId | None:
+        said = self.follower.delegation
+        return None if said is None else said.coordinator
+
+    def restore(self, digests: Mapping[int, Mapping[PeerId, Applied]], validation: tuple[int, float | None]) -> None:
+        """Take up what our disk kept of what others signed, and the newest validation loss."""
+        self.leader.restore(digests, validation)
+
+    def lost(self, peer: PeerId, why: str, *, now: float) -> list[Effect]:
+        """The network says that `peer` does not answer."""
+        return self._settle(self.leader.lost(peer, why, now=now), now)
+
+    def result(
+        self, owner: PeerId, order: tuple[int, int, int], parts: dict[int, bytes], *, now: float
+    ) -> list[Effect]:
+        """Averages of `owner`, made in that view and attempt, are checked and on disk."""
+        return self._settle(self.leader.result(owner, order, parts, now=now), now)
 
     def synced(self, round_: int, model: bytes, since: Iterable[Commit], *, now: float) -> list[Effect]:
         """The model after `round_` is here; `since` are the commits after it that we have."""
         self._turn(State.WAIT, f"in sync with round {round_}")
-        return self._settle(self.follower.synced(round_, model, since, now=now), now)
+        return self._settle(self.leader.synced(round_, model, since, now=now), now)
 
     def sync_failed(self, why: str, *, now: float) -> list[Effect]:
         """The state could not be had; it is tried again."""
@@ -202,7 +236,7 @@ class Volunteer:
         if self.plan is None or plan.order != self.plan.order:
             return []
         out: list[Effect] = self._reduced(self._reducer.folded(results, now=now))
-        return self._settle([*out, *self.follower.holds(tuple(results.values()), now=now)], now)
+        return self._settle([*out, *self.leader.result(self._me, plan.order, results, now=now)], now)
 
     def delivered(self, to: PeerId, *, error: str | None, now: float) -> list[Effect]:
         """`to` has our averages, or did not take them."""
@@ -213,41 +247,41 @@ class Volunteer:
         return []
 
     def holds(self, digests: tuple[bytes, ...], *, now: float) -> list[Effect]:
-        """Averages from others are checked and on disk."""
-        return self._settle(self.follower.holds(digests, now=now), now)
+        """Averages that were fetched are checked and on disk."""
+        return self._settle(self.leader.holds(digests, now=now), now)
 
     def applied(self, round_: int, model: bytes, cost: Cost, *, now: float) -> list[Effect]:
         """The model after `round_` is in place."""
         self._turn(State.WAIT, f"round {round_} applied; waiting for the next plan")
-        return self._settle(self.follower.applied(round_, model, cost, now=now), now)
+        return self._settle(self.leader.applied(round_, model, cost, now=now), now)
 
     def damaged(self, digests: tuple[bytes, ...], *, now: float) -> list[Effect]:
         """Blobs of the round being applied are damaged on this disk."""
-        return self._settle(self.follower.damaged(digests, now=now), now)
+        return self._settle(self.leader.damaged(digests, now=now), now)
 
     def leave(self, *, now: float) -> list[Effect]:
         """The user wants to go: finish what others count on, then `Leave`."""
         self.leaving = True
-        return self._settle([], now)
+        return self._settle(self.leader.leave(now=now), now)
 
     def tick(self, *, now: float) -> list[Effect]:
         """Let time pass."""
         out: list[Effect] = []
-        if self.state is State.SYNC and now >= self._resync_at and self.follower.leader is not None:
+        if self.state is State.SYNC and now >= self._resync_at:
             self._resync_at = float("inf")
             out.append(Resync(self.reason))
         if now >= self._train_until:
             self._train_until = float("inf")
             out.append(StopTraining(keep=True))
         out += self._reduced(self._reducer.tick(now=now)) if self.plan is not None else []
-        return self._settle([*out, *self.follower.tick(now=now)], now)
+        return self._settle([*out, *self.leader.tick(now=now)], now)
 
     def wake_at(self) -> float:
         """When `tick` has something to do."""
         if self.state is State.LEFT:
             return float("inf")
-        resync_at = self._resync_at if self.state is State.SYNC and self.follower.leader is not None else float("inf")
-        return min(self._report_at, self._train_until, resync_at, self._reducer.wake_at(), self.follower.wake_at())
+        resync_at = self._resync_at if self.state is State.SYNC else float("inf")
+        return min(self._report_at, self._train_until, resync_at, self._reducer.wake_at(), self.leader.wake_at())
 
     # -- what it says of itself
 
@@ -262,20 +296,29 @@ class Volunteer:
             return Stage.REDUCING if self._reducer.frozen else Stage.CONTRIBUTED
         return Stage.WAITING
 
-    def coordinator_silent_s(self, *, now: float) -> float | None:
-        """For how long the leader has not been heard, if that is worth a word; else None."""
-        if self.heard_at is None or now - self.heard_at < self._silence_s:
-            return None
-        return now - self.heard_at
+    def coordinator_gone_s(self, *, now: float) -> float | None:
+        """For how long the coordinator has not been there, if that is worth a word; else None."""
+        if self._coordinator_at is None or self.follower.ledger.head.coordinator == self.follower.leader:
+            return self.follower.silent_s(now=now)
+        gone = now - self._coordinator_at
+        return gone if self.follower.ledger.head.coordinator is None else None
+
+    def why(self, *, now: float) -> str:
+        """What it is doing, or why it does nothing, in words."""
+        silent = self.follower.silent_s(now=now)
+        if silent is None or self.state is State.SYNC:
+            return self.reason
+        coasting = "coasting, the interval goes on to its end" if self.state is State.TRAIN else "paused, work is kept"
+        return f"nobody leads since {silent:.0f} s ({coasting}): waiting for a quorum of the committee"
 
     # -- messages
 
     def _on_plan(self, sender: PeerId, plan: Plan, now: float) -> list[Effect]:
         head = self.follower.ledger.head
-        if plan.term != self.follower.term or plan.round <= head.round:
+        if plan.epoch != head.epoch or plan.round > head.round + 1:
+            return list(self.follower.behind((plan.epoch, plan.round - 1), sender, now=now))
+        if plan.round <= head.round or plan.view != self.follower.view:
             return []
-        if plan.round > head.round + 1:
-            return list(self.follower.behind(plan.round - 1, sender, now=now))
         if plan.head != head.hash:
             return [Refused(sender, "foreign chain", f"plan of round {plan.round} stands on another head")]
         if not self.follower.at_head or (self.plan is not None and plan.order <= self.plan.order):
@@ -287,10 +330,10 @@ class Volunteer:
         seat = plan.seat_of(self._me)
         if seat is None:
             return self._without_seat(plan, now)
-        receivers = (*plan.members, sender)
+        receivers = tuple(dict.fromkeys((*plan.members, sender)))
         if before is not None and before.round == plan.round and before.seat_of(self._me) == seat and self._working:
-            if (plan.term, plan.view) != (before.term, before.view + 1):
-                self._reducer.doubt()  # we missed a view, in which an owner may have been replaced and come back
+            if (plan.view, plan.attempt) != (before.view, before.attempt + 1):
+                self._reducer.doubt()  # we missed an attempt, in which an owner may have been replaced and come back
             return [*self._promised(), *self._reduced(self._reducer.plan(plan.owners, receivers, now=now))]
         if before is not None and before.round == plan.round:
             self._reducer.restart()
@@ -329,7 +372,7 @@ class Volunteer:
         return [*([StopTraining(keep=False)] if was is State.TRAIN else []), *dropped]
 
     def _on_freeze(self, sender: PeerId, said: Freeze, now: float) -> list[Effect]:
-        if self.plan is None or (said.round, said.term, said.view) != self.plan.order:
+        if self.plan is None or said.order != self.plan.order:
             return []
         if not ordered([entry.peer for entry in said.entries]):
             return [Refused(sender, "invalid freeze", "its entries are not in peer-id order")]
@@ -339,10 +382,6 @@ class Volunteer:
             self.reason = f"round {said.round}: {'averaging' if counted else 'our work came too late'}"
         return self._reduced(self._reducer.freeze(entries, now=now))
 
-    def _on_standing(self, sender: PeerId, said: Standing, now: float) -> list[Effect]:
-        self.standing = said
-        return list(self.follower.behind(said.head_round, sender, now=now))
-
     # -- inside
 
     def _turn(self, state: State, reason: str) -> None:
@@ -350,19 +389,16 @@ class Volunteer:
             self.state, self.reason = state, reason
 
     def _promised(self) -> list[Effect]:
-        leader = self.follower.leader
-        return [Send((leader,), self._promise)] if self._promise is not None and leader is not None else []
+        return [] if self._promise is None else [Send((self.follower.leader,), self._promise)]
 
     def _reduced(self, effects: list[reducing.Effect]) -> list[Effect]:
-        """The reducer's effects, with the view they belong to."""
-        if self.plan is None or self.follower.leader is None:
+        """The reducer's effects, with the view and attempt they belong to."""
+        if self.plan is None:
             return []
-        round_, term, view = self.plan.order
         out: list[Effect] = []
         for effect in effects:
             if isinstance(effect, reducing.Holds):
-                said = Have(round_, term, view, effect.contributor, effect.root)
-                out.append(Send((self.follower.leader,), said))
+                out.append(Send((self.follower.leader,), Have(*self.plan.order, effect.vectors)))
             else:
                 out.append(Reduce(self.plan, effect))
         return out
@@ -371,20 +407,34 @@ class Volunteer:
         """Follow up on what just happened: a round that is over, a resync, a report that is due, a wish to leave."""
         if self.state is State.LEFT:
             return []
-        out, head = list(effects), self.follower.ledger.head
-        if self.plan is not None and self.plan.round <= head.round:
+        out, head = self._looped(effects, now), self.follower.ledger.head
+        if self.plan is not None and self.plan.head != head.hash:
             out += self._round_is_over()
         if any(isinstance(effect, Resync) for effect in out):
             self.state, self._resync_at = State.SYNC, float("inf")
         reason = self._may_leave(now)
         self.leaving = self.leaving or reason is not None
-        reported = (self.stage, head.round, self.plan.order if self.plan else (), self.leaving, self.follower.term)
+        order = self.plan.order if self.plan else ()
+        reported = (self.stage, head.hash, order, self.leaving, self.follower.view)
         if now >= self._report_at or reported != self._reported:
-            self._report_at, self._reported = now + self._report_s, reported
-            out += [*self._report(), *(self._promised() if not self._reducer.frozen else [])]
+            self._report_at, self._reported = now + self._report_s * stretch(head.contributors), reported
+            said = [*self._report(now), *(self._promised() if not self._reducer.frozen else [])]
+            out += self._looped(said, now)
         if reason is not None:
             self.state, self.reason = State.LEFT, reason
             out += [StopTraining(keep=False), Leave(reason)]
+        return out
+
+    def _looped(self, effects: Sequence[Effect], now: float) -> list[Effect]:
+        """Hear ourselves what we say to ourselves as leader or member, and what comes of it."""
+        out: list[Effect] = []
+        for effect in effects:
+            if isinstance(effect, Send) and self._me in effect.to:
+                others = tuple(peer for peer in effect.to if peer != self._me)
+                out += [Send(others, effect.message)] if others else []
+                out += self._looped(self._receive(self._me, effect.message, now), now)
+            else:
+                out.append(effect)
         return out
 
     def _round_is_over(self) -> list[Effect]:
@@ -396,20 +446,20 @@ class Volunteer:
             self._turn(State.WAIT, "the round is committed")
         return [StopTraining(keep=False)] if was is State.TRAIN else []
 
-    def _report(self) -> list[Effect]:
-        if self.follower.leader is None:
-            return []
-        head, plan = self.follower.ledger.head, self.plan
-        if plan is not None and plan.term != self.follower.term:
-            plan = None  # of a leader that is gone: the one that is here must see that its own is not known yet
-        seat = plan.seat_of(self._me) if plan else None
+    def _report(self, now: float) -> list[Effect]:
+        follower, plan = self.follower, self.plan
+        head, seat = follower.ledger.head, plan.seat_of(self._me) if plan else None
         said = Report(
-            term=self.follower.term,
+            epoch=head.epoch,
             head_round=head.round,
             head=head.hash,
+            in_view=follower.view,
+            incarnation=follower.incarnation,
+            trains=True,
             stage=self.stage,
             round=plan.round if plan else 0,
             view=plan.view if plan else 0,
+            attempt=plan.attempt if plan else 0,
             step=self.step if seat else 0,
             of_steps=seat.steps if seat else 0,
             leaving=self.leaving,
@@ -417,22 +467,41 @@ class Volunteer:
             uplink=self._abilities.uplink,
             addresses=self._abilities.addresses,
         )
-        return [Send((self.follower.leader,), said)]
+        to = (self._me,) if follower.leads else follower.contacts(now=now)
+        return [Send(to, said)] if to else []
 
     def _may_leave(self, now: float) -> str | None:
         """Why it is safe to leave now, or None."""
-        follower = self.follower
-        said = self.standing
-        if said is not None and said.finished and follower.at_head and said.head_round == follower.ledger.head.round:
+        follower, leader = self.follower, self.leader
+        if leader.finished and follower.at_head and follower.ledger.head.round > 0 and self._is_dismissed(now):
             return "the run is finished"
         if not self.leaving:
             return None
-        if follower.leader is None or self.coordinator_silent_s(now=now) is not None:
-            return "left without a goodbye: the coordinator does not answer"
-        votes = any(voter.peer == self._me for voter in follower.ledger.head.committee)
-        if not votes and not self._working and follower.model_round in (-1, follower.ledger.head.round):
-            return "left in order"
-        return None
+        if self._leave_by == float("inf"):
+            self._leave_by = now
+        silent, voters = follower.silent_s(now=now), follower.ledger.head.voters
+        if self._me not in voters:
+            in_place = not self._working and follower.model_round in (-1, follower.ledger.head.round)
+            return "left in order" if in_place or silent is not None else None
+        if follower.leads:
+            idle = leader.phase in (Phase.IDLE, Phase.FINISHED)
+            deserted = idle and not any(leader.membership.is_live(peer) for peer in voters - {self._me})
+            return "left as the last: the run goes on from this folder" if deserted else None
+        away = silent is not None and silent >= 3 * GOODBYE_S and now >= self._leave_by + GOODBYE_S
+        modelless = silent is not None and follower.model is None
+        return "left without a goodbye: nobody leads" if away or modelless else None
+
+    def _is_dismissed(self, now: float) -> bool:
+        """Whether nobody counts on us any more in a run that is finished."""
+        follower, members = self.follower, self.leader.membership
+        if not follower.leads:
+            heard = self.standing is not None and self.standing.finished
+            return heard or follower.silent_s(now=now) is not None
+        if self._leave_by == float("inf"):
+            self._leave_by = now + GOODBYE_S
+        others = follower.ledger.head.voters | set(members.live())
+        awaited = others - {self._me} - members.leaving()
+        return not awaited or now >= self._leave_by
 
 
 def ordered(peers: Sequence[PeerId]) -> bool:

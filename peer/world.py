@@ -1,8 +1,9 @@
 """A run in virtual time: the production machines under a simulated network, disks, clocks and faults, from one seed.
 
-`Leader`, `Volunteer`, `Follower` and `Reducer` are the real ones. What is simulated is what their shells do: moving
-messages and bytes, training, folding, hashing, storing. A model is the hash of the one before and the parts applied to
-it; an average is the hash of the set it was folded from; so two peers that disagree about anything end up different.
+`Keeper`, `Volunteer`, `Leader`, `Follower` and `Reducer` are the real ones. What is simulated is what their shells do:
+moving messages and bytes, training, folding, hashing, storing. A model is the hash of the one before and the parts
+applied to it; an average is the hash of the set it was folded from; so two peers that disagree about anything end up
+different.
 """
 
 import heapq
@@ -18,10 +19,24 @@ from dugnad.configs.recipe import Recipe
 from dugnad.coordinator import follower as following
 from dugnad.coordinator import ranges
 from dugnad.coordinator.audit import Audit, audit
-from dugnad.coordinator.follower import Cost, Follower
-from dugnad.coordinator.ledger import Ledger
-from dugnad.coordinator.messages import Block, Commit, Delegation, Message, Plan, Vote, delegation_payload
-from dugnad.coordinator.rounds import Keep, Leader, LeftOut
+from dugnad.coordinator.follower import Cost, Follower, Patience, Promises
+from dugnad.coordinator.keeper import Keeper
+from dugnad.coordinator.ledger import Charter, Ledger
+from dugnad.coordinator.messages import (
+    PRECOMMIT,
+    PREVOTE,
+    Ballot,
+    Block,
+    Commit,
+    Delegation,
+    Message,
+    Plan,
+    Vote,
+    delegation_payload,
+    epoch_payload,
+)
+from dugnad.coordinator.rounds import Keep, Leader, LeftOut, Phase
+from dugnad.coordinator.votes import QuorumRule
 from dugnad.dht.identity import PeerId
 from dugnad.optim import reduce as reducing
 from dugnad.optim.plan import assign_parts
@@ -29,9 +44,12 @@ from dugnad.peer.lifecycle import Abilities, Leave, Reduce, StopTraining, Train,
 
 RUN = blake3(b"a simulated run").digest()
 FIRST_MODEL = blake3(b"a simulated first model").digest()
+FIRST_INCARNATION = bytes(8)
 ORGANIZER = PeerId("organizer")
 COORDINATOR = PeerId("coordinator")
 PART_BYTES = 65_792
+LOOK_S = 5.0
+"""How often one who hears of no leader asks somebody how far the chain has come."""
 RESTLESS_TICKS = 100
 """After how many ticks in a row, each of which leaves it due at once, a machine counts as caught in a loop."""
 NO_COST = Cost(0.0, 0.0, {})
@@ -60,8 +78,11 @@ class Disk:
 
     commits: list[Commit] = field(default_factory=list)
     blobs: set[bytes] = field(default_factory=set)
+    promises: Promises | None = None
+    incarnation: bytes = FIRST_INCARNATION
     model_round: int = 0
-    model: bytes = FIRST_MODEL
+    model: bytes | None = None
+    """None on a new disk; the organizer's first coordinator makes the first model itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,21 +102,29 @@ class World:
     """Virtual time, the network, and every node; everything that happens follows from `seed`."""
 
     def __init__(
-        self, seed: int, recipe: Recipe, *, num_parts: int = 12, network: Network | None = None, max_rounds: int = 10**9
+        self,
+        seed: int,
+        recipe: Recipe,
+        *,
+        num_parts: int = 12,
+        network: Network | None = None,
+        rule: QuorumRule | None = None,
     ) -> None:
         self.seed = seed
         self.rng = random.Random(seed)
         self.recipe = recipe
         self.num_parts = num_parts
         self.network = network or Network()
-        self.max_rounds = max_rounds
+        self.charter = Charter(RUN, ORGANIZER, COORDINATOR, FIRST_INCARNATION, rule or QuorumRule())
         self.now = 0.0
         self.nodes: dict[PeerId, Node] = {}
-        self.disks: dict[PeerId, Disk] = defaultdict(Disk)
+        self.disks: dict[PeerId, Disk] = {}
         self.cut: set[frozenset[PeerId]] = set()
         """Pairs that cannot reach each other."""
-        self.committed: dict[int, Commit] = {}
-        self.models: dict[int, bytes] = {0: FIRST_MODEL}
+        self.committed: dict[tuple[int, int], Commit] = {}
+        """(epoch, round) -> the first commit that some node took for proven."""
+        self.models: dict[bytes, bytes] = {RUN: FIRST_MODEL}
+        """Hash of a block -> the model after it."""
         self.trained: dict[bytes, ranges.Ranges] = {}
         """Root of a contribution -> the samples that it was trained on."""
         self.starts = 0
@@ -106,12 +135,13 @@ class World:
 
     # -- what a test scripts
 
-    def start_coordinator(self) -> "CoordinatorNode":
-        """Start the coordinator, first or again, from its disk."""
-        assert COORDINATOR not in self.nodes, "two coordinators from one disk"
+    def start_coordinator(self, name: str = COORDINATOR) -> "CoordinatorNode":
+        """Start a coordinator, first or again, from its disk: each start is a new term."""
+        peer = PeerId(name)
+        assert peer not in self.nodes, "two coordinators from one disk"
         self.starts += 1
-        node = CoordinatorNode(self, self.disks[COORDINATOR], term=self.starts)
-        self.nodes[COORDINATOR] = node
+        node = CoordinatorNode(self, peer, self._disk(peer), term=self.starts)
+        self.nodes[peer] = node
         node.begin()
         return node
 
@@ -120,10 +150,50 @@ class World:
         peer = PeerId(name)
         if fresh_disk:
             self.disks.pop(peer, None)
-        node = VolunteerNode(self, peer, self.disks[peer])
+        self.left.pop(peer, None)
+        node = VolunteerNode(self, peer, self._disk(peer))
         self.nodes[peer] = node
         node.begin()
         return node
+
+    def _disk(self, peer: PeerId) -> Disk:
+        if peer not in self.disks:
+            first = peer == COORDINATOR and not self.committed
+            incarnation = FIRST_INCARNATION if first else self.rng.randbytes(8)
+            self.disks[peer] = Disk(incarnation=incarnation, model=FIRST_MODEL if first else None)
+        return self.disks[peer]
+
+    def wipe(self, name: str) -> None:
+        """The disk of a node that is down is gone."""
+        del self.disks[PeerId(name)]
+
+    def recover(self, name: str) -> None:
+        """The organizer begins an epoch on the chain of that coordinator's disk, while it is down: it decides alone."""
+        peer = PeerId(name)
+        disk = self.disks[peer]
+        ledger = Ledger(self.charter, SimSigner(peer))
+        for commit in disk.commits:
+            ledger.append(commit)
+        head = ledger.head
+        term = self.starts + 1
+        seat = Delegation(peer, term, SimSigner(ORGANIZER).sign(delegation_payload(RUN, peer, term)))
+        block = Block(
+            epoch=head.epoch + 1,
+            round=head.round + 1,
+            parent=head.hash,
+            model_before=self.models[head.hash],
+            global_step=head.global_step,
+            steps=0,
+            entries=(),
+            parts=(),
+            redo=head.redo,
+            cursor=head.cursor,
+            committee=ledger.rule.weigh({peer: disk.incarnation}, peer, ledger.credit),
+            coordinator=seat,
+        )
+        signature = SimSigner(ORGANIZER).sign(epoch_payload(RUN, block.hash))
+        disk.commits.append(Commit(block, 0, (Ballot(ORGANIZER, signature),)))
+        self.saw_commit(disk.commits[-1])
 
     def crash(self, name: str) -> None:
         """SIGKILL: nothing more is said or done; the disk stays."""
@@ -136,9 +206,9 @@ class World:
         for name in list(self.nodes):
             self.crash(name)
         disk = self.disks[COORDINATOR]
-        disk.commits.pop()
+        lost = disk.commits.pop()
         disk.model_round = len(disk.commits)
-        disk.model = self.models[disk.model_round]
+        disk.model = self.models[lost.block.parent]
 
     def freeze(self, name: str) -> None:
         """SIGSTOP: connections stay open, nothing is processed."""
@@ -184,15 +254,37 @@ class World:
                 return
         self.now = until_s
 
+    def chain(self) -> list[Commit]:
+        """The longest chain on any disk."""
+        chains = [disk.commits for disk in self.disks.values() if disk.commits]
+        return max(chains, key=lambda commits: (commits[-1].block.epoch, commits[-1].block.round), default=[])
+
     def audit(self) -> Audit:
-        """What the chain of the coordinator's disk proves."""
-        applied = {r: {COORDINATOR: digest} for r, digest in self.models.items()}
-        return audit(RUN, COORDINATOR, self.disks[COORDINATOR].commits, applied, SimSigner(COORDINATOR))
+        """What the longest chain proves."""
+        commits = self.chain()
+        known = {c.block.round: self.models[c.block.hash] for c in commits if c.block.hash in self.models}
+        applied = {r: {COORDINATOR: digest} for r, digest in known.items()}
+        return audit(self.charter, commits, applied, SimSigner(COORDINATOR))
+
+    def rounds(self) -> int:
+        """How many rounds are committed."""
+        return len(self.chain())
+
+    def leader(self) -> "Node | None":
+        """Who leads now."""
+        leading = [node for node in self.nodes.values() if node.leader().phase is not Phase.FOLLOWING]
+        return max(leading, key=lambda node: (node.follower.ledger.head.place, node.follower.view), default=None)
 
     def reason(self) -> str:
-        """What the coordinator says it waits for."""
-        node = self.nodes.get(COORDINATOR)
-        return "no coordinator" if node is None else node.leader().reason
+        """What whoever leads says it waits for, and where everyone stands."""
+        leader = self.leader()
+        stand = ", ".join(
+            f"{peer}: {node.follower.ledger.head.place} view {node.follower.view}/{node.follower.promises.pledged}"
+            f"{' frozen' if node.frozen else ''} model {node.follower.model_round}"
+            for peer, node in sorted(self.nodes.items())
+        )
+        committee = [voter.peer for voter in self.chain()[-1].block.committee] if self.chain() else []
+        return f"{leader.peer + ': ' + leader.leader().reason if leader else 'nobody leads'} [{stand}] of {committee}"
 
     def fail(self, rule: str) -> None:
         """An invariant does not hold."""
@@ -253,34 +345,71 @@ class World:
     def saw_commit(self, commit: Commit) -> None:
         """Some node took `commit` for proven: there must never be another for the round."""
         block = commit.block
-        known = self.committed.setdefault(block.round, commit)
+        known = self.committed.setdefault((block.epoch, block.round), commit)
         if known.block.hash != block.hash:
             self.fail(f"two blocks were committed for round {block.round}")
         for entry in block.entries:
             if self.trained[entry.root] != entry.ranges:
                 self.fail(f"round {block.round} says that {entry.peer} did samples that it was not trained on")
 
-    def saw_model(self, round_: int, model: bytes) -> None:
-        """Some node has this model after `round_`: every other must have the same."""
-        if self.models.setdefault(round_, model) != model:
-            self.fail(f"two models after round {round_}")
+    def saw_model(self, block: Block, model: bytes) -> None:
+        """Some node has this model after `block`: every other must have the same."""
+        if self.models.setdefault(block.hash, model) != model:
+            self.fail(f"two models after round {block.round}")
 
 
 class Node:
     """A process: a machine, its shell's work in virtual time, and its disk."""
 
-    machine: Leader | Volunteer
+    machine: Keeper | Volunteer
 
     def __init__(self, world: World, peer: PeerId, disk: Disk) -> None:
         self.world, self.peer, self.disk = world, peer, disk
         self.alive, self.frozen = True, False
         self.backlog: list[Callable[[], None]] = []
         self.signer = SimSigner(peer)
-        self.follower = Follower(self.signer, Ledger(RUN, COORDINATOR), ORGANIZER)
+        patience = Patience.of(world.recipe.rounds)
+        self.follower = Follower(self.signer, Ledger(world.charter, self.signer), patience, disk.incarnation)
         self.apply_s = 0.05
         self._wake = 0
         self._overdue = 0
-        self.follower.restore(disk.commits, disk.blobs)
+        self.follower.restore(disk.commits, disk.blobs, disk.promises)
+
+    def lead(self) -> Leader:
+        """The machine that leads when it is this node's turn."""
+        world = self.world
+        return Leader(
+            self.follower,
+            self.signer,
+            world.recipe,
+            world.num_parts,
+            assign_parts,
+            started=int(world.now),
+            known_plan=lambda: self.machine.plan if isinstance(self.machine, Volunteer) else None,
+        )
+
+    def begin(self) -> None:
+        """Take up what the disk holds, and look around."""
+        disk, now = self.disk, self.world.now
+        model = disk.model
+        if model is not None:
+            since = [commit for commit in disk.commits if commit.block.round > disk.model_round]
+            self.do(lambda _: self.perform(self.machine.synced(disk.model_round, model, since, now=now)))
+        elif isinstance(self.machine, Keeper):
+            self.world.after(0.5, lambda: self.do(lambda node: node.sync()))
+        self._schedule()
+        self._look()
+
+    def _look(self) -> None:
+        """Now and then, ask somebody how far the chain has come, while nobody leads whom we hear."""
+        if not self.alive:
+            return
+        if not self.frozen and self.follower.silent_s(now=self.world.now) is not None:
+            others = [peer for peer in sorted(self.world.nodes) if self.world.reaches(self.peer, peer)]
+            if len(others) > 1:
+                self.catch_up(self.world.rng.choice([peer for peer in others if peer != self.peer]))
+                self._schedule()
+        self.world.after(LOOK_S * (0.5 + self.world.rng.random()), self._look)
 
     def do(self, event: Callable[["Node"], object]) -> None:
         """Let something happen here, unless the process is dead; a frozen one does it when it thaws."""
@@ -299,12 +428,12 @@ class Node:
         self.perform(self.machine.tick(now=self.world.now))
 
     def leader(self) -> Leader:
-        """The machine of a coordinator."""
-        assert isinstance(self.machine, Leader)
-        return self.machine
+        """The machine that leads when it is this node's turn."""
+        return self.machine.leader
 
     def unreachable(self, peer: PeerId) -> None:
-        """The network says that nobody answers there; a volunteer concludes nothing from it."""
+        """The network says that nobody answers there."""
+        self.perform(self.machine.lost(peer, "nobody answers", now=self.world.now))
 
     def _schedule(self) -> None:
         self._wake += 1
@@ -337,13 +466,20 @@ class Node:
             case following.Store(commit):
                 self._check_commit(commit)
                 self.disk.commits.append(commit)
+                self.disk.promises = None
+            case following.Rewind(round_):
+                del self.disk.commits[round_:]
+            case following.Remember(promises):
+                self.disk.promises = promises
             case following.Apply(commit):
                 world.after(self.apply_s, lambda: self.do(lambda node: node.apply(commit)))
             case following.Fetch(wanted, donors):
                 digests = tuple(digest for _, digest in wanted)
                 world.after(world.delay() * 2, lambda: self.do(lambda node: node.fetch(digests, donors)))
-            case following.CatchUp(donor, after_round):
-                world.after(world.delay() * 2, lambda: self.do(lambda node: node.catch_up(donor, after_round)))
+            case following.CatchUp(donor, _):
+                world.after(world.delay() * 2, lambda: self.do(lambda node: node.catch_up(donor)))
+            case following.Resync():
+                world.after(0.5, lambda: self.do(lambda node: node.sync()))
             case Keep() | LeftOut():
                 pass  # the world sees every model as it is applied, and every block
             case following.Refused():
@@ -352,15 +488,19 @@ class Node:
                 raise AssertionError(f"no shell for {effect}")
 
     def apply(self, commit: Commit) -> None:
-        if not set(commit.block.parts) <= self.disk.blobs:
+        if self.follower.applying is not commit:
+            return  # another epoch began meanwhile
+        block = commit.block
+        if not set(block.parts) <= self.disk.blobs:
             self.world.fail(f"{self.peer} applies bytes that it does not hold")
-        known = self.world.committed.get(commit.block.round)
-        if known is None or known.block.hash != commit.block.hash:
+        known = self.world.committed.get((block.epoch, block.round))
+        if known is None or known.block.hash != block.hash:
             self.world.fail(f"{self.peer} applies a block that was not committed")
-        model = blake3(self.disk.model + b"".join(commit.block.parts)).digest()
-        self.disk.model_round, self.disk.model = commit.block.round, model
-        self.world.saw_model(commit.block.round, model)
-        self.perform(self.machine.applied(commit.block.round, model, NO_COST, now=self.world.now))
+        assert self.disk.model is not None
+        model = blake3(self.disk.model + b"".join(block.parts)).digest() if block.parts else self.disk.model
+        self.disk.model_round, self.disk.model = block.round, model
+        self.world.saw_model(block, model)
+        self.perform(self.machine.applied(block.round, model, NO_COST, now=self.world.now))
 
     def hold(self, digests: tuple[bytes, ...]) -> None:
         self.perform(self.machine.holds(digests, now=self.world.now))
@@ -374,20 +514,58 @@ class Node:
             self.disk.blobs |= here
             self.hold(tuple(sorted(here)))
 
-    def catch_up(self, donor: PeerId, after_round: int) -> None:
-        if self.world.reaches(self.peer, donor) and not self.world.nodes[donor].frozen:
-            for commit in list(self.world.disks[donor].commits):
-                if commit.block.round > after_round:
-                    self.take(donor, commit)
+    def catch_up(self, donor: PeerId) -> None:
+        """Take the commits of `donor` that we lack."""
+        if not self.world.reaches(self.peer, donor) or self.world.nodes[donor].frozen:
+            return
+        commits = list(self.world.disks[donor].commits)
+        mine = {commit.block.hash for commit in self.disk.commits}
+        for commit in commits:
+            if commit.block.hash not in mine:
+                self.take(donor, commit)
+
+    def sync(self) -> None:
+        """Take the model from any peer that has one."""
+        world = self.world
+        donors = [
+            peer
+            for peer in sorted(world.nodes)
+            if peer != self.peer
+            and world.reaches(self.peer, peer)
+            and not world.nodes[peer].frozen
+            and world.disks[peer].model is not None
+        ]
+        if not donors:
+            world.after(1.0, lambda: self.do(lambda node: node.sync_failed()))
+            return
+        donor = max(donors, key=lambda peer: world.nodes[peer].follower.ledger.head.place)
+        self.catch_up(donor)
+        theirs, chain = world.disks[donor], self.disk.commits
+        place = chain[theirs.model_round - 1].block.hash if 0 < theirs.model_round <= len(chain) else RUN
+        if theirs.model is None or world.models.get(place) != theirs.model:
+            world.after(1.0, lambda: self.do(lambda node: node.sync_failed()))
+            return
+        self.disk.model_round, self.disk.model = theirs.model_round, theirs.model
+        since = [commit for commit in chain if commit.block.round > theirs.model_round]
+        self.perform(self.machine.synced(theirs.model_round, theirs.model, since, now=world.now))
+
+    def sync_failed(self) -> None:
+        """Nobody could give the model; the machine or we try again."""
+        self.perform(self.machine.sync_failed("nobody has the model", now=self.world.now))
+        if isinstance(self.machine, Keeper):
+            self.world.after(2.0, lambda: self.do(lambda node: node.sync()))
 
     def _check_vote(self, vote: Vote) -> None:
-        block = self.voting_on()
-        if block is None or vote.block != block.hash or not set(block.parts) <= self.disk.blobs:
-            self.world.fail(f"{self.peer} votes for bytes that it does not hold")
-
-    def voting_on(self) -> Block | None:
-        """The block that the follower is about to vote on."""
-        return self.follower._proposal
+        promises = self.disk.promises
+        said = promises.prevoted if promises is not None else None
+        if vote.phase == PREVOTE:
+            block = None if said is None or said.view != vote.view else said.block
+            if block is None or vote.block != block.hash or not set(block.parts) <= self.disk.blobs:
+                self.world.fail(f"{self.peer} votes for bytes that it does not hold, or forgets its vote")
+        if vote.phase == PRECOMMIT:
+            lock = promises.lock if promises is not None else None
+            if lock is None or (lock.view, lock.block.hash) != (vote.view, vote.block):
+                self.world.fail(f"{self.peer} votes to commit what it is not locked on")
 
     def _check_commit(self, commit: Commit) -> None:
         newest = self.disk.commits[-1].block.round if self.disk.commits else 0
@@ -397,28 +575,22 @@ class Node:
 
 
 class CoordinatorNode(Node):
-    """The coordinator: leads and follows, trains nothing."""
+    """A coordinator: leads and follows, trains nothing."""
 
-    machine: Leader
+    machine: Keeper
 
-    def __init__(self, world: World, disk: Disk, *, term: int) -> None:
-        super().__init__(world, COORDINATOR, disk)
-        said = SimSigner(ORGANIZER).sign(delegation_payload(RUN, COORDINATOR, term))
-        delegation = Delegation(COORDINATOR, term, said)
-        self.machine = Leader(self.follower, self.signer, world.recipe, delegation, world.num_parts, assign_parts)
-
-    def begin(self) -> None:
-        disk, now = self.disk, self.world.now
-        since = [commit for commit in disk.commits if commit.block.round > disk.model_round]
-        self.do(lambda _: self.perform(self.machine.synced(disk.model_round, disk.model, since, now=now)))
-
-    def unreachable(self, peer: PeerId) -> None:
-        self.perform(self.machine.lost(peer, "nobody answers", now=self.world.now))
-
-    def result(self, owner: PeerId, plan: Plan, parts: dict[int, bytes]) -> None:
-        """Averages arrived from their owner."""
-        self.disk.blobs.update(parts.values())
-        self.perform(self.machine.result(owner, plan.order, parts, now=self.world.now))
+    def __init__(self, world: World, peer: PeerId, disk: Disk, *, term: int) -> None:
+        super().__init__(world, peer, disk)
+        rounds = world.recipe.rounds
+        said = SimSigner(ORGANIZER).sign(delegation_payload(RUN, peer, term))
+        self.machine = Keeper(
+            peer,
+            self.lead(),
+            Delegation(peer, term, said),
+            addresses=(),
+            report_s=rounds.report_s,
+            leave_s=rounds.train_s,
+        )
 
 
 class VolunteerNode(Node):
@@ -430,29 +602,12 @@ class VolunteerNode(Node):
         super().__init__(world, peer, disk)
         rounds = world.recipe.rounds
         abilities = Abilities(addresses=(), accepts=True, uplink=world.network.bytes_per_s)
-        self.machine = Volunteer(
-            peer,
-            self.follower,
-            abilities,
-            num_parts=world.num_parts,
-            report_s=rounds.report_s,
-            silence_s=rounds.silence_s,
-        )
+        self.machine = Volunteer(peer, self.lead(), abilities, num_parts=world.num_parts, report_s=rounds.report_s)
         self.step_s = world.network.step_s * (1 + world.network.step_spread * world.rng.random())
         self.born_at = world.now
         """Training is not repeatable: after a restart the same samples give other work."""
         self._training: tuple[Train, float] | None = None
         self._parts: dict[tuple[PeerId, bytes], set[int]] = defaultdict(set)
-
-    def begin(self) -> None:
-        leader = self.world.nodes.get(COORDINATOR)
-        if leader is None or not self.world.reaches(self.peer, COORDINATOR):
-            self.world.after(1.0, lambda: self.do(lambda _: self.begin()))
-            return
-        assert isinstance(leader, CoordinatorNode)
-        self.world.send(COORDINATOR, self.peer, leader.machine._delegation)
-        self.world.after(2.0, lambda: self.do(lambda _: self.begin() if self.follower.leader is None else None))
-        self._schedule()
 
     def perform_one(self, effect: object) -> None:
         match effect:
@@ -462,8 +617,6 @@ class VolunteerNode(Node):
                 self.world.after(duration_s, lambda: self.do(lambda _: self._trained(effect, effect.seat.steps)))
             case StopTraining(keep):
                 self._stop_training(keep)
-            case following.Resync():
-                self.world.after(0.5, lambda: self.do(lambda _: self._sync()))
             case Leave(reason):
                 self.world.left[self.peer] = reason
                 self.world.crash(self.peer)
@@ -485,16 +638,6 @@ class VolunteerNode(Node):
     def leave(self) -> None:
         """Ctrl+C."""
         self.do(lambda _: self.perform(self.machine.leave(now=self.world.now)))
-
-    def _sync(self) -> None:
-        leader = self.world.nodes.get(COORDINATOR)
-        if leader is None or leader.frozen or not self.world.reaches(self.peer, COORDINATOR):
-            self.perform(self.machine.sync_failed("the coordinator does not answer", now=self.world.now))
-            return
-        self.catch_up(COORDINATOR, self.follower.ledger.head.round)
-        self.disk.model_round, self.disk.model = leader.disk.model_round, leader.disk.model
-        since = [commit for commit in self.disk.commits if commit.block.round > leader.disk.model_round]
-        self.perform(self.machine.synced(leader.disk.model_round, leader.disk.model, since, now=self.world.now))
 
     def _stop_training(self, keep: bool) -> None:
         training, self._training = self._training, None
@@ -544,10 +687,7 @@ class VolunteerNode(Node):
             if node.follower.ledger.head.round >= plan.round:
                 return None
             node.disk.blobs.update(parts.values())
-            if isinstance(node, CoordinatorNode):
-                node.result(self.peer, plan, parts)
-            else:
-                node.hold(tuple(parts.values()))
+            node.perform(node.machine.result(self.peer, plan.order, parts, now=self.world.now))
             return None
 
         def done(error: str | None) -> None:
