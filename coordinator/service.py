@@ -12,15 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
+from blake3 import blake3
+
 from dugnad.coordinator import history, sync
-from dugnad.coordinator.checkpoints import (
-    Checkpoint,
-    CheckpointError,
-    CheckpointMeta,
-    Checkpoints,
-    Tensors,
-    round_of,
-)
+from dugnad.coordinator.checkpoint import Checkpoint, CheckpointMeta, manifest_of, name_of, round_of
+from dugnad.coordinator.checkpoints import Checkpoints
+from dugnad.coordinator.damage import CheckpointError
 from dugnad.coordinator.follower import REPLAY_ROUNDS, Cost, Resync
 from dugnad.coordinator.messages import (
     Commit,
@@ -33,6 +30,7 @@ from dugnad.coordinator.messages import (
 )
 from dugnad.coordinator.rounds import SHOWN_ROUNDS, Assign, Keep, Leader, LeftOut, Phase
 from dugnad.coordinator.shell import KEPT_ROUNDS, Model, ResultsHeader, Shell
+from dugnad.coordinator.tensorfile import Tensors
 from dugnad.coordinator.votes import has_quorum
 from dugnad.dht.identity import Identity, PeerId, nickname
 from dugnad.dht.transport import Transport
@@ -102,7 +100,7 @@ class Coordinator(Shell):
             part_bytes=numerics.part_bytes,
             check_part=numerics.check_part,
         )
-        self.checkpoints = Checkpoints(directory / "checkpoints", self.recipe.checkpoints.keep)
+        self.checkpoints = Checkpoints(directory / "checkpoints", self.recipe.checkpoints.keep, self.signer)
         self.checkpoint: Path | None = None
         """The newest checkpoint."""
         self._numerics = numerics
@@ -146,6 +144,7 @@ class Coordinator(Shell):
         self.perform(self.machine.synced(round_, model.digest(), since, now=self.now()))
 
     def _newest_model(self, head_round: int) -> tuple[int, Model]:
+        self.checkpoints.recover()
         newest = self.checkpoints.latest()
         if newest is None:
             return 0, self._first_model()
@@ -186,7 +185,7 @@ class Coordinator(Shell):
             model = self._numerics.model_of(saved.weights, saved.momentum)
         except ValueError as error:
             raise CheckpointError(f"{saved.path} does not fit this run's recipe: {error}") from error
-        if saved.meta.run != self.run.hex() or model.digest().hex() != saved.meta.model_digest:
+        if saved.meta.run != self.run.hex() or _digest(model) != saved.meta.model_digest:
             raise CheckpointError(f"{saved.path} is not a checkpoint of this run. Move it away and start again.")
         if saved.round > head_round:
             raise RestoreError(
@@ -284,18 +283,12 @@ class Coordinator(Shell):
             run=self.run.hex(),
             recipe=self.recipe.name,
             recipe_json=self.genesis.recipe.decode(),
-            model_digest=model.digest().hex(),
+            model_digest=await asyncio.to_thread(_digest, model),
             global_step=global_step,
             val_loss=val_loss if val_round == round_ else None,
         )
-        groups: dict[str, Tensors] = {"momentum": {}, "weights": {}}
-        for name, tensor in model.tensors().items():
-            group, _, rest = name.partition("/")
-            groups[group][rest] = tensor
         since = self.now()
-        self.checkpoint = await asyncio.to_thread(
-            self.checkpoints.save, round_, groups["weights"], groups["momentum"], meta=meta
-        )
+        self.checkpoint = await asyncio.to_thread(self.checkpoints.save, round_, model.tensors(), meta=meta)
         self.metrics.checkpoint_written(round_, self.now() - since)
 
     def _tell(self, round_: int) -> None:
@@ -313,7 +306,7 @@ class Coordinator(Shell):
         """Save the last model, and let members of a finished run see that it is finished."""
         await self._aftermath.join()
         round_, model = self.models[-1]
-        if round_ > 0 and (self.checkpoint is None or self.checkpoint.name != self.checkpoints.name_of(round_)):
+        if round_ > 0 and (self.checkpoint is None or self.checkpoint.name != name_of(round_)):
             await self._save(round_, self.follower.ledger.head.global_step, model)
         deadline = self.now() + GOODBYE_S
         while self.machine.membership.live() and not self._is_certified(round_, model) and self.now() < deadline:
@@ -329,3 +322,7 @@ class Coordinator(Shell):
         voters = {voter.peer for voter in self.follower.ledger.head.committee if voter.peer != me}
         unheard = {peer for peer in voters if members.report(peer) is None}
         return (set(members.live()) | unheard) - members.leaving()
+
+
+def _digest(model: Model) -> str:
+    return blake3(manifest_of(model.tensors()).encode()).hexdigest()

@@ -14,7 +14,7 @@ _KNOWN = {
     "dugnad.dht.identity.IdentityError": FAILED,
     "dugnad.dht.transport.TransportError": FAILED,
     "dugnad.monitoring.exporter.PortTaken": FAILED,
-    "dugnad.coordinator.checkpoints.CheckpointError": FAILED,
+    "dugnad.coordinator.damage.CheckpointError": FAILED,
     "dugnad.coordinator.chain.ChainError": FAILED,
     "dugnad.coordinator.service.RestoreError": FAILED,
     "dugnad.coordinator.sync.SyncError": FAILED,

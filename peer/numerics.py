@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from dugnad.configs.recipe import Recipe, RecipeError
-from dugnad.coordinator.checkpoints import Tensors
 from dugnad.coordinator.messages import MAX_PARTS
 from dugnad.coordinator.shell import Model
+from dugnad.coordinator.tensorfile import Tensors
 from dugnad.optim.codec import Int8Codec
 from dugnad.optim.layout import Layout
 from dugnad.optim.outer import SharedModel

@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 
 from dugnad.configs.recipe import decode
-from dugnad.coordinator.checkpoints import MANIFEST, CheckpointError, Checkpoints
+from dugnad.coordinator.checkpoint import MANIFEST
+from dugnad.coordinator.checkpoints import Checkpoints
+from dugnad.coordinator.damage import CheckpointError
 from dugnad.optim.diloco import load_weights
 from dugnad.peer.models import build, generate
 from dugnad.peer.numerics import Numerics

@@ -1,8 +1,9 @@
+"""What a keeper of checkpoints writes is whole or not there, and whatever happens to it later is found and named."""
+
 import errno
 import json
 import os
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,80 +12,53 @@ import msgspec
 import numpy as np
 import pytest
 from blake3 import blake3
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
-from dugnad.coordinator import checkpoints
-from dugnad.coordinator.checkpoints import (
-    MANIFEST,
-    MOMENTUM,
-    WEIGHTS,
-    CheckpointError,
-    CheckpointMeta,
-    Checkpoints,
-    Tensors,
-)
+from dugnad.coordinator.checkpoint import MANIFEST, MODEL, Head, inspect, manifest_of
+from dugnad.coordinator.checkpoints import Checkpoints
+from dugnad.coordinator.damage import CheckpointError, Damage, Fault
+from dugnad.coordinator.tensorfile import MOMENTUM, WEIGHTS
+from tests.unit.keepers import ANN, BOB, WIDE, content, group, meta_of, model, same, save
 
-META = CheckpointMeta(
-    run="ab" * 32, recipe="cd" * 32, recipe_json="{}", model_digest="ef" * 32, global_step=600, val_loss=None
-)
-FILES = (MANIFEST, MOMENTUM, WEIGHTS)
+FILES = (MANIFEST, MODEL, MOMENTUM, WEIGHTS)
 
 
 @pytest.fixture
 def kept(tmp_path: Path) -> Checkpoints:
-    return Checkpoints(tmp_path / "checkpoints", keep=3)
-
-
-def tensors(seed: int) -> Tensors:
-    rng = np.random.default_rng(seed)
-    shapes: dict[str, tuple[int, ...]] = {"embed": (5, 3), "bias": (7,), "scale": (), "none": (0, 4)}
-    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-
-
-def save(kept: Checkpoints, round_: int) -> Path:
-    return kept.save(round_, tensors(round_), tensors(-round_ % 1000), meta=META)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """Every file under the folder, by its path there."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return Checkpoints(tmp_path / "checkpoints", keep=3, signer=ANN)
 
 
 def names(kept: Checkpoints) -> list[str]:
     return sorted(os.listdir(kept.folder))
 
 
-def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a manifest as someone would who knows how its digest is made."""
+def damage_of(path: Path) -> Damage:
+    found = inspect(path)
+    assert isinstance(found, Damage)
+    return found
+
+
+def forge(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a manifest as someone would who knows how its digest is made, and has not the writer's key."""
     table = json.loads((path / MANIFEST).read_bytes())
     change(table)
-    table["digest"] = ""
-    compact = msgspec.json.encode(msgspec.convert(table, checkpoints._Manifest))
-    table["digest"] = blake3(compact).hexdigest()
-    (path / MANIFEST).write_bytes(json.dumps(table).encode())
-
-
-def plant(path: Path, raw: bytes) -> None:
-    """Replace the weights by a file that the manifest fits."""
-    (path / WEIGHTS).write_bytes(raw)
-    rewrite_manifest(
-        path, lambda t: t["files"].update({WEIGHTS: {"size_bytes": len(raw), "blake3": blake3(raw).hexdigest()}})
-    )
-
-
-def same(one: Tensors, other: Tensors) -> bool:
-    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+    head = msgspec.convert(table, Head)
+    digest = blake3(msgspec.json.encode(msgspec.structs.replace(head, digest="", signature=""))).hexdigest()
+    head = msgspec.structs.replace(head, digest=digest)
+    (path / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(head)))
 
 
 # -- saving and loading
 
 
-def test_what_was_saved_is_loaded(kept: Checkpoints) -> None:
+def test_what_was_saved_is_loaded_with_the_name_of_who_wrote_it(kept: Checkpoints) -> None:
     loaded = kept.load(save(kept, 12))
-    assert (loaded.round, loaded.meta, loaded.path.name) == (12, META, "round-000012")
-    assert same(loaded.weights, tensors(12))
-    assert same(loaded.momentum, tensors(988))
+    assert (loaded.round, loaded.meta, loaded.path.name) == (12, meta_of(model(12)), "round-000012")
+    assert loaded.writer == ANN.peer_id
+    assert same(loaded.weights, group(model(12), "weights"))
+    assert same(loaded.momentum, group(model(12), "momentum"))
 
 
 def test_loaded_tensors_cannot_be_written_to(kept: Checkpoints) -> None:
@@ -93,19 +67,41 @@ def test_loaded_tensors_cannot_be_written_to(kept: Checkpoints) -> None:
         weights["bias"][0] = 1.0
 
 
-def test_any_program_that_reads_safetensors_reads_the_weights(kept: Checkpoints) -> None:
-    assert same(load_file(save(kept, 1) / WEIGHTS), tensors(1))
+@pytest.mark.parametrize("wide", [False, True])
+def test_any_program_that_reads_safetensors_reads_the_weights(kept: Checkpoints, wide: bool) -> None:
+    path = save(kept, 1, model(1, wide=wide))
+    assert same(load_file(path / WEIGHTS), group(model(1, wide=wide), "weights"))
+    assert same(load_file(path / MOMENTUM), group(model(1, wide=wide), "momentum"))
+
+
+def test_two_keepers_of_a_model_hold_the_same_bytes_but_for_the_signature(tmp_path: Path) -> None:
+    ann, bob = (save(Checkpoints(tmp_path / who.peer_id, 1, who), 1) for who in (ANN, BOB))
+    differing = {name for name, data in content(ann).items() if content(bob)[name] != data}
+    assert differing == {MANIFEST}
 
 
 def test_a_tensor_in_another_memory_order_is_saved_as_it_reads(kept: Checkpoints) -> None:
-    turned = {"turned": tensors(1)["embed"].T}
-    assert same(kept.load(kept.save(1, turned, turned, meta=META)).weights, turned)
+    turned = {"weights/turned": model(1)["weights/embed"].T}
+    assert same(kept.load(save(kept, 1, turned)).weights, group(turned, "weights"))
 
 
-def test_only_float32_is_saved(kept: Checkpoints) -> None:
-    wrong: Any = {"bias": np.zeros(3, np.float64)}
-    with pytest.raises(ValueError, match=r"float32, but \['bias'\] are not"):
-        kept.save(1, wrong, tensors(1), meta=META)
+@pytest.mark.parametrize(
+    ("name", "tensor", "words"),
+    [
+        ("weights/bias", np.zeros(3, np.float64), r"float32 and has values, but \['weights/bias'\] are not"),
+        ("weights/none", np.zeros((0, 4), np.float32), "have none"),
+        ("bias", np.zeros(3, np.float32), "'bias' has no place in a checkpoint"),
+        ("weights/__metadata__", np.zeros(3, np.float32), "has no place in a checkpoint"),
+    ],
+)
+def test_what_no_checkpoint_can_hold_is_named(name: str, tensor: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        manifest_of({name: tensor})
+
+
+def test_tensors_that_are_not_the_model_they_are_said_to_be_are_not_saved(kept: Checkpoints) -> None:
+    with pytest.raises(ValueError, match="the tensors are model"):
+        kept.save(1, model(1), meta=meta_of(model(2)))
     assert kept.latest() is None
 
 
@@ -141,9 +137,9 @@ def test_a_checkpoint_just_saved_stays_even_when_its_round_is_not_the_highest(ke
 
 def test_a_round_saved_again_replaces_what_was_there(kept: Checkpoints) -> None:
     save(kept, 1)
-    kept.save(1, tensors(50), tensors(51), meta=META)
+    save(kept, 1, model(50))
     assert names(kept) == ["round-000001"]
-    assert same(kept.load(kept.folder / "round-000001").weights, tensors(50))
+    assert same(kept.load(kept.folder / "round-000001").weights, group(model(50), "weights"))
 
 
 def test_what_does_not_belong_to_us_is_left_alone(kept: Checkpoints) -> None:
@@ -156,13 +152,30 @@ def test_what_does_not_belong_to_us_is_left_alone(kept: Checkpoints) -> None:
     assert kept.latest() == kept.folder / "round-000004"
 
 
-def test_what_a_killed_process_left_is_no_checkpoint_and_is_swept(kept: Checkpoints) -> None:
+@pytest.mark.parametrize("prefix", [".unfinished-", ".repairing-", ".discarded-", ".replaced-"])
+def test_what_a_killed_process_left_is_no_checkpoint_and_is_swept_by_the_next(kept: Checkpoints, prefix: str) -> None:
     save(kept, 1)
-    shutil.copytree(kept.folder / "round-000001", kept.folder / ".unfinished-round-000002")
-    shutil.copytree(kept.folder / "round-000001", kept.folder / ".discarded-round-000000")
-    assert kept.latest() == kept.folder / "round-000001"
-    save(kept, 2)
-    assert names(kept) == ["round-000001", "round-000002"]
+    shutil.copytree(kept.folder / "round-000001", kept.folder / f"{prefix}round-000001")
+    again = Checkpoints(kept.folder, keep=3, signer=ANN)
+    assert again.newest_first() == [kept.folder / "round-000001"]
+    again.recover()
+    assert names(kept) == ["round-000001"]
+
+
+def test_a_checkpoint_that_made_room_for_one_that_never_came_is_put_back(kept: Checkpoints) -> None:
+    path = save(kept, 1)
+    path.rename(kept.folder / f".replaced-{path.name}")
+    again = Checkpoints(kept.folder, keep=3, signer=ANN)
+    again.recover()
+    assert again.load(path).round == 1
+
+
+def test_who_only_reads_tidies_nothing_up(kept: Checkpoints) -> None:
+    save(kept, 1)
+    (kept.folder / ".unfinished-round-000002").mkdir()
+    reader = Checkpoints(kept.folder, keep=1)
+    assert reader.load(kept.folder / "round-000001").writer == ANN.peer_id
+    assert ".unfinished-round-000002" in names(kept)
 
 
 # -- disks that fail
@@ -180,19 +193,15 @@ def test_at_no_moment_is_a_part_of_a_checkpoint_seen(kept: Checkpoints, monkeypa
 
     monkeypatch.setattr(os, "fsync", look)
     save(kept, 2)
-    assert seen == [1, 1, 1, 1, 2], "two files, the manifest and their folder; then the folder of checkpoints"
+    assert seen == [1, 1, 1, 1, 1, 2], "four files and their folder; then the folder of checkpoints"
 
 
 def out_of_space(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def out_of_space_in_rust(*_: object, **__: object) -> None:
-    raise SafetensorError("Error while serializing: IoError(Os { code: 28, kind: StorageFull })")
-
-
 @pytest.mark.parametrize("round_", [3, 2], ids=["new round", "round saved again"])
-@pytest.mark.parametrize("syncs_before", range(5))
+@pytest.mark.parametrize("syncs_before", range(6))
 def test_a_disk_full_at_any_sync_leaves_everything_as_it_was(
     kept: Checkpoints, monkeypatch: pytest.MonkeyPatch, syncs_before: int, round_: int
 ) -> None:
@@ -208,33 +217,34 @@ def test_a_disk_full_at_any_sync_leaves_everything_as_it_was(
 
     monkeypatch.setattr(os, "fsync", fills_up)
     with pytest.raises(CheckpointError, match=rf"round {round_} could not be written .*No space left on device"):
-        kept.save(round_, tensors(77), tensors(78), meta=META)
+        save(kept, round_, model(77))
     assert content(kept.folder) == before
     assert names(kept) == ["round-000001", "round-000002"]
 
 
-@pytest.mark.parametrize("fails", [out_of_space, out_of_space_in_rust])
 def test_a_disk_full_while_tensors_are_written_leaves_everything_as_it_was(
-    kept: Checkpoints, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., None]
+    kept: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def half(tensors: Tensors, path: Path) -> None:
-        path.write_bytes(b"half of it")
-        fails()
-
     save(kept, 1)
     before = content(kept.folder)
-    monkeypatch.setattr(checkpoints, "save_file", half)
+    monkeypatch.setattr(os, "pwrite", out_of_space)
     with pytest.raises(CheckpointError, match="free space there or check its permissions, then resume"):
         save(kept, 2)
     assert content(kept.folder) == before
-    monkeypatch.setattr(checkpoints, "save_file", save_file)
+    monkeypatch.undo()
+    assert kept.load(save(kept, 2)).round == 2
+
+
+def test_a_write_that_the_disk_takes_in_pieces_is_whole(kept: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda number, data, offset: pwrite(number, data[:7], offset))
     assert kept.load(save(kept, 2)).round == 2
 
 
 def test_a_folder_that_cannot_be_made_is_a_checkpoint_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(CheckpointError, match="could not be written"):
-        save(Checkpoints(tmp_path / "file" / "checkpoints", keep=1), 1)
+        save(Checkpoints(tmp_path / "file" / "checkpoints", keep=1, signer=ANN), 1)
     with pytest.raises(CheckpointError, match="cannot be listed"):
         Checkpoints(tmp_path / "file", keep=1).latest()
 
@@ -261,100 +271,150 @@ def test_a_checkpoint_is_saved_even_if_old_ones_cannot_be_removed(
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_flipped_bit_anywhere_is_found_and_the_file_named(kept: Checkpoints, name: str) -> None:
+def test_a_flipped_bit_anywhere_is_found_and_only_its_file_is_named(kept: Checkpoints, name: str) -> None:
     path = save(kept, 1)
     whole = (path / name).read_bytes()
-    for at in range(0, len(whole), 11):
+    for at in range(len(whole)):
         raw = bytearray(whole)
-        raw[at] ^= 0x01
+        raw[at] ^= 1 << at % 8
         (path / name).write_bytes(raw)
-        with pytest.raises(CheckpointError, match=rf"round-000001/({name}|{WEIGHTS}|{MOMENTUM})"):
-            kept.load(path)
+        assert [one.file for one in damage_of(path).broken] == [name]
+    with pytest.raises(CheckpointError, match=rf"round-000001/{name} (is|has)") as caught:
+        kept.load(path)
+    assert caught.value.damage == damage_of(path)
     (path / name).write_bytes(whole)
     assert kept.load(path).round == 1
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("rest", [0, 1, 100], ids=["emptied", "one byte left", "cut"])
+@pytest.mark.parametrize("rest", [0, 1, 100, -1], ids=["emptied", "one byte left", "cut", "one byte lost"])
 def test_a_cut_file_is_found_and_named(kept: Checkpoints, name: str, rest: int) -> None:
     path = save(kept, 1)
-    os.truncate(path / name, rest)
-    with pytest.raises(CheckpointError, match=rf"round-000001/{name} is (corrupt|truncated)"):
+    os.truncate(path / name, rest % (path / name).stat().st_size)
+    assert [(one.file, one.fault) for one in damage_of(path).broken] == [(name, Fault.TRUNCATED)]
+    with pytest.raises(CheckpointError, match=rf"round-000001/{name} is truncated"):
         kept.load(path)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_has_grown_is_found_and_named(kept: Checkpoints, name: str) -> None:
+    path = save(kept, 1)
+    with (path / name).open("ab") as file:
+        file.write(b" ")
+    assert [(one.file, one.fault) for one in damage_of(path).broken] == [(name, Fault.ALTERED)]
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_file_is_named(kept: Checkpoints, name: str) -> None:
     path = save(kept, 1)
     (path / name).unlink()
-    with pytest.raises(CheckpointError, match=f"{name} cannot be read: No such file"):
+    assert [(one.file, one.fault) for one in damage_of(path).broken] == [(name, Fault.MISSING)]
+    with pytest.raises(CheckpointError, match=f"{name} is missing"):
         kept.load(path)
+
+
+def test_all_that_is_wrong_is_told_at_once(kept: Checkpoints) -> None:
+    path = save(kept, 1, model(1, wide=True))
+    (path / MANIFEST).unlink()
+    (path / MOMENTUM).unlink()
+    raw = bytearray((path / WEIGHTS).read_bytes())
+    raw[-1] ^= 1
+    raw[-4 * WIDE - 1] ^= 1
+    (path / WEIGHTS).write_bytes(raw)
+    found = damage_of(path)
+    assert [one.file for one in found.broken] == [MANIFEST, MOMENTUM, WEIGHTS]
+    assert found.broken[2].tensors == ("scale", "wide")
+    assert str(found).endswith(f"{path / WEIGHTS} is altered: scale, wide (1 of 2 chunks)")
+
+
+def test_a_lost_header_is_told_apart_from_the_tensors_behind_it(kept: Checkpoints) -> None:
+    path = save(kept, 1)
+    raw = (path / WEIGHTS).read_bytes()
+    (path / WEIGHTS).write_bytes(bytes(16) + raw[16:])
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS} is altered: its header. Move"):
+        kept.load(path)
+    assert damage_of(path).broken[0].chunks == ()
+
+
+def test_a_folder_that_is_not_there_is_a_checkpoint_of_which_everything_is_missing(tmp_path: Path) -> None:
+    found = damage_of(tmp_path / "round-000007")
+    assert {one.file: one.fault for one in found.broken} == dict.fromkeys(FILES, Fault.MISSING)
+
+
+def test_what_the_disk_does_not_give_is_told_from_what_was_altered(
+    kept: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(kept, 1, model(1, wide=True))
+    pread = os.pread
+
+    def bad_sector(descriptor: int, size: int, offset: int) -> bytes:
+        if offset > 2**20:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", bad_sector)
+    found = damage_of(path)
+    assert {one.fault for one in found.broken} == {Fault.UNREADABLE}
+    assert f"{WEIGHTS} can't be read: Input/output error: wide (1 of 2 chunks)" in str(found)
 
 
 def test_files_of_two_checkpoints_do_not_mix(kept: Checkpoints) -> None:
     one, other = save(kept, 1), save(kept, 2)
     shutil.copy(one / MOMENTUM, other / MOMENTUM)
-    with pytest.raises(CheckpointError, match=f"{MOMENTUM} is corrupt: its bytes do not match"):
+    with pytest.raises(CheckpointError, match=f"{MOMENTUM} is altered: bias, embed, scale"):
         kept.load(other)
 
 
-def test_a_newer_format_is_refused_by_its_number(kept: Checkpoints) -> None:
+def test_a_checkpoint_under_the_name_of_another_round_is_refused(kept: Checkpoints) -> None:
+    save(kept, 1).rename(kept.folder / "round-000002")
+    with pytest.raises(CheckpointError, match=f"{MANIFEST} is altered: it is of round 1"):
+        kept.load(kept.folder / "round-000002")
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_another_format_is_refused_by_its_number(kept: Checkpoints, version: int) -> None:
     path = save(kept, 1)
-    rewrite_manifest(path, lambda table: table.update(version=2))
-    with pytest.raises(CheckpointError, match="has format 2, this version of dugnad reads 1"):
+    (path / MANIFEST).write_bytes(json.dumps({"version": version, "anything": []}).encode())
+    with pytest.raises(CheckpointError, match=f"has format {version}, this version of dugnad reads 2"):
         kept.load(path)
-
-
-def test_a_file_that_the_manifest_does_not_list_is_refused(kept: Checkpoints) -> None:
-    path = save(kept, 1)
-    rewrite_manifest(path, lambda table: table["files"].pop(MOMENTUM))
-    with pytest.raises(CheckpointError, match=f"{MOMENTUM} is not listed"):
-        kept.load(path)
-
-
-def a_file(header: bytes, data: bytes = b"") -> bytes:
-    return struct.pack("<Q", len(header)) + header + data
-
-
-def of_one(**entry: object) -> bytes:
-    return json.dumps({"t": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | entry}).encode()
 
 
 @pytest.mark.parametrize(
-    "raw",
+    "change",
     [
-        b"",
-        b"\x80\x04",
-        b"PK\x03\x04" + bytes(100),
-        struct.pack("<Q", 2**63) + b"{}",
-        a_file(b"[]"),
-        a_file(b'{"\xff": 1}'),
-        a_file(of_one(dtype="F16"), bytes(8)),
-        a_file(of_one(data_offsets=[0, 16]), bytes(8)),
-        a_file(of_one(data_offsets=[-16, -8]), bytes(24)),
-        a_file(of_one(data_offsets=[8, 0]), bytes(8)),
-        a_file(of_one(shape=[3]), bytes(8)),
-        a_file(of_one(shape=[-1, -2]), bytes(8)),
-        a_file(of_one(shape=[0, 2**70], data_offsets=[0, 0])),
-        a_file(of_one(shape=[1] * 70, data_offsets=[0, 4]), bytes(8)),
-        a_file(b'{"t":' + b"[" * 100_000),
+        lambda table: table.update(writer=BOB.peer_id),
+        lambda table: table.update(round=1, signature=ANN.sign(b"something else").hex()),
+        lambda table: table.update(signature=table["signature"].upper()),
+        lambda table: table.update(signature="", writer="nobody"),
+        lambda table: table["meta"].update(global_step=601),
+        lambda table: table["meta"].update(model_digest="ef" * 32),
     ],
-    ids=[
-        "empty", "short", "zip", "long header", "list", "no utf-8", "float16", "beyond the end", "before the start",
-        "backwards", "another shape", "negative shape", "huge shape", "too many axes", "deep",
-    ],
-)  # fmt: skip
-def test_weights_that_fit_the_manifest_and_are_not_ours_are_refused_by_name(kept: Checkpoints, raw: bytes) -> None:
+    ids=["another writer", "another's words", "spelled otherwise", "unsigned", "another step", "another model"],
+)
+def test_what_the_named_writer_did_not_sign_is_not_believed(
+    kept: Checkpoints, change: Callable[[dict[str, Any]], object]
+) -> None:
     path = save(kept, 1)
-    plant(path, raw)
-    with pytest.raises(CheckpointError, match=f"{WEIGHTS} is not a safetensors file of ours"):
+    forge(path, change)
+    with pytest.raises(CheckpointError, match=f"{MANIFEST} is altered: it is not signed by"):
         kept.load(path)
 
 
-def test_planted_weights_that_are_well_made_are_read(kept: Checkpoints) -> None:
+def test_the_same_said_in_other_bytes_is_not_the_same(kept: Checkpoints) -> None:
     path = save(kept, 1)
-    plant(path, a_file(of_one(), np.array([1, 2], "<f4").tobytes()))
-    assert kept.load(path).weights["t"].tolist() == [1.0, 2.0]
+    table = json.loads((path / MANIFEST).read_bytes())
+    (path / MANIFEST).write_bytes(json.dumps(table).encode())
+    with pytest.raises(CheckpointError, match="does not match its own digest"):
+        kept.load(path)
+
+
+@given(st.sampled_from(FILES), st.binary(max_size=300))
+def test_any_bytes_in_place_of_a_file_are_damage_and_nothing_worse(
+    tmp_path_factory: pytest.TempPathFactory, name: str, raw: bytes
+) -> None:
+    path = save(Checkpoints(tmp_path_factory.mktemp("kept"), keep=1, signer=ANN), 1)
+    (path / name).write_bytes(raw)
+    assert [one.file for one in damage_of(path).broken] == [name]
 
 
 @pytest.mark.parametrize(
