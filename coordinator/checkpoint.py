@@ -51,6 +51,8 @@ class CheckpointMeta(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     recipe: str
     recipe_json: str
     """The whole recipe as `configs.recipe.encode` writes it, so that the weights can be used without the run."""
+    block: _Hash
+    """The block after which the model is what it is: the chain may have taken back a round of the same number."""
     model_digest: _Hash
     global_step: int
     val_loss: float | None

@@ -698,9 +698,9 @@ class Follower:
         return self._say_applied()
 
     def _say_applied(self) -> list[Effect]:
-        """Tell the leader, and the coordinator, who keeps the books."""
+        """Tell the leader, and the coordinator, who keeps the books; our own word is kept here too."""
         coordinator = self.ledger.head.coordinator
-        to = {self.leader} | ({coordinator} if coordinator is not None else set())
+        to = {self.leader, self._signer.peer_id} | ({coordinator} if coordinator is not None else set())
         return [] if self._said is None else [Send(tuple(sorted(to)), self._said)]
 
     def _advance(self, now: float) -> list[Effect]:

@@ -8,9 +8,10 @@ back as an event.
 
 import asyncio
 import logging
+import random
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -18,19 +19,18 @@ from typing import Annotated, Any, Protocol
 import msgspec
 from blake3 import blake3
 from msgspec import Meta, Struct
-from numpy import float32
-from numpy.typing import NDArray
 
-from dugnad.configs.recipe import OuterSettings, decode
+from dugnad.configs.recipe import decode
 from dugnad.coordinator import follower as following
 from dugnad.coordinator import sync
 from dugnad.coordinator.chain import Chain
-from dugnad.coordinator.follower import Cost, Follower
-from dugnad.coordinator.ledger import Ledger
+from dugnad.coordinator.follower import Cost, Follower, Patience
+from dugnad.coordinator.ledger import Charter, Ledger
 from dugnad.coordinator.mail import Mail
 from dugnad.coordinator.messages import (
     MAX_PARTS,
     ROUND_KINDS,
+    Applied,
     Commit,
     Commits,
     CommitsRequest,
@@ -38,9 +38,12 @@ from dugnad.coordinator.messages import (
     Genesis,
     Message,
     Plan,
+    StateRequest,
     Welcome,
     WelcomeRequest,
 )
+from dugnad.coordinator.rounds import SHOWN_ROUNDS, Keep, Leader, LeftOut
+from dugnad.coordinator.state import SHORT_REPLAY_ROUNDS, Model, Numerics, State
 from dugnad.dht import bulk
 from dugnad.dht.blobs import Blobs
 from dugnad.dht.identity import Identity, PeerId, nickname, verify
@@ -53,8 +56,6 @@ log = logging.getLogger(__name__)
 ROUND_CHANNEL = "dugnad/round/1"
 RESULTS_CHANNEL = "dugnad/results/1"
 CODEC = Codec(ROUND_KINDS)
-KEPT_MODELS = 3
-"""How many of the newest models are served to joiners: the time that a download may take, in rounds."""
 KEPT_ROUNDS = following.REPLAY_ROUNDS
 """For how many rounds their committed bytes are kept for those who come late."""
 COMMITS_BYTES = 512 * 1024
@@ -63,41 +64,24 @@ SILENCE_S = 5.0
 """How long a transfer may stand still."""
 
 
-CheckPart = Callable[[bytes | bytearray | memoryview], None]
-"""Raises ValueError for part bytes that no encoder makes, or with values that no sane training has."""
-
-
-class Model(Protocol):
-    """The shared model, immutable; the outer step comes from above (this floor knows neither torch nor optim)."""
-
-    def apply(self, payloads: Sequence[bytes], outer: OuterSettings, *, global_step: int) -> "Model":
-        """The model after a round that began at `global_step`, from its averages, part by part."""
-
-    def digest(self) -> bytes:
-        """The model digest."""
-
-    def manifest(self) -> bytes:
-        """What the digest is the hash of."""
-
-    def blob(self, digest: bytes) -> memoryview | None:
-        """The bytes of one tensor by hash."""
-
-    def tensors(self) -> dict[str, NDArray[float32]]:
-        """Every tensor, named "momentum/<name>" or "weights/<name>"."""
+LOOK_S = 5.0
+"""How often one who hears of no leader asks somebody how far the chain has come."""
+DONORS_ASKED = 8
+"""Of how many, one after the other, the newest model is asked, before it is tried again later."""
 
 
 class ResultsHeader(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What stands before the bytes of encoded averages: of which view, which parts, with which digests."""
 
     round: int
-    term: int
     view: int
+    attempt: int
     parts: Annotated[tuple[tuple[int, Digest], ...], Meta(min_length=1, max_length=MAX_PARTS)]
 
     @property
     def order(self) -> tuple[int, int, int]:
         """As `Plan.order`."""
-        return (self.round, self.term, self.view)
+        return (self.round, self.view, self.attempt)
 
 
 _results_header = msgspec.msgpack.Decoder(ResultsHeader)
@@ -113,23 +97,40 @@ class KeySigner:
 
 
 class Machine(Protocol):
-    """What the shell drives: a `Leader` or a `Volunteer`."""
-
-    def receive(self, sender: PeerId, message: Message, *, now: float) -> Sequence[object]:
-        """Take a message."""
+    """What the shell drives: a `Keeper` or a `Volunteer`."""
 
     @property
     def plan(self) -> Plan | None:
         """The plan of the round under way."""
 
+    def restore(self, digests: Mapping[int, Mapping[PeerId, Applied]], validation: tuple[int, float | None]) -> None:
+        """What the disk kept of what others signed."""
+
+    def receive(self, sender: PeerId, message: Message, *, now: float) -> Sequence[object]:
+        """Take a message."""
+
+    def result(
+        self, owner: PeerId, order: tuple[int, int, int], parts: dict[int, bytes], *, now: float
+    ) -> Sequence[object]:
+        """Averages are here."""
+
     def holds(self, digests: tuple[bytes, ...], *, now: float) -> Sequence[object]:
         """Blobs are here."""
+
+    def synced(self, round_: int, model: bytes, since: Iterable[Commit], *, now: float) -> Sequence[object]:
+        """A model is here."""
+
+    def sync_failed(self, why: str, *, now: float) -> Sequence[object]:
+        """No model could be had."""
 
     def applied(self, round_: int, model: bytes, cost: Cost, *, now: float) -> Sequence[object]:
         """A round is applied."""
 
     def damaged(self, digests: tuple[bytes, ...], *, now: float) -> Sequence[object]:
         """Blobs of the round being applied are damaged."""
+
+    def lost(self, peer: PeerId, why: str, *, now: float) -> Sequence[object]:
+        """A peer does not answer."""
 
     def tick(self, *, now: float) -> Sequence[object]:
         """Time has passed."""
@@ -139,7 +140,10 @@ class Machine(Protocol):
 
 
 class Shell:
-    """The world around one machine in one run; a role derives from it and says what only the role knows."""
+    """The world around one machine in one run; a role derives from it and says what only the role knows.
+
+    contacts: peers of the run that are known from elsewhere, for one who hears of no leader.
+    """
 
     machine: Machine
 
@@ -147,12 +151,13 @@ class Shell:
         self,
         identity: Identity,
         genesis: Genesis,
+        numerics: Numerics,
         *,
         transport: Transport,
         directory: Path,
         metrics: Metrics,
-        part_bytes: Sequence[int],
-        check_part: CheckPart,
+        contacts: Callable[[], Iterable[PeerId]] = tuple,
+        barred: Callable[[], frozenset[PeerId]] = frozenset,
     ) -> None:
         self.identity, self.genesis, self.run = identity, genesis, genesis.run
         self.recipe = decode(genesis.recipe)
@@ -161,14 +166,33 @@ class Shell:
         self.chain.found(genesis)
         self.blobs = Blobs(directory / "blobs")
         self.signer = KeySigner(identity)
-        self.follower = Follower(self.signer, Ledger(self.run, genesis.founder), genesis.organizer)
+        self.charter = Charter.of(genesis, open_to_all=self.recipe.admission.kind == "open")
+        self.follower = Follower(
+            self.signer,
+            Ledger(self.charter, self.signer),
+            Patience.of(self.recipe.rounds),
+            self.chain.incarnation(),
+        )
+        self.leader = Leader(
+            self.follower,
+            self.signer,
+            self.recipe,
+            len(numerics.part_bytes),
+            numerics.assign_parts,
+            started=int(time.time()),
+            known_plan=self.known_plan,
+            barred=barred,
+        )
+        self.state = State(genesis, self.charter, self.recipe, numerics, self.signer, directory)
         self.asker = sync.Asker(transport, identity, self.run)
         self.done = asyncio.Event()
         """Set when the role has nothing more to do."""
-        self.models: deque[tuple[int, Model]] = deque(maxlen=KEPT_MODELS)
-        """The newest (round, model), newest last."""
-        self._part_bytes = tuple(part_bytes)
-        self._check_part = check_part
+        self._numerics = numerics
+        self._part_bytes = tuple(numerics.part_bytes)
+        self._contacts = contacts
+        self._rng = random.Random()
+        self._aftermath: asyncio.Queue[tuple[Commit, Model]] = asyncio.Queue()
+        """Rounds that are applied, and not yet measured and saved."""
         self._changed = asyncio.Event()
         self._attempted: dict[bytes, int] = {}
         """Blobs of attempts at rounds that are not committed yet -> the round."""
@@ -191,25 +215,32 @@ class Shell:
     async def begin(self) -> None:
         """What the role does first, once messages can come and go."""
 
+    def known_plan(self) -> Plan | None:
+        """The newest plan of the round under way that another leader gave us."""
+        return None
+
+    async def measure(self, commit: Commit, model: Model) -> float | None:
+        """The loss on held-out data of the model after `commit`, where the role measures it."""
+        return None
+
     def perform_role(self, effect: object) -> None:
         """Do an effect that only this role knows."""
         raise AssertionError(f"no shell for {effect}")
 
     def unreachable(self, peer: PeerId, why: str) -> None:
-        """`peer` took no message; only a leader concludes something from it."""
-
-    def took_results(self, sender: PeerId, header: ResultsHeader) -> None:
-        """Averages are here, checked and on disk."""
-        self.perform(self.machine.holds(tuple(digest for _, digest in header.parts), now=self.now()))
+        """A member that takes no message is not waited for, if we lead."""
+        log.debug("%s is unreachable: %s", nickname(peer), why)
+        self.perform(self.machine.lost(peer, why, now=self.now()))
 
     async def answer(self, sender: PeerId, question: Message) -> Message | None:
         """The answer to one who joins or catches up; None where there is none."""
         match question:
             case WelcomeRequest():
-                delegation = self.follower.delegation
-                return None if delegation is None else Welcome(self.genesis, delegation)
-            case CommitsRequest(after_round):
-                return self._commits_after(after_round)
+                return Welcome(self.genesis)
+            case CommitsRequest(epoch, after_round):
+                return self._commits_after(epoch, after_round)
+            case StateRequest():
+                return self.state.offer(self.chain, self.leader)
             case _:
                 return None
 
@@ -245,7 +276,10 @@ class Shell:
                         header_cap=512 * 1024, total_cap=sum(self._part_bytes),
                     )  # fmt: skip
                     await self.begin()
+                    await self._take_up_model()
                     self.spawn(self._drive())
+                    self.spawn(self._keep_looking())
+                    self.spawn(self._measure_and_save())
                     await self.done.wait()
                     await self._mail.flush(within_s=2.0)
                     raise _Done
@@ -322,12 +356,25 @@ class Shell:
                     self._mail.post(peer, raw)
             case following.Store(commit):
                 self.chain.append(commit, at_s=time.time())
+            case following.Remember(promises):
+                self.chain.remember(promises)
+            case following.Rewind(round_):
+                log.warning("the organizer began an epoch after round %d: what followed it counts no more", round_)
+                self.chain.rewind(round_)
             case following.Apply(commit):
                 self.spawn(self._apply(commit))
             case following.Fetch(wanted, donors):
                 self.spawn(self._fetch(wanted, donors))
-            case following.CatchUp(donor, after_round):
-                self.spawn(self._catch_up(donor, after_round))
+            case following.CatchUp(donor, after):
+                self.spawn(self._catch_up(donor, after))
+            case following.Resync(reason):
+                log.info("taking the model from peers: %s", reason)
+                self.spawn(self._sync())
+            case Keep(peer, said):
+                self.chain.applied(peer, said)
+            case LeftOut(peer, reason, detail):
+                self.metrics.rejected_contribution(reason)
+                log.info("the work of %s is left out (%s): %s", nickname(peer), reason, detail)
             case following.Refused(sender, reason, detail):
                 self.metrics.rejected_message(reason)
                 log.debug("refused a message of %s (%s): %s", nickname(sender), reason, detail)
@@ -335,7 +382,9 @@ class Shell:
                 self.perform_role(effect)
 
     async def _apply(self, commit: Commit) -> None:
-        block, (_, model), since = commit.block, self.models[-1], self.now()
+        newest = self.state.newest
+        assert newest is not None, "commits are applied to a model"
+        block, model, since = commit.block, newest[1], self.now()
         payloads = await asyncio.to_thread(lambda: [self.blobs.get(digest) for digest in block.parts])
         whole = [payload for payload in payloads if payload is not None]
         if len(whole) < len(payloads):
@@ -347,11 +396,14 @@ class Shell:
             before = block.global_step - block.steps
             model = await asyncio.to_thread(model.apply, whole, self.recipe.outer, global_step=before)
         digest = await asyncio.to_thread(model.digest)
-        self.models.append((block.round, model))
+        if self.follower.applying is not commit:
+            return  # another epoch began meanwhile
+        self.state.models.append((block.round, model))
         self.metrics.phase_took("apply", self.now() - since)
         self._forget_blobs(commit)
         cost = self._cost()
         self.on_applied(commit, model, cost)
+        self._aftermath.put_nowait((commit, model))
         self.perform(self.machine.applied(block.round, digest, cost, now=self.now()))
 
     def _cost(self) -> Cost:
@@ -384,7 +436,9 @@ class Shell:
     def _take_up(self) -> None:
         """Take up what this folder keeps of the run: the chain, and the bytes of recent rounds."""
         head, here = self.chain.head_round(), self.blobs.digests()
-        self.follower.restore(self.chain.commits(), here)
+        self.follower.restore(self.chain.commits(), here, self.chain.promises())
+        measured = max(self.chain.validation().items(), default=(0, None))
+        self.machine.restore(self.chain.applieds(after_round=head - SHOWN_ROUNDS), measured)
         # what belongs to no round yet may have been voted for: it goes when the next round is in place without it
         self._attempted = dict.fromkeys(here - self._kept_parts(head), head + 1)
         self._forgotten_round = max(0, head - KEPT_ROUNDS)
@@ -412,16 +466,100 @@ class Shell:
         others = [peer for peer in donors if peer != self.identity.peer_id]
         await bulk.fetch_all(self.transport, others, sizes, kind=kind, timeout_s=SILENCE_S, on_blob=on_blob)
 
-    async def _catch_up(self, donor: PeerId, after_round: int) -> None:
+    async def _catch_up(self, donor: PeerId, after: tuple[int, int]) -> None:
         try:
-            await self.asker.commits(donor, after_round, lambda commit: self.take_commit(donor, commit))
+            await self._take_commits(donor, after)
         except (TransportError, WireError, sync.SyncError) as error:
-            log.info("could not catch up after round %d: %s", after_round, error)
+            log.info("could not catch up after round %d: %s", after[1], error)
 
-    def take_commit(self, donor: PeerId, commit: Commit) -> int:
-        """Hand one commit of `donor`'s chain to the machine, and return the round of our head."""
-        self.perform(self.machine.receive(donor, commit, now=self.now()))
-        return self.follower.ledger.head.round
+    async def _take_commits(self, donor: PeerId, after: tuple[int, int]) -> None:
+        def take(commit: Commit) -> tuple[int, int]:
+            self.perform(self.machine.receive(donor, commit, now=self.now()))
+            return self.follower.ledger.head.place
+
+        await self.asker.commits(donor, after, take)
+
+    async def _keep_looking(self) -> None:
+        """While nobody leads whom we hear, ask somebody now and then how far the chain has come."""
+        while True:
+            await asyncio.sleep(LOOK_S * (0.5 + self._rng.random()))
+            others = sorted(self._known_peers())
+            if others and self.follower.silent_s(now=self.now()) is not None:
+                await self._catch_up(self._rng.choice(others), self.follower.ledger.head.place)
+
+    def _known_peers(self) -> set[PeerId]:
+        return {*self.follower.ledger.head.voters, *self._contacts()} - {self.identity.peer_id}
+
+    # -- the model
+
+    async def _take_up_model(self) -> None:
+        """Go on with the model of this disk, or take it from peers."""
+        found = await asyncio.to_thread(self.state.take_up, self.chain)
+        if found is None:
+            self.spawn(self._sync())
+        else:
+            await self._go_on_from(*found)
+
+    async def _go_on_from(self, round_: int, model: Model) -> None:
+        head = self.follower.ledger.head.round
+        if 0 < round_ < head:
+            log.info("replaying rounds %d to %d on the model of round %d", round_ + 1, head, round_)
+        digest = await asyncio.to_thread(model.digest)
+        self.state.replace(round_, model)
+        self._came_at_round = self.follower.ledger.head.round
+        since = self.chain.commits(after_round=round_)
+        self.perform(self.machine.synced(round_, digest, since, now=self.now()))
+
+    async def _sync(self) -> None:
+        """Take the chain and the model from whoever has them."""
+        first = [peer for peer in self.follower.contacts(now=self.now()) if peer != self.identity.peer_id]
+        rest = sorted(self._known_peers())
+        self._rng.shuffle(rest)
+        why = "nobody is known who could have the model"
+        for donor in list(dict.fromkeys([*first, *rest]))[:DONORS_ASKED]:
+            try:
+                await self._sync_with(donor)
+                return
+            except (TransportError, WireError, sync.SyncError, ValueError) as error:
+                why = str(error)
+                log.debug("no model from %s: %s", nickname(donor), error)
+        log.info("no model yet: %s", why)
+        self.perform(self.machine.sync_failed(why, now=self.now()))
+
+    async def _sync_with(self, donor: PeerId) -> None:
+        await self._take_commits(donor, self.follower.ledger.head.place)
+        if self.follower.ledger.head.round <= SHORT_REPLAY_ROUNDS and self.state.newest is None:
+            first = await asyncio.to_thread(self.state.first_model)
+            if first is not None:
+                await self._go_on_from(0, first)
+                return
+        offer = await self.asker.state(donor, self.charter, self.genesis.first_model, self.chain.commit, self.signer)
+        model = await self._download(offer.manifest, donor)
+        log.info("the model after round %d is here, verified", offer.round)
+        await self._go_on_from(offer.round, model)
+
+    async def _download(self, manifest: bytes, donor: PeerId) -> Model:
+        """The model of `manifest`, which is proven, from everyone who has it. Raises ValueError if it can't be one."""
+        wanted = self._numerics.wanted(manifest)
+        blobs: dict[bytes, bytes] = {}
+        donors = list(dict.fromkeys([donor, *sorted(self._known_peers())]))
+        await self.fetch(donors, wanted, kind="state", on_blob=blobs.__setitem__)
+        return await asyncio.to_thread(self._numerics.model_from, manifest, blobs)
+
+    async def _measure_and_save(self) -> None:
+        every = self.recipe.checkpoints.every_rounds
+        while True:
+            commit, model = await self._aftermath.get()
+            val_loss = await self.measure(commit, model)
+            if commit.block.round % every == 0:
+                await self.save(commit, model, val_loss)
+            self._aftermath.task_done()
+
+    async def save(self, commit: Commit, model: Model, val_loss: float | None) -> None:
+        """Write a checkpoint of the model after `commit`."""
+        since = self.now()
+        await asyncio.to_thread(self.state.save, commit.block, model, val_loss)
+        self.metrics.checkpoint_written(commit.block.round, self.now() - since)
 
     # -- what others send and ask
 
@@ -459,7 +597,9 @@ class Shell:
         self.metrics.rejected_message(error.reason)
         log.debug("dropped what %s sent: %s", nickname(peer), error)
 
-    def _commits_after(self, round_: int) -> Commits:
+    def _commits_after(self, epoch: int, round_: int) -> Commits:
+        begins = self.chain.epoch_begins(after_epoch=epoch)
+        round_ = round_ if begins is None else min(round_, begins - 1)
         chosen: list[Commit] = []
         size = 0
         for commit in self.chain.commits(after_round=round_, limit=1024):
@@ -467,15 +607,12 @@ class Shell:
             if chosen and size > COMMITS_BYTES:
                 break
             chosen.append(commit)
-        return Commits(self.follower.ledger.head.round, tuple(chosen))
+        return Commits(*self.follower.ledger.head.place, tuple(chosen))
 
     def lookup(self, digest: bytes) -> bytes | memoryview | None:
-        """A blob that we can give: a tensor of a recent model, or a part of a recent round."""
-        for _, model in reversed(tuple(self.models)):  # called in a thread
-            tensor = model.blob(digest)
-            if tensor is not None:
-                return tensor
-        return self.blobs.get(digest)
+        """A blob that we can give: a chunk of a recent model, or a part of a recent round; called in a thread."""
+        chunk = self.state.lookup(digest)
+        return self.blobs.get(digest) if chunk is None else chunk
 
     def _accept_results(self, sender: PeerId, raw: bytes, sizes: tuple[int, ...]) -> str | None:
         if self._over:
@@ -517,7 +654,7 @@ class Shell:
             self._averages = (header.order, {})
         self._averages[1].update(header.parts)
         with self.or_end():
-            self.took_results(sender, header)
+            self.perform(self.machine.result(sender, header.order, dict(header.parts), now=self.now()))
         return b""
 
     def _fault(self, header: ResultsHeader, buffers: Sequence[bytearray]) -> str | None:
@@ -525,7 +662,7 @@ class Shell:
             if blake3(buffer).digest() != digest:
                 return f"part {part} is not what its digest promised"
             try:
-                self._check_part(buffer)
+                self._numerics.check_part(buffer)
             except ValueError as error:
                 return f"part {part}: {error}"
         return None

@@ -104,6 +104,12 @@ class Swarm:
         mine = self._identity.peer_id
         return {one.owner: one.body.role for one in found if one.owner != mine and isinstance(one.body, MemberBody)}
 
+    def addresses(self) -> set[str]:
+        """Where the other members are, by their own word."""
+        found = self.records.items("member", now=time.time())
+        others = (one.body for one in found if one.owner != self._identity.peer_id)
+        return {address for body in others if isinstance(body, MemberBody) for address in body.addresses}
+
     def progress_of(self, peer: PeerId) -> ProgressBody | None:
         """What `peer` last said that it is doing, if that still holds."""
         found = self.records.get("progress", peer, now=time.time())

@@ -6,8 +6,10 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from dugnad.configs.recipe import decode
 from dugnad.coordinator.audit import audit as audit_chain
 from dugnad.coordinator.chain import Chain
+from dugnad.coordinator.ledger import Charter
 from dugnad.dht.identity import PeerId, nickname, verify
 from dugnad.peer.folder import Folder, inhabited_folders
 
@@ -64,7 +66,8 @@ def audit(directory: Path) -> dict[str, Any]:
         if genesis is None:
             raise AskError(f"{path}: this chain has not begun.")
         applied = {round_: {peer: one.model for peer, one in said.items()} for round_, said in chain.applieds().items()}
-        found = audit_chain(genesis.run, genesis.founder, chain.commits(), applied, _Checker())
+        charter = Charter.of(genesis, open_to_all=decode(genesis.recipe).admission.kind == "open")
+        found = audit_chain(charter, chain.commits(), applied, _Checker())
     finally:
         chain.close()
     return {

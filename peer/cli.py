@@ -69,6 +69,10 @@ def demo(
 def launch(
     recipe: Annotated[str | None, typer.Argument(help="A recipe's name, or a .toml file.", show_default=False)] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.", show_default=False)] = None,
+    invite: Annotated[
+        str | None,
+        typer.Option(help="With --resume, where the folder has nothing but run.key: a peer to start from."),
+    ] = None,
     rounds: Annotated[
         int | None, typer.Option(help="Cut the run to so many rounds.", min=1, show_default=False)
     ] = None,
@@ -80,20 +84,28 @@ def launch(
 ) -> None:
     """Begin a run, or go on with one, as its organizer: prints the invite that volunteers join with.
 
-    Ctrl+C once: finish the round, write a checkpoint, leave. Twice: leave now. Nothing is lost either way.
+    Ctrl+C once: finish the round, write a checkpoint, leave. Twice: leave now. Nothing is lost either way, and while
+    no coordinator is there the volunteers lead each other.
+
+    On another machine, with nothing but the run's key in DIR: dugnad launch --resume DIR --invite INVITE, where the
+    invite is of a peer that is there (dugnad invite --dir ITS_FOLDER). Chain and model come from the peers.
     """
     with _told_errors():
         if (recipe is None) == (resume is None):
             raise UsageError("say what to launch: either a recipe (dugnad launch tiny-books) or --resume DIR")
+        if invite is not None and resume is None:
+            raise UsageError("--invite belongs to --resume: a new run needs nobody to start from")
         if resume is not None and rounds is not None:
             raise UsageError("--rounds belongs to a new run: the recipe of a run never changes")
+        from dugnad.dht.invite import parse_invite
         from dugnad.peer import folder as folders
         from dugnad.peer import roles
 
         network = roles.Network(host=host, port=port, metrics_port=metrics_port)
         if resume is not None:
             where = folders.Folder(resume)
-            work: Coroutine[Any, Any, None] = roles.resume(where, network, told=_tell_invite(where))
+            known = None if invite is None else parse_invite(invite, now=time.time())
+            work: Coroutine[Any, Any, None] = roles.resume(where, network, invite=known, told=_tell_invite(where))
         else:
             assert recipe is not None
             chosen = _recipe(recipe, rounds)
@@ -145,6 +157,42 @@ def status(directory: Dir = None, as_json: AsJson = False) -> None:
             from dugnad.peer.report import text
 
             print(text(said))
+
+
+@app.command()
+def invite(directory: Dir = None) -> None:
+    """Print an invite that leads to the peer in --dir, volunteer or coordinator: for when others are gone."""
+    with _told_errors():
+        from dugnad.peer import ask
+
+        print(ask.status(directory)["invite"])
+
+
+@app.command()
+def recover(
+    directory: Annotated[Path, typer.Argument(help="The coordinator's folder, with run.key; nobody may live there.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Begin a new epoch with the organizer's key, when more than half of a committee is gone for good.
+
+    Rounds stand still as long as no quorum of the last committee is there: then this coordinator decides alone, on the
+    newest round in DIR. What others committed after that round is undone, and they follow. Start the coordinator
+    afterwards: dugnad launch --resume DIR.
+    """
+    with _told_errors():
+        from dugnad.peer.folder import Folder
+        from dugnad.peer.recover import Recoverer
+
+        where = Folder(directory)
+        with where.occupied(), contextlib.closing(Recoverer(where, at_s=time.time())) as recoverer:
+            said = recoverer.recovery
+            print(f'run "{said.run}": epoch {said.epoch} begins after round {said.after_round}.')
+            print(f"The {len(said.committee)} voters of that round lose their votes until a new block names them.")
+            print("What anyone committed after that round is undone.")
+            if not yes and not typer.confirm("Begin the epoch?"):
+                raise typer.Exit(1)
+            recoverer.begin(at_s=time.time())
+            print(f"Done. Now: dugnad launch --resume {where.path}")
 
 
 @app.command()

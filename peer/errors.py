@@ -16,7 +16,7 @@ _KNOWN = {
     "dugnad.monitoring.exporter.PortTaken": FAILED,
     "dugnad.coordinator.damage.CheckpointError": FAILED,
     "dugnad.coordinator.chain.ChainError": FAILED,
-    "dugnad.coordinator.service.RestoreError": FAILED,
+    "dugnad.coordinator.state.RestoreError": FAILED,
     "dugnad.coordinator.sync.SyncError": FAILED,
     "dugnad.coordinator.ledger.LedgerError": FAILED,
     "dugnad.peer.ask.AskError": FAILED,

@@ -22,6 +22,8 @@ class Face:
         self.metrics = metrics
         self.role: Coordinator | Session | None = None
         self.swarm: Swarm | None = None
+        self.invite = ""
+        """One that leads to this peer."""
 
     def status(self) -> Report:
         """The role's report; an empty one before there is a role."""
@@ -29,7 +31,8 @@ class Face:
             return {}
         role = self.role
         said = report.of_coordinator(role) if isinstance(role, Coordinator) else report.of_volunteer(role, self.swarm)
-        return said | {"reason": printable(str(said["reason"]))}  # a stranger may have written it, in refusing us
+        # a stranger may have written the reason, in refusing us
+        return said | {"reason": printable(str(said["reason"])), "invite": self.invite}
 
     def line(self) -> str:
         """One line for a person who waits."""
@@ -52,5 +55,5 @@ class Face:
             said = self.status()
             if said:
                 self.metrics.peers_seen(Counter(str(peer["state"]) for peer in said["peers"]))
-                self.metrics.coordinator_silent(said["coordinator"]["silent_s"])
+                self.metrics.coordinator_silent(said["coordinator"]["gone_s"])
             await asyncio.sleep(_LOOK_S)

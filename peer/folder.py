@@ -10,7 +10,7 @@ lock           held while a process lives here
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +25,10 @@ RoleName = Literal["coordinator", "volunteer"]
 
 class FolderError(Exception):
     """A folder that can't be used as asked; the message says which, why, and what to do."""
+
+
+MAX_REMEMBERED = 64
+"""Addresses of peers that are remembered."""
 
 
 class Role(msgspec.Struct, frozen=True):
@@ -77,6 +81,11 @@ class Folder:
         return Identity.load_or_create(self.path / "run.key")
 
     @property
+    def has_run_key(self) -> bool:
+        """Whether the run's key is here."""
+        return (self.path / "run.key").exists()
+
+    @property
     def address(self) -> str | None:
         """The multiaddr on which the role listened last."""
         try:
@@ -87,6 +96,19 @@ class Folder:
     def keep_address(self, multiaddr: str) -> None:
         """Listen there again next time, so that invites stay good."""
         write_private(self.path / "address", multiaddr.encode() + b"\n")
+
+    def remembered(self) -> tuple[str, ...]:
+        """Multiaddrs of peers that were there last time."""
+        try:
+            found = msgspec.json.decode((self.path / "peers.json").read_bytes(), type=list[str])
+        except (OSError, msgspec.DecodeError):
+            return ()
+        return tuple(found[:MAX_REMEMBERED])
+
+    def remember(self, multiaddrs: Iterable[str]) -> None:
+        """Remember where peers are, for the next start: the invite may name none that is still there."""
+        chosen = sorted(set(multiaddrs))[:MAX_REMEMBERED]
+        write_private(self.path / "peers.json", msgspec.json.format(msgspec.json.encode(chosen)))
 
     def role(self) -> Role | None:
         """Who lives here, or lived here and did not say goodbye."""

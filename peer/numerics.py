@@ -2,17 +2,18 @@
 
 import functools
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from dugnad.configs.recipe import Recipe, RecipeError
 from dugnad.coordinator.messages import MAX_PARTS
-from dugnad.coordinator.shell import Model
+from dugnad.coordinator.state import Model
 from dugnad.coordinator.tensorfile import Tensors
 from dugnad.optim.codec import Int8Codec
 from dugnad.optim.layout import Layout
-from dugnad.optim.outer import SharedModel
+from dugnad.optim.outer import SharedModel, wanted_blobs
 from dugnad.optim.plan import assign_parts
 from dugnad.peer.data import Corpus
 from dugnad.peer.models import build, initial_weights, tensor_shapes
@@ -20,7 +21,7 @@ from dugnad.peer.trainer import Trainer, make_optimizer
 
 
 class Numerics:
-    """Everything of one recipe that needs numpy or torch; `coordinator.service.Numerics` in full.
+    """Everything of one recipe that needs numpy or torch; `coordinator.state.Numerics` in full.
 
     threads: how many torch may use; two peers that share cores slow each other down a lot with more than one each.
     Raises RecipeError where the codec's settings do not go with the model's.
@@ -47,6 +48,14 @@ class Numerics:
     def model_of(self, weights: Tensors, momentum: Tensors) -> SharedModel:
         """The model of these tensors. Raises LayoutError where they do not fit the recipe."""
         return SharedModel(self.layout, self.layout.flatten(weights), self.layout.flatten(momentum))
+
+    def wanted(self, manifest: bytes) -> dict[bytes, int]:
+        """digest -> bytes of each chunk that a manifest names. Raises ManifestError."""
+        return wanted_blobs(self.layout, manifest)
+
+    def model_from(self, manifest: bytes, blobs: Mapping[bytes, bytes | memoryview]) -> SharedModel:
+        """The model of a manifest, from the chunks in `blobs`. Raises ManifestError."""
+        return SharedModel.from_manifest(self.layout, manifest, blobs)
 
     def validation_loss(self, model: Model) -> float:
         """Nats per byte on held-out data."""

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from dugnad.coordinator.membership import Stage
+from dugnad.coordinator.rounds import Leader
 from dugnad.coordinator.service import Coordinator
 from dugnad.coordinator.shell import Shell
 from dugnad.dht.identity import PeerId, nickname
@@ -18,12 +19,53 @@ _STAGES = frozenset(Stage)
 
 def of_coordinator(role: Coordinator) -> Report:
     """Where the run stands, as its coordinator sees it."""
-    leader = role.machine
-    val_round, val_loss = leader.validation
-    peers = []
+    val_round, val_loss = role.leader.validation
+    return {
+        **_of_any(role, "coordinator"),
+        "state": role.leader.phase,
+        "reason": role.machine.reason,
+        "val_loss": val_loss,
+        "val_round": val_round,
+        "peers": _reported(role.leader),
+        "coordinator": {"peer": role.identity.peer_id, "alive": True, "gone_s": 0.0},
+    }
+
+
+def of_volunteer(role: Session, swarm: Swarm) -> Report:
+    """Where the run stands, as one of its volunteers sees it; of the others it knows what they say in gossip."""
+    volunteer, plan = role.machine, role.machine.plan
+    standing = volunteer.standing
+    seats = plan.seats if plan else ()
+    gone_s = volunteer.coordinator_gone_s(now=role.now())
+    others = [_of_other(peer, swarm.progress_of(peer)) for peer, what in swarm.roles().items() if what == "volunteer"]
+    delegated = role.follower.delegation
+    return {
+        **_of_any(role, "volunteer"),
+        "state": volunteer.stage,
+        "reason": volunteer.why(now=role.now()),
+        "val_loss": standing.val_loss if standing else None,
+        "val_round": standing.val_round if standing else 0,
+        "loss": role.loss,
+        "tokens_per_s": role.tokens_per_s,
+        "step": volunteer.step,
+        "of_steps": next((seat.steps for seat in seats if seat.peer == role.identity.peer_id), 0),
+        "peers": _reported(role.leader) if role.follower.leads else others,
+        "coordinator": {
+            "peer": delegated.coordinator if delegated is not None else role.genesis.founder,
+            "alive": gone_s is None,
+            "gone_s": gone_s or 0.0,
+        },
+    }
+
+
+def _reported(leader: Leader) -> list[Report]:
+    """Everyone who reports to us while we lead."""
+    peers: list[Report] = []
     seated = {seat.peer for seat in leader.plan.seats} if leader.plan else set()
     for peer in sorted({*leader.membership.live(), *seated}):
         said = leader.membership.report(peer)
+        if said is not None and not said.trains:
+            continue
         peers.append(
             {
                 "peer": peer,
@@ -34,39 +76,7 @@ def of_coordinator(role: Coordinator) -> Report:
                 "of_steps": said.of_steps if said else 0,
             }
         )
-    return {
-        **_of_any(role, "coordinator"),
-        "state": leader.phase,
-        "reason": leader.reason,
-        "val_loss": val_loss,
-        "val_round": val_round,
-        "peers": peers,
-        "checkpoint": str(role.checkpoint) if role.checkpoint else None,
-        "coordinator": {"peer": role.identity.peer_id, "alive": True, "silent_s": 0.0},
-    }
-
-
-def of_volunteer(role: Session, swarm: Swarm) -> Report:
-    """Where the run stands, as one of its volunteers sees it; of the others it knows what they say in gossip."""
-    volunteer, plan = role.machine, role.machine.plan
-    standing = volunteer.standing
-    seats = plan.seats if plan else ()
-    silent_s = volunteer.coordinator_silent_s(now=role.now())
-    return {
-        **_of_any(role, "volunteer"),
-        "state": volunteer.stage,
-        "reason": volunteer.reason,
-        "val_loss": standing.val_loss if standing else None,
-        "val_round": standing.val_round if standing else 0,
-        "loss": role.loss,
-        "tokens_per_s": role.tokens_per_s,
-        "step": volunteer.step,
-        "of_steps": next((seat.steps for seat in seats if seat.peer == role.identity.peer_id), 0),
-        "peers": [
-            _of_other(peer, swarm.progress_of(peer)) for peer, what in swarm.roles().items() if what == "volunteer"
-        ],
-        "coordinator": {"peer": role.follower.leader, "alive": silent_s is None, "silent_s": silent_s or 0.0},
-    }
+    return peers
 
 
 def _of_any(role: Shell, name: str) -> Report:
@@ -85,7 +95,12 @@ def _of_any(role: Shell, name: str) -> Report:
         "total_steps": role.recipe.rounds.total_steps,
         "model_round": role.follower.model_round,
         "model_digest": model.hex() if model is not None else None,
+        "epoch": head.epoch,
+        "view": role.follower.view,
+        "leader": role.follower.leader,
+        "leads": role.follower.leads,
         "committee": [voter.peer for voter in head.committee],
+        "checkpoint": str(role.state.checkpoint) if role.state.checkpoint else None,
         "bytes_sent": role.metrics.sent_bytes(),
         "bytes_received": role.metrics.received_bytes(),
     }
@@ -115,7 +130,7 @@ def line(said: Report) -> str:
     else:
         doing = said["reason"]
     gone = said["coordinator"]
-    silent = "" if gone["alive"] else f"  coordinator gone {gone['silent_s']:.0f} s"
+    silent = "" if gone["alive"] else f"  coordinator gone {gone['gone_s']:.0f} s"
     return f"{head}  {doing}{silent}"
 
 
@@ -125,7 +140,8 @@ def text(said: Report) -> str:
     if said["val_loss"] is not None:
         loss = f"{said['val_loss']:.4f} nats per byte after round {said['val_round']}"
     there = said["coordinator"]
-    alive = "alive" if there["alive"] else f"gone {there['silent_s']:.0f} s"
+    alive = "alive" if there["alive"] else f"gone {there['gone_s']:.0f} s"
+    leader = "you" if said["leads"] else nickname(PeerId(said["leader"]))
     lines = [
         f"run          {said['name']} ({said['run'][:8]})",
         f"you are      {said['nickname']}, {said['role']} (pid {said['pid']})",
@@ -134,6 +150,7 @@ def text(said: Report) -> str:
         f"validation   {loss}",
         f"model        {(said['model_digest'] or 'none yet')[:16]} after round {said['model_round']}",
         f"coordinator  {alive}",
+        f"leader       {leader}, in view {said['view']}",
         f"sent         {_bytes(said['bytes_sent'])}",
         f"received     {_bytes(said['bytes_received'])}",
         f"peers        {len(said['peers'])}",

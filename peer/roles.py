@@ -20,7 +20,7 @@ from dugnad.dht.identity import Identity, PeerId, nickname, public_key_of
 from dugnad.dht.invite import Invite, encode_invite
 from dugnad.dht.records import owner_of
 from dugnad.dht.swarm import Swarm
-from dugnad.dht.transport import NetworkDown
+from dugnad.dht.transport import BootstrapError, NetworkDown
 from dugnad.monitoring.exporter import Exporter
 from dugnad.monitoring.metrics import Metrics
 from dugnad.peer.face import Face
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 WELCOME_S = 60.0
 """How long a volunteer looks for someone who can say what the run is."""
+_REMEMBER_S = 5.0
 _LOOK_S = 1.0
 """How often it is seen to that the network daemon is there."""
 UNKNOWN_UPLINK = 1.0
@@ -69,6 +70,14 @@ class Place:
     url: str
     """Of the exporter."""
 
+    def contacts(self) -> list[PeerId]:
+        """The members of the run that gossip tells of."""
+        return list(self.swarm.roles())
+
+    def invite(self, genesis: Genesis, name: str) -> Invite:
+        """An invite that leads to us."""
+        return Invite(genesis.run, public_key_of(genesis.organizer), self.host.addresses(), name, 0)
+
 
 async def launch(recipe: Recipe, folder: Folder, network: Network, *, told: Callable[[str, str], None]) -> None:
     """Begin a run as its organizer and coordinator; `told` hears the invite and the exporter's URL."""
@@ -81,15 +90,34 @@ async def launch(recipe: Recipe, folder: Folder, network: Network, *, told: Call
         numerics = Numerics(recipe)
         first = await asyncio.to_thread(numerics.first_model)
         founder, organizer = folder.identity().peer_id, folder.organizer().peer_id
-        genesis = Genesis(encode(recipe), organizer, founder, first.digest())
-        await _coordinate(genesis, numerics, folder, network, told)
+        with contextlib.closing(Chain(folder.chain)) as chain:
+            incarnation = chain.incarnation()
+        genesis = Genesis(encode(recipe), organizer, founder, incarnation, first.digest())
+        async with _coordinator_placed(folder, genesis.run, network, ()) as place:
+            await _coordinate(genesis, numerics, place, folder, network, told)
 
 
-async def resume(folder: Folder, network: Network, *, told: Callable[[str, str], None]) -> None:
-    """Go on with the run that was launched in `folder`."""
+async def resume(folder: Folder, network: Network, *, invite: Invite | None, told: Callable[[str, str], None]) -> None:
+    """Go on as the coordinator of the run in `folder`; in a folder with nothing but run.key, of the run of `invite`."""
     with folder.occupied():
-        genesis = _genesis_of(folder)
-        await _coordinate(genesis, Numerics(decode(genesis.recipe)), folder, network, told)
+        if not folder.has_run_key:
+            raise FolderError(f"{folder.path}: there is no run.key here: only who has the run's key can coordinate it.")
+        genesis = _kept_genesis(folder)
+        if genesis is None and invite is None:
+            raise FolderError(
+                f"{folder.path}: no run was launched here. Name the folder that holds its chain.sqlite; or, to go on "
+                "from its run.key alone, add --invite with an invite that names a peer who is there."
+            )
+        if genesis is not None and invite is not None and genesis.run != invite.run:
+            raise FolderError(f"{folder.path}: this folder belongs to another run than the invite.")
+        run = genesis.run if genesis is not None else invite.run if invite is not None else b""
+        async with _coordinator_placed(folder, run, network, invite.addresses if invite else ()) as place:
+            if genesis is None and invite is not None:
+                genesis = (await _welcome(place, invite)).genesis
+            assert genesis is not None
+            if genesis.organizer != folder.organizer().peer_id:
+                raise FolderError(f"{folder.path}: run.key is not the key of this run.")
+            await _coordinate(genesis, Numerics(decode(genesis.recipe)), place, folder, network, told)
 
 
 async def join(
@@ -100,26 +128,29 @@ async def join(
     told: hears the recipe, our nickname and the exporter's URL.
     """
     with folder.occupied():
+        kept = _kept_genesis(folder)
+        back = kept is not None and kept.run == invite.run
         async with _placed(
-            "volunteer", folder, invite.run, network.listen, network, bootstrap=invite.addresses
+            "volunteer", folder, invite.run, network.listen, network, bootstrap=invite.addresses, may_wait=back
         ) as place:
-            welcome = await _welcome(place, invite)
-            recipe = decode(welcome.genesis.recipe)
+            genesis = kept if back and kept is not None else (await _welcome(place, invite)).genesis
+            recipe = decode(genesis.recipe)
             told(recipe, nickname(place.identity.peer_id), place.url)
             numerics = Numerics(recipe, threads=threads)
             await asyncio.to_thread(numerics.prepare, to_train=True)
             role = Session(
                 place.identity,
-                welcome,
+                genesis,
                 numerics,
                 transport=place.host,
                 directory=folder.path,
                 metrics=place.face.metrics,
                 abilities=Abilities(addresses=place.host.addresses(), accepts=True, uplink=UNKNOWN_UPLINK),
+                contacts=place.contacts,
             )
-            place.face.role = role
+            place.face.role, place.face.invite = role, encode_invite(place.invite(genesis, recipe.name))
             with folder.inhabited("volunteer", invite.run, recipe.name, place.url):
-                await _until_done(role, place, role.leave, "leaving after this round; Ctrl+C again leaves now")
+                await _until_done(role, place, folder, role.leave, "leaving after this round; Ctrl+C again leaves now")
     return role.left_because
 
 
@@ -131,44 +162,76 @@ def _kept_genesis(folder: Folder) -> Genesis | None:
         return chain.genesis()
 
 
-def _genesis_of(folder: Folder) -> Genesis:
-    genesis = _kept_genesis(folder)
-    if genesis is None:
-        raise FolderError(f"{folder.path}: no run was launched here. Name the folder that holds its chain.sqlite.")
-    if genesis.organizer != folder.organizer().peer_id or genesis.founder != folder.identity().peer_id:
-        raise FolderError(f"{folder.path}: run.key or identity.key is not the one that this run began with.")
-    return genesis
+@contextlib.asynccontextmanager
+async def _coordinator_placed(
+    folder: Folder, run: bytes, network: Network, bootstrap: tuple[str, ...]
+) -> AsyncIterator[Place]:
+    listen = network.listen if network.port or folder.address is None else folder.address
+    async with _placed("coordinator", folder, run, listen, network, bootstrap=bootstrap, may_wait=True) as place:
+        folder.keep_address(network.listen_on(_tcp_port(place.host)))  # a resumed run keeps its invites good
+        yield place
 
 
 async def _coordinate(
-    genesis: Genesis, numerics: Numerics, folder: Folder, network: Network, told: Callable[[str, str], None]
+    genesis: Genesis,
+    numerics: Numerics,
+    place: Place,
+    folder: Folder,
+    network: Network,
+    told: Callable[[str, str], None],
 ) -> None:
     await asyncio.to_thread(numerics.prepare, to_train=False)
-    listen = network.listen if network.port or folder.address is None else folder.address
-    async with _placed("coordinator", folder, genesis.run, listen, network, bootstrap=()) as place:
-        folder.keep_address(network.listen_on(_tcp_port(place.host)))  # a resumed run keeps its invites good
-        role = Coordinator(
-            place.identity,
-            genesis,
-            folder.organizer(),
-            numerics,
-            transport=place.host,
-            directory=folder.path,
-            metrics=place.face.metrics,
-        )
-        place.face.role = role
-        name = numerics.recipe.name
-        invite = Invite(genesis.run, public_key_of(genesis.organizer), place.host.addresses(), name, 0)
-        with folder.inhabited("coordinator", genesis.run, name, place.url):
-            told(encode_invite(invite), place.url)
-            await _until_done(role, place, role.stop, "finishing the round, then leaving; Ctrl+C again: now")
+    role = Coordinator(
+        place.identity,
+        genesis,
+        folder.organizer(),
+        numerics,
+        transport=place.host,
+        directory=folder.path,
+        metrics=place.face.metrics,
+        addresses=place.host.addresses(),
+        contacts=place.contacts,
+    )
+    name = numerics.recipe.name
+    place.face.role, place.face.invite = role, encode_invite(place.invite(genesis, name))
+    with folder.inhabited("coordinator", genesis.run, name, place.url):
+        told(place.face.invite, place.url)
+        promise = "finishing the round, then leaving it to the others; Ctrl+C again: now"
+        await _until_done(role, place, folder, role.stop, promise)
 
 
 @contextlib.asynccontextmanager
 async def _placed(
-    role: RoleName, folder: Folder, run: bytes, listen: str, network: Network, *, bootstrap: tuple[str, ...]
+    role: RoleName,
+    folder: Folder,
+    run: bytes,
+    listen: str,
+    network: Network,
+    *,
+    bootstrap: tuple[str, ...],
+    may_wait: bool,
 ) -> AsyncIterator[Place]:
-    """Be a peer of the run, whom others can see and ask."""
+    """Be a peer of the run, whom others can see and ask; may_wait: also while none of them is there."""
+    known = tuple(dict.fromkeys((*bootstrap, *folder.remembered())))
+    try:
+        async with _connected(role, folder, run, listen, network, known) as place:
+            yield place
+    except BootstrapError as error:
+        if not may_wait:
+            raise
+        log.info("nobody is there yet: %s", error)
+    else:
+        return
+    async with _connected(role, folder, run, listen, network, ()) as place:
+        for address in known:
+            await place.host.learn(PeerId(address.rpartition("/p2p/")[2]), (address,))
+        yield place
+
+
+@contextlib.asynccontextmanager
+async def _connected(
+    role: RoleName, folder: Folder, run: bytes, listen: str, network: Network, bootstrap: tuple[str, ...]
+) -> AsyncIterator[Place]:
     identity = folder.identity()
     face = Face(Metrics(role, run.hex()[:8], nickname=nickname(identity.peer_id)))
     metrics = face.metrics
@@ -229,13 +292,16 @@ async def _welcome(place: Place, invite: Invite) -> Welcome:
         raise fault from None
 
 
-async def _until_done(role: Coordinator | Session, place: Place, leave: Callable[[], None], promise: str) -> None:
+async def _until_done(
+    role: Coordinator | Session, place: Place, folder: Folder, leave: Callable[[], None], promise: str
+) -> None:
     """Serve until the role is done; raises KeyboardInterrupt where the user will not wait for that.
 
     Raises NetworkDown, in a group, once the network daemon has ended.
     """
     serving = asyncio.create_task(_serve(role, place.host))
     looking = asyncio.create_task(place.face.keep_looking())
+    remembering = asyncio.create_task(_keep_remembering(place, folder))
     asked = 0
 
     def interrupted() -> None:
@@ -257,6 +323,18 @@ async def _until_done(role: Coordinator | Session, place: Place, leave: Callable
         raise
     finally:
         looking.cancel()
+        remembering.cancel()
+
+
+async def _keep_remembering(place: Place, folder: Folder) -> None:
+    """Keep where the others are, so that we find them again when the peers of our invite are gone."""
+    before: set[str] = set()
+    while True:
+        await asyncio.sleep(_REMEMBER_S)
+        addresses = place.swarm.addresses()
+        if addresses and addresses != before:
+            folder.remember(addresses)
+            before = addresses
 
 
 async def _serve(role: Coordinator | Session, host: Host) -> None:

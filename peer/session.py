@@ -7,26 +7,24 @@ Training runs in a thread, one interval at a time, and is asked to stop between 
 import asyncio
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
-from blake3 import blake3
 
-from dugnad.coordinator import sync
-from dugnad.coordinator.follower import Cost, Resync
-from dugnad.coordinator.messages import Commit, Plan, StateOffer, Welcome
-from dugnad.coordinator.shell import RESULTS_CHANNEL, SILENCE_S, Model, ResultsHeader, Shell
+from dugnad.coordinator.follower import Cost
+from dugnad.coordinator.messages import Commit, Genesis, Plan
+from dugnad.coordinator.shell import RESULTS_CHANNEL, SILENCE_S, ResultsHeader, Shell
+from dugnad.coordinator.state import Model
 from dugnad.dht import bulk
 from dugnad.dht.identity import Identity, PeerId, nickname
 from dugnad.dht.transport import Transport, TransportError
-from dugnad.dht.wire import WireError
 from dugnad.monitoring.metrics import Metrics
 from dugnad.optim import reduce as reducing
 from dugnad.optim.codec import NonFinite
 from dugnad.optim.exchange import Exchange
-from dugnad.optim.outer import ManifestError, SharedModel, wanted_blobs
+from dugnad.optim.outer import SharedModel
 from dugnad.peer import trainer as training
 from dugnad.peer.lifecycle import Abilities, Leave, Reduce, StopTraining, Train, Volunteer, Work
 from dugnad.peer.numerics import Numerics
@@ -54,38 +52,38 @@ class Session(Shell):
     def __init__(
         self,
         identity: Identity,
-        welcome: Welcome,
+        genesis: Genesis,
         numerics: Numerics,
         *,
         transport: Transport,
         directory: Path,
         metrics: Metrics,
         abilities: Abilities,
+        contacts: Callable[[], Iterable[PeerId]] = tuple,
+        barred: Callable[[], frozenset[PeerId]] = frozenset,
     ) -> None:
         super().__init__(
             identity,
-            welcome.genesis,
+            genesis,
+            numerics,
             transport=transport,
             directory=directory,
             metrics=metrics,
-            part_bytes=numerics.part_bytes,
-            check_part=numerics.check_part,
+            contacts=contacts,
+            barred=barred,
         )
-        rounds = self.recipe.rounds
         self.machine = Volunteer(
             identity.peer_id,
-            self.follower,
+            self.leader,
             abilities,
             num_parts=len(numerics.part_bytes),
-            report_s=rounds.report_s,
-            silence_s=rounds.silence_s,
+            report_s=self.recipe.rounds.report_s,
         )
         self.loss: float | None = None
         """Of the newest step of our own training, in nats per token."""
         self.tokens_per_s = 0.0
         self.left_because = ""
-        self._welcome = welcome
-        self._numerics = numerics
+        self._numerics: Numerics = numerics
         self._exchange = Exchange(transport, numerics.layout, expects=self.machine.takes, received=self._received)
         self._training: asyncio.Task[None] | None = None
         self._order = _Order()
@@ -106,13 +104,15 @@ class Session(Shell):
             self._order.end(discard=True)
 
     async def begin(self) -> None:
-        """Learn who leads."""
+        """Take uploads."""
         await self._exchange.serve()
-        delegation = self._welcome.delegation
-        self.perform(self.machine.receive(delegation.coordinator, delegation, now=self.now()))
+
+    def known_plan(self) -> Plan | None:
+        """The newest plan of the round under way that another leader gave us."""
+        return self.machine.plan
 
     def perform_role(self, effect: object) -> None:
-        """Train, exchange, sync, leave."""
+        """Train, exchange, leave."""
         match effect:
             case Train():
                 self._exchange.begin(effect.plan.round)  # at once: who is faster may send its parts any moment
@@ -129,9 +129,6 @@ class Session(Shell):
                 self.spawn(self._fold(plan, fold))
             case Reduce(plan, reducing.Deliver(to, parts)):
                 self.spawn(self._deliver(plan, to, parts))
-            case Resync(reason):
-                log.info("taking the model from peers: %s", reason)
-                self.spawn(self._sync())
             case Leave(reason):
                 self.left_because = reason
                 self.done.set()
@@ -194,7 +191,9 @@ class Session(Shell):
         self.perform(self.machine.trained(plan, work, now=self.now()))
 
     async def _interval(self, effect: Train, stop: threading.Event) -> training.Interval:
-        _, model = self.models[-1]
+        newest = self.state.newest
+        assert newest is not None, "who trains has a model"
+        model = newest[1]
         assert isinstance(model, SharedModel)
         interval = await asyncio.to_thread(
             lambda: self._numerics.trainer.train(  # the trainer is made at its first use, which takes a while
@@ -238,7 +237,7 @@ class Session(Shell):
         self.perform(self.machine.folded(plan, results, now=self.now()))
 
     async def _deliver(self, plan: Plan, to: PeerId, parts: Mapping[int, bytes]) -> None:
-        header = msgspec.msgpack.encode(ResultsHeader(plan.round, plan.term, plan.view, tuple(parts.items())))
+        header = msgspec.msgpack.encode(ResultsHeader(*plan.order, tuple(parts.items())))
         payloads = await asyncio.to_thread(lambda: [self.blobs.get(digest) or b"" for digest in parts.values()])
         kind = "result" if plan.seat_of(to) is not None else "follow"
         error: str | None = None
@@ -248,35 +247,3 @@ class Session(Shell):
             error = str(failed)
             log.info("averages for %s: %s", nickname(to), error)
         self.perform(self.machine.delivered(to, error=error, now=self.now()))
-
-    # -- the state
-
-    async def _sync(self) -> None:
-        leader = self.follower.leader
-        assert leader is not None
-        try:
-            head = self.follower.ledger.head.round
-            await self.asker.commits(leader, head, lambda commit: self.take_commit(leader, commit))
-            offer = await self.asker.state(leader, self.genesis, self.signer, self._commit_of)
-            model = await self._download(leader, offer)
-        except (TransportError, WireError, sync.SyncError, ManifestError) as error:
-            log.info("no model yet: %s", error)
-            self.perform(self.machine.sync_failed(str(error), now=self.now()))
-            return
-        self.models.clear()
-        self.models.append((offer.round, model))
-        log.info("the model after round %d is here, verified", offer.round)
-        digest, since = blake3(offer.manifest).digest(), self.chain.commits(after_round=offer.round)
-        self._came_at_round = self.follower.ledger.head.round
-        self.perform(self.machine.synced(offer.round, digest, since, now=self.now()))
-
-    def _commit_of(self, round_: int) -> Commit | None:
-        return next(self.chain.commits(after_round=round_ - 1, limit=1), None)
-
-    async def _download(self, leader: PeerId, offer: StateOffer) -> SharedModel:
-        wanted = wanted_blobs(self._numerics.layout, offer.manifest)
-        blobs: dict[bytes, bytes] = {}
-        # everyone who votes holds the model: the leader, whose uplink serves all, is asked last
-        donors = [voter.peer for voter in self.follower.ledger.head.committee if voter.peer != leader]
-        await self.fetch((*donors, leader), wanted, kind="state", on_blob=blobs.__setitem__)
-        return await asyncio.to_thread(SharedModel.from_manifest, self._numerics.layout, offer.manifest, blobs)
