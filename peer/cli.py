@@ -210,6 +210,27 @@ def audit(
 
 
 @app.command()
+def checkpoints(
+    directory: Annotated[Path, typer.Argument(help="A role's folder, a folder of checkpoints, or a single one.")],
+    as_json: AsJson = False,
+) -> None:
+    """List the checkpoints in DIR: round, size, who wrote each, and whether it is intact; status 1 if one is not.
+
+    Each is read to its last byte: every megabyte is held against its hash, all hashes against the digest of the model,
+    and that against the signature of who wrote it. What is damaged is named by file and tensor.
+
+    A role repairs its own from the others' copies. By hand: put back a copy of the round's folder from any keeper of
+    the run, or move it away. Nothing is changed by this command, and the role may be running.
+    """
+    with _told_errors():
+        from dugnad.peer import saved
+
+        found = saved.rows(directory)
+        print(json.dumps(found) if as_json else saved.text(found))
+        raise typer.Exit(0 if all(row["intact"] for row in found) else 1)
+
+
+@app.command()
 def sample(
     source: Annotated[Path, typer.Argument(help="A checkpoint's folder, or a coordinator's folder (its newest one).")],
     prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "\n",

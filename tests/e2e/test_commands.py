@@ -169,6 +169,7 @@ def test_a_volunteer_that_comes_back_takes_the_state_from_its_peers(start: Start
         (["status", "--dir", "nowhere"], 1, "no role is running here"),
         (["audit", "nowhere"], 1, "no chain.sqlite"),
         (["sample", "nowhere"], 1, "no checkpoint here"),
+        (["checkpoints", "nowhere"], 1, "no checkpoint here"),
         (["launch", "tiny-books", "--rounds", "9999"], 2, "39 rounds"),
         (["demo", "--json", "missing/x.json"], 2, "missing/x.json can't be written"),
         (["demo", "--json", "."], 2, "can't be written"),
@@ -287,6 +288,9 @@ def test_a_corrupt_checkpoint_is_named_and_moving_it_away_loses_nothing(start: S
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
+    listed = dugnad("checkpoints", coordinator.directory, "--json")
+    assert listed.returncode == 1
+    assert [row["intact"] for row in json.loads(listed.stdout)] == [False, True]
     refused = dugnad("launch", "--resume", coordinator.directory)
     assert refused.returncode == 1
     assert str(weights) in refused.stderr
