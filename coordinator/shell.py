@@ -494,7 +494,10 @@ class Shell:
 
     async def _take_up_model(self) -> None:
         """Go on with the model of this disk, or take it from peers."""
-        found = await asyncio.to_thread(self.state.take_up, self.chain)
+        head = self.follower.ledger.head.round
+        newest = self.chain.commits(after_round=head - following.REPLAY_ROUNDS - 1)
+        blocks = {commit.block.round: commit.block.hash for commit in newest}
+        found = await asyncio.to_thread(self.state.take_up, head, blocks)
         if found is None:
             self.spawn(self._sync())
         else:
@@ -544,7 +547,7 @@ class Shell:
         blobs: dict[bytes, bytes] = {}
         donors = list(dict.fromkeys([donor, *sorted(self._known_peers())]))
         await self.fetch(donors, wanted, kind="state", on_blob=blobs.__setitem__)
-        return await asyncio.to_thread(self._numerics.model_from, manifest, blobs)
+        return await asyncio.to_thread(self._numerics.model_from, manifest, blobs.get)
 
     async def _measure_and_save(self) -> None:
         every = self.recipe.checkpoints.every_rounds

@@ -5,7 +5,7 @@ Every role keeps what it needs to start again: its checkpoints, and the averages
 
 import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -76,8 +76,8 @@ class Numerics(Protocol):
     def wanted(self, manifest: bytes) -> dict[bytes, int]:
         """digest -> bytes of each chunk that a manifest names. Raises ValueError where it does not fit the recipe."""
 
-    def model_from(self, manifest: bytes, blobs: Mapping[bytes, bytes | memoryview]) -> Model:
-        """The model of a manifest, from the chunks in `blobs`. Raises ValueError if one is missing or damaged."""
+    def model_from(self, manifest: bytes, blob: Callable[[bytes], bytes | memoryview | None]) -> Model:
+        """The model of a manifest, from the chunks that `blob` gives. Raises ValueError if one is missing or damaged."""
 
     def validation_loss(self, model: Model) -> float:
         """Nats per byte on held-out data; takes a while."""
@@ -112,17 +112,16 @@ class State:
         self.models.clear()
         self.models.append((round_, model))
 
-    def take_up(self, chain: Chain) -> tuple[int, Model] | None:
+    def take_up(self, head: int, blocks: Mapping[int, bytes]) -> tuple[int, Model] | None:
         """The newest (round, model) of this disk from which the chain's head can be reached; None without any.
 
-        Blocks on the disk. Raises RestoreError where nobody else can have the model: before the founder's first round.
+        head: its round; blocks: the hashes of its newest ones, {round: hash}. Blocks on the disk. Raises RestoreError where nobody else can have the model: before the founder's first round.
         """
         self.checkpoints.recover()
-        head = chain.head_round()
         for path in self.checkpoints.newest_first():
             if head - round_of(path) > REPLAY_ROUNDS:
                 break
-            found = self._load(path, chain)
+            found = self._load(path, blocks)
             if found is not None:
                 self.checkpoint = path
                 return found
@@ -140,7 +139,7 @@ class State:
         model = self._numerics.first_model()
         return model if model.digest() == self._genesis.first_model else None
 
-    def _load(self, path: Path, chain: Chain) -> tuple[int, Model] | None:
+    def _load(self, path: Path, blocks: Mapping[int, bytes]) -> tuple[int, Model] | None:
         try:
             saved = self.checkpoints.load(path)
         except CheckpointError as error:
@@ -148,8 +147,8 @@ class State:
                 self.damaged.append(error.damage)
             log.warning("%s; going on without it", error.damage or error)
             return None
-        commit = chain.commit(saved.round)
-        if saved.meta.run != self._charter.run.hex() or commit is None or saved.meta.block != commit.block.hash.hex():
+        block = blocks.get(saved.round)
+        if saved.meta.run != self._charter.run.hex() or block is None or saved.meta.block != block.hex():
             log.warning("%s is of another run, or of a round that this chain does not hold; it is left alone", path)
             return None
         return saved.round, self._model_of(saved)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -53,9 +53,9 @@ class Numerics:
         """digest -> bytes of each chunk that a manifest names. Raises ManifestError."""
         return wanted_blobs(self.layout, manifest)
 
-    def model_from(self, manifest: bytes, blobs: Mapping[bytes, bytes | memoryview]) -> SharedModel:
-        """The model of a manifest, from the chunks in `blobs`. Raises ManifestError."""
-        return SharedModel.from_manifest(self.layout, manifest, blobs)
+    def model_from(self, manifest: bytes, blob: Callable[[bytes], bytes | memoryview | None]) -> SharedModel:
+        """The model of a manifest, from the chunks that `blob` gives by digest. Raises ManifestError."""
+        return SharedModel.from_manifest(self.layout, manifest, blob)
 
     def validation_loss(self, model: Model) -> float:
         """Nats per byte on held-out data."""
