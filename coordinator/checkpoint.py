@@ -33,6 +33,7 @@ from dugnad.dht.manifest import (
     digests_of,
     parse_manifest,
 )
+from dugnad.dht.transport import printable
 
 MODEL = "model.msgpack"
 MANIFEST = "manifest.json"
@@ -199,7 +200,7 @@ def read_head(path: Path) -> Head | Broken:
         head = msgspec.json.decode(raw, type=Head)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         fault = Fault.TRUNCATED if "truncated" in str(error) else Fault.ALTERED
-        return Broken(MANIFEST, fault, f"is {fault.value}: {error}")
+        return Broken(MANIFEST, fault, f"is {fault.value}: {printable(str(error))}")
     why = _doubt(path, head, raw)
     return head if why is None else Broken(MANIFEST, Fault.ALTERED, f"is altered: {why}")
 
@@ -219,7 +220,7 @@ def _doubt(path: Path, head: Head, raw: bytes) -> str | None:
     except ValueError:
         signature = b""
     if signature.hex() != head.signature or not verify(head.writer, _SIGNED_AS + digest, signature):
-        return f"it is not signed by {head.writer[:60]}, whom it names as its writer"
+        return f"it is not signed by {printable(head.writer)}, whom it names as its writer"
     if is_name(path.name) and round_of(path) != head.round:
         return f"it is of round {head.round}"
     return None
@@ -239,7 +240,7 @@ def read_model(path: Path, head: Head | None) -> Manifest | Broken:
         model = parse_manifest(raw)
         files_of(model)
     except ManifestError as error:
-        return Broken(MODEL, Fault.ALTERED, f"is not a model of ours: {error}")
+        return Broken(MODEL, Fault.ALTERED, f"is not a model of ours: {printable(str(error))}")
     return model
 
 

@@ -6,6 +6,7 @@ from enum import Enum
 from pathlib import Path
 
 from dugnad.coordinator.tensorfile import Chunk
+from dugnad.dht.transport import printable
 
 _NAMED_TENSORS = 3
 """How many damaged tensors a sentence names."""
@@ -63,6 +64,9 @@ def named(chunks: tuple[Chunk, ...]) -> str:
     """Which tensors some chunks belong to, in words: "embed (2 of 3 chunks), bias"."""
     counted = Counter(chunk.tensor for chunk in chunks)
     of = {chunk.tensor: chunk.of for chunk in chunks}
-    said = [name if of[name] == 1 else f"{name} ({count} of {of[name]} chunks)" for name, count in counted.items()]
+    said = [
+        printable(name) + (f" ({count} of {of[name]} chunks)" if of[name] > 1 else "")
+        for name, count in counted.items()
+    ]
     more = len(said) - _NAMED_TENSORS
     return ", ".join(said[:_NAMED_TENSORS]) + (f" and {more} more" if more > 0 else "")

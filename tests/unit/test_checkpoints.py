@@ -358,6 +358,12 @@ def test_what_the_disk_does_not_give_is_told_from_what_was_altered(
     assert f"{WEIGHTS} can't be read: Input/output error: wide (1 of 2 chunks)" in str(found)
 
 
+def test_a_name_that_steers_terminals_is_not_said_as_it_is(kept: Checkpoints) -> None:
+    path = save(kept, 1, {"weights/\x1b[2J": np.zeros(3, np.float32)})
+    os.truncate(path / WEIGHTS, 0)
+    assert str(damage_of(path)).isprintable()
+
+
 def test_files_of_two_checkpoints_do_not_mix(kept: Checkpoints) -> None:
     one, other = save(kept, 1), save(kept, 2)
     shutil.copy(one / MOMENTUM, other / MOMENTUM)
