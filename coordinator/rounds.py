@@ -353,8 +353,10 @@ class Leader:
 
     def _on_contribution(self, sender: PeerId, said: Contribution, now: float) -> list[Effect]:
         work, head = self._round, self.follower.ledger.head
-        if work is None or (said.epoch, said.round, said.head) != (head.epoch, head.round + 1, head.hash):
+        if (said.epoch, said.round, said.head) != (head.epoch, head.round + 1, head.hash):
             return [LeftOut(sender, "stale contribution", f"round {said.round}; this is round {head.round + 1}")]
+        if work is None:
+            return []  # we have only just taken the lead; it is said again
         seat = work.seats.get(sender)
         if seat is None:
             return [LeftOut(sender, "no seat", f"no work was given in round {said.round}")]
@@ -468,7 +470,8 @@ class Leader:
         led = (follower.ledger.head.hash, follower.view)
         if self._led is None or (self._led != led and follower.view > 0):
             self._round, self.phase, self.reason = None, Phase.IDLE, "taking the lead"
-            self._awaited = tuple(sorted(follower.ledger.head.voters - {self._signer.peer_id}))
+            given_up = {follower.ledger.head.leader(view) for view in range(follower.view)}
+            self._awaited = tuple(sorted(follower.ledger.head.voters - given_up - {self._signer.peer_id}))
             self._settle_until, self._settle_limit = now + SETTLE_S, now + self._recipe.rounds.exchange_s
             self._stand_at = now
         if self._led != led:

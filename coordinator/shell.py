@@ -24,6 +24,7 @@ from dugnad.configs.recipe import decode
 from dugnad.coordinator import follower as following
 from dugnad.coordinator import sync
 from dugnad.coordinator.chain import Chain
+from dugnad.coordinator.damage import CheckpointError
 from dugnad.coordinator.follower import Cost, Follower, Patience
 from dugnad.coordinator.ledger import Charter, Ledger
 from dugnad.coordinator.mail import Mail
@@ -66,6 +67,8 @@ SILENCE_S = 5.0
 
 LOOK_S = 5.0
 """How often one who hears of no leader asks somebody how far the chain has come."""
+REPAIR_S = 4.0
+"""How long after a start, or a failure, other keepers are asked for what is damaged here."""
 DONORS_ASKED = 8
 """Of how many, one after the other, the newest model is asked, before it is tried again later."""
 
@@ -280,6 +283,7 @@ class Shell:
                     self.spawn(self._drive())
                     self.spawn(self._keep_looking())
                     self.spawn(self._measure_and_save())
+                    self.spawn(self._keep_repairing())
                     await self.done.wait()
                     await self._mail.flush(within_s=2.0)
                     raise _Done
@@ -548,6 +552,23 @@ class Shell:
         donors = list(dict.fromkeys([donor, *sorted(self._known_peers())]))
         await self.fetch(donors, wanted, kind="state", on_blob=blobs.__setitem__)
         return await asyncio.to_thread(self._numerics.model_from, manifest, blobs.get)
+
+    async def _keep_repairing(self) -> None:
+        """Replace damaged checkpoints from other keepers, as soon as one of them can be reached."""
+
+        async def fetch(wanted: Mapping[bytes, int], on_blob: bulk.OnBlob) -> None:
+            await self.fetch(sorted(self._known_peers()), wanted, kind="state", on_blob=on_blob)
+
+        for damage in self.state.damaged:
+            while damage.path.exists():  # until it is too old to be kept
+                await asyncio.sleep(REPAIR_S * (0.5 + self._rng.random()))
+                try:
+                    await self.state.repair(damage, fetch, self.chain.commit)
+                except CheckpointError as error:
+                    log.debug("%s", error)
+                else:
+                    log.info("%s is whole again: what was damaged came from other keepers", damage.path.name)
+                    break
 
     async def _measure_and_save(self) -> None:
         every = self.recipe.checkpoints.every_rounds

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from blake3 import blake3
 from numpy import float32
 from numpy.typing import NDArray
 
@@ -22,6 +21,7 @@ from dugnad.coordinator.damage import CheckpointError, Damage
 from dugnad.coordinator.follower import REPLAY_ROUNDS
 from dugnad.coordinator.ledger import Charter
 from dugnad.coordinator.messages import Block, Genesis, StateOffer
+from dugnad.coordinator.repair import Fetch
 from dugnad.coordinator.rounds import Assign, Leader
 from dugnad.coordinator.tensorfile import Tensors
 from dugnad.coordinator.votes import Signer
@@ -77,7 +77,7 @@ class Numerics(Protocol):
         """digest -> bytes of each chunk that a manifest names. Raises ValueError where it does not fit the recipe."""
 
     def model_from(self, manifest: bytes, blob: Callable[[bytes], bytes | memoryview | None]) -> Model:
-        """The model of a manifest, from the chunks that `blob` gives. Raises ValueError if one is missing or damaged."""
+        """The model of a manifest, from the chunks that `blob` gives. Raises ValueError if one is missing or bad."""
 
     def validation_loss(self, model: Model) -> float:
         """Nats per byte on held-out data; takes a while."""
@@ -115,7 +115,8 @@ class State:
     def take_up(self, head: int, blocks: Mapping[int, bytes]) -> tuple[int, Model] | None:
         """The newest (round, model) of this disk from which the chain's head can be reached; None without any.
 
-        head: its round; blocks: the hashes of its newest ones, {round: hash}. Blocks on the disk. Raises RestoreError where nobody else can have the model: before the founder's first round.
+        head: its round; blocks: the hashes of its newest ones, {round: hash}. Blocks on the disk. Raises RestoreError
+        where nobody else can have the model: before the founder's first round.
         """
         self.checkpoints.recover()
         for path in self.checkpoints.newest_first():
@@ -184,15 +185,26 @@ class State:
 
     def save(self, block: Block, model: Model, val_loss: float | None) -> None:
         """Write the checkpoint of the model after `block`. Blocks on the disk. Raises CheckpointError."""
-        self.checkpoint = self.checkpoints.save(block.round, model.tensors(), meta=self._meta(block, model, val_loss))
+        meta = self._meta(block, model.digest().hex(), val_loss)
+        self.checkpoint = self.checkpoints.save(block.round, model.tensors(), meta=meta)
 
-    def _meta(self, block: Block, model: Model, val_loss: float | None) -> CheckpointMeta:
+    async def repair(self, damage: Damage, fetch: Fetch, commit_of: sync.CommitOf) -> None:
+        """Replace what is damaged in a checkpoint by what other keepers have. Raises CheckpointError."""
+        round_ = round_of(damage.path)
+        commit, following, newest = commit_of(round_), commit_of(round_ + 1), self.newest
+        meta = None
+        if commit is not None and following is not None:  # only needed where the folder no longer says what it is of
+            meta = self._meta(commit.block, following.block.model_before.hex(), None)
+        size = len(newest[1].manifest()) if newest is not None else None
+        await self.checkpoints.repair(damage, fetch, meta=meta, model_manifest_bytes=size)
+
+    def _meta(self, block: Block, model_digest: str, val_loss: float | None) -> CheckpointMeta:
         return CheckpointMeta(
             run=self._charter.run.hex(),
             recipe=self._recipe.name,
             recipe_json=self._genesis.recipe.decode(),
             block=block.hash.hex(),
-            model_digest=blake3(model.manifest()).hexdigest(),
+            model_digest=model_digest,
             global_step=block.global_step,
             val_loss=val_loss,
         )
