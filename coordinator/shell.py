@@ -43,6 +43,7 @@ from dugnad.coordinator.messages import (
 )
 from dugnad.dht import bulk
 from dugnad.dht.blobs import Blobs
+from dugnad.dht.budget import GIVE_MBIT, Budget
 from dugnad.dht.identity import Identity, PeerId, nickname, verify
 from dugnad.dht.transport import Transport, TransportError
 from dugnad.dht.wire import Codec, WireError, open_sealed, seal
@@ -80,7 +81,7 @@ class Model(Protocol):
         """What the digest is the hash of."""
 
     def blob(self, digest: bytes) -> memoryview | None:
-        """The bytes of one tensor by hash."""
+        """The bytes of one chunk, or of the manifest, by hash."""
 
     def tensors(self) -> dict[str, NDArray[float32]]:
         """Every tensor, named "momentum/<name>" or "weights/<name>"."""
@@ -163,6 +164,8 @@ class Shell:
         self.signer = KeySigner(identity)
         self.follower = Follower(self.signer, Ledger(self.run, genesis.founder), genesis.organizer)
         self.asker = sync.Asker(transport, identity, self.run)
+        self.budget = Budget.of_mbit(GIVE_MBIT)
+        """What we give to those who fetch; whoever made the role may set another before it serves."""
         self.done = asyncio.Event()
         """Set when the role has nothing more to do."""
         self.models: deque[tuple[int, Model]] = deque(maxlen=KEPT_MODELS)
@@ -239,7 +242,7 @@ class Shell:
                     self._take_up()
                     await self.transport.serve(ROUND_CHANNEL, self._on_message)
                     await self.transport.serve(sync.CHANNEL, self._on_question)
-                    await bulk.serve_blobs(self.transport, self.lookup)
+                    await bulk.serve_blobs(self.transport, self.lookup, budget=self.budget)
                     await bulk.serve_push(
                         self.transport, RESULTS_CHANNEL, self._accept_results, self._take_results,
                         header_cap=512 * 1024, total_cap=sum(self._part_bytes),
@@ -470,11 +473,11 @@ class Shell:
         return Commits(self.follower.ledger.head.round, tuple(chosen))
 
     def lookup(self, digest: bytes) -> bytes | memoryview | None:
-        """A blob that we can give: a tensor of a recent model, or a part of a recent round."""
+        """A blob that we can give: a chunk or the manifest of a recent model, or a part of a recent round."""
         for _, model in reversed(tuple(self.models)):  # called in a thread
-            tensor = model.blob(digest)
-            if tensor is not None:
-                return tensor
+            found = model.blob(digest)
+            if found is not None:
+                return found
         return self.blobs.get(digest)
 
     def _accept_results(self, sender: PeerId, raw: bytes, sizes: tuple[int, ...]) -> str | None:

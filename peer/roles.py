@@ -15,6 +15,7 @@ from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.messages import Genesis, Welcome
 from dugnad.coordinator.service import Coordinator
 from dugnad.coordinator.sync import Asker, SyncError
+from dugnad.dht.budget import GIVE_MBIT, Budget
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId, nickname, public_key_of
 from dugnad.dht.invite import Invite, encode_invite
@@ -42,11 +43,13 @@ UNKNOWN_UPLINK = 1.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Network:
-    """Where a role listens: `port` and `metrics_port` 0 take any free one."""
+    """Where a role listens (`port` and `metrics_port` 0 take any free one), and what it gives to those who fetch."""
 
     host: str = "127.0.0.1"
     port: int = 0
     metrics_port: int = 0
+    give_mbit: float = GIVE_MBIT
+    """Megabits a second."""
 
     @property
     def listen(self) -> str:
@@ -117,6 +120,7 @@ async def join(
                 metrics=place.face.metrics,
                 abilities=Abilities(addresses=place.host.addresses(), accepts=True, uplink=UNKNOWN_UPLINK),
             )
+            role.budget = Budget.of_mbit(network.give_mbit)
             place.face.role = role
             with folder.inhabited("volunteer", invite.run, recipe.name, place.url):
                 await _until_done(role, place, role.leave, "leaving after this round; Ctrl+C again leaves now")
@@ -156,6 +160,7 @@ async def _coordinate(
             directory=folder.path,
             metrics=place.face.metrics,
         )
+        role.budget = Budget.of_mbit(network.give_mbit)
         place.face.role = role
         name = numerics.recipe.name
         invite = Invite(genesis.run, public_key_of(genesis.organizer), place.host.addresses(), name, 0)

@@ -15,6 +15,7 @@ from dugnad.coordinator.messages import CommitsRequest, Delegation, Genesis, Mes
 from dugnad.coordinator.shell import CODEC, RESULTS_CHANNEL, ROUND_CHANNEL, ResultsHeader, Shell
 from dugnad.dht import bulk
 from dugnad.dht.blobs import Blobs
+from dugnad.dht.budget import Budget
 from dugnad.dht.identity import Identity, PeerId
 from dugnad.dht.transport import Transport
 from dugnad.dht.wire import seal
@@ -212,7 +213,7 @@ async def test_a_part_that_is_on_its_way_is_not_fetched_a_second_time(tmp_path: 
         return part
 
     async def play(role: Role, stranger: Transport) -> None:
-        await bulk.serve_blobs(stranger, lookup)
+        await bulk.serve_blobs(stranger, lookup, budget=Budget.of_mbit(1000))
         fetching = [asyncio.create_task(role._fetch([(0, digest)], [OTHER.peer_id])) for _ in range(3)]
         await asyncio.wait(fetching)
         assert role.blobs.get(digest) == part
