@@ -33,6 +33,12 @@ class TensorEntry(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
     shape: Annotated[tuple[_Size, ...], Meta(max_length=16)]
     chunks: tuple[_Digest, ...]
 
+    @classmethod
+    def blank(cls, name: str, dtype: str, shape: tuple[int, ...]) -> "TensorEntry":
+        """The entry of a tensor of which nothing is known but its kind: all digests zero."""
+        empty = cls(name, dtype, shape, ())
+        return cls(name, dtype, shape, (bytes(32),) * -(-empty.size_bytes // CHUNK_BYTES))
+
     @property
     def size_bytes(self) -> int:
         """Bytes of the whole tensor."""

@@ -6,27 +6,23 @@ of a framework, differs between vector instruction sets.
 """
 
 import functools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-import msgspec
 import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
 from dugnad.configs.recipe import OuterSettings
+from dugnad.dht.manifest import Manifest, ManifestError, TensorEntry, chunks_of, digests_of, parse_manifest
 from dugnad.optim.codec import Int8Codec, NonFinite, Payload
 from dugnad.optim.layout import Layout, Vector
 
-DIGEST_BYTES = 32
-_DOMAIN = "dugnad/model/1"
 _DTYPE = "float32"
 _GROUPS = ("momentum", "weights")  # in name order, as the manifest is
 _CHUNK_ELEMENTS = 32768  # 128 KiB of each vector at once, so that what lies between two operations stays in the cache
 
-
-class ManifestError(ValueError):
-    """A description of a model, or bytes under it, that do not fit the layout; whoever sent them is at fault."""
+Blob = Callable[[bytes], bytes | bytearray | memoryview | None]
+"""The bytes under a digest, where they are here."""
 
 
 def outer_step(
@@ -110,97 +106,102 @@ class SharedModel:
         }
 
     def manifest(self) -> bytes:
-        """Return the canonical description that digest() hashes: (name, dtype, shape, blake3) of every tensor."""
-        return _encode_manifest(self.layout, self._digests)
+        """Return the canonical description that digest() hashes: every tensor, and the hashes of its chunks."""
+        return self._encoded[0]
 
     def digest(self) -> bytes:
         """Return the model digest: blake3 (32 bytes) of the manifest."""
-        return blake3(self.manifest()).digest()
+        return self._encoded[1]
 
     def blob(self, digest: bytes) -> memoryview | None:
-        """Return the bytes of the tensor with that blake3 digest, little-endian float32, or None."""
-        tensor = self._by_digest.get(digest)
-        return None if tensor is None else _raw(tensor)
+        """Return the bytes with that blake3, a chunk of the model (little-endian float32) or its manifest, or None."""
+        manifest, own = self._encoded
+        return memoryview(manifest) if digest == own else self._chunks.get(digest)
 
     @classmethod
-    def from_manifest(
-        cls, layout: Layout, manifest: bytes, blobs: Mapping[bytes, bytes | bytearray | memoryview]
-    ) -> "SharedModel":
-        """Return the model that `manifest` describes, of the bytes in `blobs` by blake3; each is verified.
+    def from_manifest(cls, layout: Layout, manifest: bytes, blob: Blob) -> "SharedModel":
+        """Return the model that `manifest` describes, of the chunks that `blob` gives, one by one; each is verified.
 
         Raises ManifestError, which names the tensor, if anything does not fit the layout, is missing or is corrupt.
         """
-        digests = _parse_manifest(layout, manifest)
+        described = _parse(layout, manifest)
         vectors = {group: np.zeros(layout.total_elements, np.float32) for group in _GROUPS}
-        targets = [tensor for group in _GROUPS for tensor in layout.unflatten(vectors[group]).values()]
-        for (name, shape), digest, target in zip(_described(layout), digests, targets, strict=True):
-            blob, expected = blobs.get(digest), 4 * math.prod(shape)
-            if blob is None:
-                raise ManifestError(f"tensor {name!r} is missing: no bytes under {digest.hex()}")
-            if len(blob) != expected:
-                raise ManifestError(f"tensor {name!r} has {len(blob)} bytes, float32 {shape} takes {expected}")
-            if blake3(blob).digest() != digest:
-                raise ManifestError(f"tensor {name!r} is corrupt: its bytes are not those of {digest.hex()}")
-            target[...] = np.frombuffer(blob, "<f4").reshape(shape)
-        return cls(layout, vectors["weights"], vectors["momentum"])
+        tensors = [tensor for group in _GROUPS for tensor in layout.unflatten(vectors[group]).values()]
+        for entry, tensor in zip(described.entries, tensors, strict=True):
+            _fill(tensor.reshape(-1), entry, blob)
+        model = cls(layout, vectors["weights"], vectors["momentum"])
+        model._described = described  # every chunk was hashed just now
+        return model
 
     @functools.cached_property
-    def _digests(self) -> tuple[bytes, ...]:
-        return tuple(blake3(_raw(tensor)).digest() for tensor in self.tensors().values())
+    def _described(self) -> Manifest:
+        return Manifest.of(
+            tuple(
+                TensorEntry(name, _DTYPE, tensor.shape, digests_of(_raw(tensor)))
+                for name, tensor in self.tensors().items()
+            )
+        )
 
     @functools.cached_property
-    def _by_digest(self) -> dict[bytes, NDArray[np.float32]]:
-        return dict(zip(self._digests, self.tensors().values(), strict=True))
+    def _encoded(self) -> tuple[bytes, bytes]:
+        manifest = self._described.encode()
+        return manifest, blake3(manifest).digest()
+
+    @functools.cached_property
+    def _chunks(self) -> dict[bytes, memoryview]:
+        return {
+            digest: chunk
+            for entry, tensor in zip(self._described.entries, self.tensors().values(), strict=True)
+            for digest, chunk in zip(entry.chunks, chunks_of(_raw(tensor)), strict=True)
+        }
 
 
 def wanted_blobs(layout: Layout, manifest: bytes) -> dict[bytes, int]:
-    """Return blake3 -> size in bytes of each tensor that `manifest` lists. Raises ManifestError."""
-    digests = _parse_manifest(layout, manifest)
-    return {digest: 4 * math.prod(shape) for (_, shape), digest in zip(_described(layout), digests, strict=True)}
+    """Return blake3 -> size in bytes of each chunk of the model that `manifest` describes. Raises ManifestError."""
+    return _parse(layout, manifest).sizes()
 
 
-class _Entry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    digest: bytes
+def manifest_bytes(layout: Layout) -> int:
+    """Return how long the manifest of every model of this layout is: nothing in it is open but the digests."""
+    return len(_blank(layout).encode())
 
 
-class _Manifest(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    domain: str
-    entries: tuple[_Entry, ...]
+def _blank(layout: Layout) -> Manifest:
+    """The manifest of a model of this layout, all digests zero."""
+    shapes = [(f"{group}/{name}", shape) for group in _GROUPS for name, shape in layout.tensors]
+    return Manifest.of(tuple(TensorEntry.blank(name, _DTYPE, shape) for name, shape in shapes))
 
 
-def _described(layout: Layout) -> list[tuple[str, tuple[int, ...]]]:
-    return [(f"{group}/{name}", shape) for group in _GROUPS for name, shape in layout.tensors]
-
-
-def _encode_manifest(layout: Layout, digests: Sequence[bytes]) -> bytes:
-    rows = zip(_described(layout), digests, strict=True)
-    entries = tuple(_Entry(name, _DTYPE, shape, digest) for (name, shape), digest in rows)
-    return msgspec.msgpack.encode(_Manifest(_DOMAIN, entries))
-
-
-def _parse_manifest(layout: Layout, manifest: bytes) -> list[bytes]:
-    described = _described(layout)
-    # the layout leaves nothing open but the digests, so the size is known before a stranger's bytes are parsed
-    expected = len(_encode_manifest(layout, [bytes(DIGEST_BYTES)] * len(described)))
-    if len(manifest) != expected:
+def _parse(layout: Layout, manifest: bytes) -> Manifest:
+    """The manifest of a model of this layout, from anyone. Raises ManifestError."""
+    blank = _blank(layout)
+    expected = len(blank.encode())
+    if len(manifest) != expected:  # before anything is parsed: many small tensors would take much memory
         raise ManifestError(f"manifest has {len(manifest)} bytes, one of this layout has {expected}")
-    try:
-        parsed = msgspec.msgpack.decode(manifest, type=_Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ManifestError(f"manifest cannot be read: {error}") from None
-    if parsed.domain != _DOMAIN or len(parsed.entries) != len(described):
-        raise ManifestError(f"manifest is {parsed.domain!r} of {len(parsed.entries)} tensors, not {len(described)}")
-    for entry, (name, shape) in zip(parsed.entries, described, strict=True):
-        if (entry.name, entry.dtype, entry.shape) != (name, _DTYPE, shape) or len(entry.digest) != DIGEST_BYTES:
+    parsed = parse_manifest(manifest)
+    if len(parsed.entries) != len(blank.entries):
+        raise ManifestError(f"manifest lists {len(parsed.entries)} tensors, the layout has {len(blank.entries)}")
+    for entry, own in zip(parsed.entries, blank.entries, strict=True):
+        if (entry.name, entry.dtype, entry.shape) != (own.name, own.dtype, own.shape):
             found = f"{entry.name!r} {entry.dtype} {entry.shape}"
-            raise ManifestError(f"manifest lists {found}, the layout has {name!r} {_DTYPE} {shape}")
-    digests = [entry.digest for entry in parsed.entries]
-    if _encode_manifest(layout, digests) != manifest:
-        raise ManifestError("manifest is not in canonical form")  # other bytes of one meaning would be another digest
-    return digests
+            raise ManifestError(f"manifest lists {found}, the layout has {own.name!r} {own.dtype} {own.shape}")
+    return parsed
+
+
+def _fill(values: Vector, entry: TensorEntry, blob: Blob) -> None:
+    """Set `values`, all of one tensor, from its chunks. Raises ManifestError."""
+    start = 0
+    for digest, size in entry.sizes():
+        data = blob(digest)
+        if data is None:
+            raise ManifestError(f"tensor {entry.name!r} is missing: no bytes under {digest.hex()}")
+        if len(data) != size:
+            raise ManifestError(f"tensor {entry.name!r} has a chunk of {len(data)} bytes, not {size}")
+        if blake3(data).digest() != digest:
+            raise ManifestError(f"tensor {entry.name!r} is corrupt: its bytes are not those of {digest.hex()}")
+        stop = start + size // 4
+        values[start:stop] = np.frombuffer(data, "<f4")
+        start = stop
 
 
 def _raw(tensor: NDArray[np.float32]) -> memoryview:

@@ -55,7 +55,7 @@ def of_volunteer(role: Session, swarm: Swarm) -> Report:
     return {
         **_of_any(role, "volunteer"),
         "state": volunteer.stage,
-        "reason": volunteer.reason,
+        "reason": f"taking the model: {role.downloading}" if role.downloading else volunteer.reason,
         "val_loss": standing.val_loss if standing else None,
         "val_round": standing.val_round if standing else 0,
         "loss": role.loss,

@@ -7,7 +7,7 @@ Training runs in a thread, one interval at a time, and is asked to stop between 
 import asyncio
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,14 +19,16 @@ from dugnad.coordinator.follower import Cost, Resync
 from dugnad.coordinator.messages import Commit, Plan, StateOffer, Welcome
 from dugnad.coordinator.shell import RESULTS_CHANNEL, SILENCE_S, Model, ResultsHeader, Shell
 from dugnad.dht import bulk
+from dugnad.dht.download import Incoming, Progress, download
 from dugnad.dht.identity import Identity, PeerId, nickname
+from dugnad.dht.manifest import ManifestError
 from dugnad.dht.transport import Transport, TransportError
 from dugnad.dht.wire import WireError
 from dugnad.monitoring.metrics import Metrics
 from dugnad.optim import reduce as reducing
 from dugnad.optim.codec import NonFinite
 from dugnad.optim.exchange import Exchange
-from dugnad.optim.outer import ManifestError, SharedModel, wanted_blobs
+from dugnad.optim.outer import SharedModel, wanted_blobs
 from dugnad.peer import trainer as training
 from dugnad.peer.lifecycle import Abilities, Leave, Reduce, StopTraining, Train, Volunteer, Work
 from dugnad.peer.numerics import Numerics
@@ -83,9 +85,12 @@ class Session(Shell):
         self.loss: float | None = None
         """Of the newest step of our own training, in nats per token."""
         self.tokens_per_s = 0.0
+        self.downloading: Progress | None = None
+        """How far the model is that we take from peers."""
         self.left_because = ""
         self._welcome = welcome
         self._numerics = numerics
+        self._incoming = directory / "incoming"
         self._exchange = Exchange(transport, numerics.layout, expects=self.machine.takes, received=self._received)
         self._training: asyncio.Task[None] | None = None
         self._order = _Order()
@@ -274,9 +279,24 @@ class Session(Shell):
         return next(self.chain.commits(after_round=round_ - 1, limit=1), None)
 
     async def _download(self, leader: PeerId, offer: StateOffer) -> SharedModel:
-        wanted = wanted_blobs(self._numerics.layout, offer.manifest)
-        blobs: dict[bytes, bytes] = {}
+        layout = self._numerics.layout
+        wanted = wanted_blobs(layout, offer.manifest)
         # everyone who votes holds the model: the leader, whose uplink serves all, is asked last
         donors = [voter.peer for voter in self.follower.ledger.head.committee if voter.peer != leader]
-        await self.fetch((*donors, leader), wanted, kind="state", on_blob=blobs.__setitem__)
-        return await asyncio.to_thread(SharedModel.from_manifest, self._numerics.layout, offer.manifest, blobs)
+        others = [peer for peer in (*donors, leader) if peer != self.identity.peer_id]
+        incoming = Incoming(self._incoming, have=self._among([model for _, model in self.models]))
+        try:
+            await download(self.transport, others, wanted, incoming, timeout_s=SILENCE_S, told=self._told)
+        finally:
+            self.downloading = None
+        model = await asyncio.to_thread(SharedModel.from_manifest, layout, offer.manifest, incoming.chunk)
+        await asyncio.to_thread(incoming.clear)
+        return model
+
+    def _told(self, progress: Progress) -> None:
+        self.downloading = progress
+
+    @staticmethod
+    def _among(models: Sequence[Model]) -> bulk.Lookup:
+        """Chunks of these models, which stay here until the download is over."""
+        return lambda digest: next((found for model in models if (found := model.blob(digest)) is not None), None)
