@@ -224,6 +224,26 @@ async def test_a_part_that_is_on_its_way_is_not_fetched_a_second_time(tmp_path: 
     assert asked == [digest]
 
 
+async def test_what_a_role_gives_comes_out_of_its_budget(tmp_path: Path) -> None:
+    class Counting(Budget):
+        spent = 0
+
+        def spend(self, num_bytes: int, *, now: float) -> float:
+            self.spent += num_bytes
+            return super().spend(num_bytes, now=now)
+
+    async with network() as net, asyncio.timeout(10):
+        role, stranger = Role(net.join(ME.peer_id), tmp_path), net.join(OTHER.peer_id)
+        role.budget = budget = Counting(1e9)
+        blob = role.blobs.put(b"8 bytes.")
+        serving = asyncio.create_task(role.serve())
+        await asyncio.sleep(0)
+        assert await bulk.fetch(stranger, ME.peer_id, blob, 8, kind="fetch", timeout_s=5) == b"8 bytes."
+        role.done.set()
+        await serving
+    assert budget.spent == 1 + 8
+
+
 async def test_an_owner_can_bring_a_part_again_but_no_other_bytes_for_it(tmp_path: Path) -> None:
     parts = [bytes([k]) * 8 for k in range(2)]
 
