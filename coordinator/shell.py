@@ -47,6 +47,8 @@ from dugnad.coordinator.rounds import SHOWN_ROUNDS, Keep, Leader, LeftOut
 from dugnad.coordinator.state import SHORT_REPLAY_ROUNDS, Model, Numerics, State
 from dugnad.dht import bulk
 from dugnad.dht.blobs import Blobs
+from dugnad.dht.budget import GIVE_MBIT, Budget
+from dugnad.dht.download import Incoming, Progress, download
 from dugnad.dht.identity import Identity, PeerId, nickname, verify
 from dugnad.dht.transport import Transport, TransportError
 from dugnad.dht.wire import Codec, WireError, open_sealed, seal
@@ -188,8 +190,13 @@ class Shell:
         )
         self.state = State(genesis, self.charter, self.recipe, numerics, self.signer, directory)
         self.asker = sync.Asker(transport, identity, self.run)
+        self.budget = Budget.of_mbit(GIVE_MBIT)
+        """What we give to those who fetch; whoever made the role may set another before it serves."""
         self.done = asyncio.Event()
         """Set when the role has nothing more to do."""
+        self.downloading: Progress | None = None
+        """How far the model is that we take from peers."""
+        self._incoming = directory / "incoming"
         self._numerics = numerics
         self._part_bytes = tuple(numerics.part_bytes)
         self._contacts = contacts
@@ -273,7 +280,7 @@ class Shell:
                     self._take_up()
                     await self.transport.serve(ROUND_CHANNEL, self._on_message)
                     await self.transport.serve(sync.CHANNEL, self._on_question)
-                    await bulk.serve_blobs(self.transport, self.lookup)
+                    await bulk.serve_blobs(self.transport, self.lookup, budget=self.budget)
                     await bulk.serve_push(
                         self.transport, RESULTS_CHANNEL, self._accept_results, self._take_results,
                         header_cap=512 * 1024, total_cap=sum(self._part_bytes),
@@ -547,11 +554,20 @@ class Shell:
 
     async def _download(self, manifest: bytes, donor: PeerId) -> Model:
         """The model of `manifest`, which is proven, from everyone who has it. Raises ValueError if it can't be one."""
+
+        def told(progress: Progress) -> None:
+            self.downloading = progress
+
         wanted = self._numerics.wanted(manifest)
-        blobs: dict[bytes, bytes] = {}
-        donors = list(dict.fromkeys([donor, *sorted(self._known_peers())]))
-        await self.fetch(donors, wanted, kind="state", on_blob=blobs.__setitem__)
-        return await asyncio.to_thread(self._numerics.model_from, manifest, blobs.get)
+        donors = [*sorted(self._known_peers() - {donor}), donor]  # the last serves all who ask what the newest is
+        incoming = Incoming(self._incoming, self.state.lookup)
+        try:
+            await download(self.transport, donors, wanted, incoming, timeout_s=SILENCE_S, told=told)
+            model = await asyncio.to_thread(self._numerics.model_from, manifest, incoming.chunk)
+            await asyncio.to_thread(incoming.clear)
+        finally:
+            self.downloading = None
+        return model
 
     async def _keep_repairing(self) -> None:
         """Replace damaged checkpoints from other keepers, as soon as one of them can be reached."""
@@ -634,7 +650,7 @@ class Shell:
         return Commits(*self.follower.ledger.head.place, tuple(chosen))
 
     def lookup(self, digest: bytes) -> bytes | memoryview | None:
-        """A blob that we can give: a chunk of a recent model, or a part of a recent round; called in a thread."""
+        """A blob that we can give: of a model that is here, or of a recent round; called in a thread."""
         chunk = self.state.lookup(digest)
         return self.blobs.get(digest) if chunk is None else chunk
 

@@ -16,15 +16,19 @@ _NAME = re.compile(r"[0-9a-f]{64}")
 
 
 class Blobs:
-    """The blobs in `directory`, which one process owns; it is made with the first blob. Threads may share this."""
+    """The blobs in `directory`, which one process owns; it is made with the first blob. Threads may share this.
 
-    def __init__(self, directory: Path) -> None:
+    durable: whether a blob that was put survives a power cut; without, it survives the end of the process only.
+    """
+
+    def __init__(self, directory: Path, *, durable: bool = True) -> None:
         self.directory = directory
+        self._durable = durable
         self._incoming = directory / "incoming.tmp"
         self._writing = threading.Lock()
 
     def put(self, data: bytes | bytearray | memoryview) -> bytes:
-        """Keep `data` durably, and return its digest. Raises OSError (a full disk), and then keeps nothing."""
+        """Keep `data`, and return its digest. Raises OSError (a full disk), and then keeps nothing."""
         view = memoryview(data)
         digest = blake3(view).digest()
         with self._writing:
@@ -73,14 +77,15 @@ class Blobs:
         try:
             if not path.parent.is_dir():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                _sync_directory(self.directory)
+                self._sync_directory(self.directory)
             # one name for all: a crash leaves at most this one file, and the next blob overwrites it
             with self._incoming.open("wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                if self._durable:
+                    os.fsync(file.fileno())
             self._incoming.replace(path)
-            _sync_directory(path.parent)
+            self._sync_directory(path.parent)
         except BaseException:
             self._incoming.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
@@ -88,11 +93,12 @@ class Blobs:
                 path.parent.rmdir()  # if it is new: it too must be synced before anything in it counts
             raise
 
-
-def _sync_directory(directory: Path) -> None:
-    """Make the names in `directory` durable: a rename alone may be lost with the power."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def _sync_directory(self, directory: Path) -> None:
+        """Make the names in `directory` durable: a rename alone may be lost with the power."""
+        if not self._durable:
+            return
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

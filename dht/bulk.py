@@ -5,19 +5,23 @@
             the payloads, one after the other                                           ->
             u8 verdict, u32 length, reply                                               <-
     fetch   u8 kind length, kind, digest (32), u64 size                                 ->
+            u8 2 wait, again and again while others are served                          <-
             u8 0 gone / 1 here, then the bytes                                          <-
 
 Every length is checked before anything is allocated for it, and every wait is for progress: a peer that sends nothing
-for a while is given up, one that is slow is not.
+for a while is given up, one that is slow is not. All that is given to those who fetch stays within a budget.
 """
 
 import asyncio
+import contextlib
+import itertools
 import struct
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
 from blake3 import blake3
 
+from dugnad.dht.budget import PIECE_BYTES, Budget
 from dugnad.dht.chunks import Cancel, Failure, Fetcher, Request, Stuck
 from dugnad.dht.identity import PeerId
 from dugnad.dht.transport import Stream, Transport, TransportError, printable
@@ -25,16 +29,19 @@ from dugnad.dht.transport import Stream, Transport, TransportError, printable
 T = TypeVar("T")
 
 BLOB_CHANNEL = "dugnad/blob/1"
-PIECE_BYTES = 64 * 1024
-"""How many bytes must move within the silence limit, again and again."""
 SLOWEST_BYTES_PER_S = 64 * 1024
 """How fast what lies in buffers on the way is assumed to drain, at least."""
 MAX_BUFFERS = 8192
 KIND_CHARACTERS = 16
 SILENCE_S = 5.0
 """How long who accepts a stream waits for the next bytes."""
+SAID_EVERY_S = 2.0
+"""How often who waits in line is told so."""
+IN_LINE_S = 300.0
+"""How long who fetches stays in a line."""
 _WORDS_BYTES = 64 * 1024
 _REFUSED, _FINE = 1, 0
+_GONE, _HERE, _WAIT = b"\0", b"\1", b"\2"
 
 Accept = Callable[[PeerId, bytes, tuple[int, ...]], str | None]
 """(sender, header, sizes): why the payloads are not wanted, or None."""
@@ -42,7 +49,10 @@ Take = Callable[[PeerId, bytes, list[bytearray]], Awaitable[bytes]]
 """(sender, header, payloads): the reply; raises PushRefused."""
 OnBlob = Callable[[bytes, bytes], None]
 """(digest, bytes) of a blob that has come and is what its digest says; called in a thread, one at a time."""
+OnGiven = Callable[[PeerId, int], None]
+"""(donor, bytes) of a blob that has come and is right."""
 Lookup = Callable[[bytes], bytes | memoryview | None]
+"""The bytes under a digest, where they are here; called in a thread."""
 
 
 class PushRefused(TransportError):
@@ -139,7 +149,7 @@ async def fetch(transport: Transport, peer: PeerId, digest: bytes, size: int, *,
     stream = await transport.open(peer, BLOB_CHANNEL, kind=kind)
     try:
         await _moving(stream.write(_kind_bytes(kind) + digest + struct.pack(">Q", size)), peer, timeout_s)
-        if await _moving(stream.read_exactly(1), peer, timeout_s) != b"\1":
+        if await _answer(stream, peer, timeout_s) != _HERE:
             raise Gone(f"{peer} does not have blob {digest.hex()[:12]}")
         data = bytes(await _read_pieces(stream, peer, size, timeout_s))
     finally:
@@ -149,21 +159,62 @@ async def fetch(transport: Transport, peer: PeerId, digest: bytes, size: int, *,
     return data
 
 
-async def serve_blobs(transport: Transport, lookup: Lookup) -> None:
-    """Give blobs to whoever asks for them by hash and size."""
+async def serve_blobs(transport: Transport, lookup: Lookup, *, budget: Budget) -> None:
+    """Give blobs to whoever asks for them by hash and size, within `budget`."""
+    turns = _Turns(budget)
 
     async def serve(sender: PeerId, stream: Stream) -> None:
         stream.kind = await _read_kind(stream, sender)
         asked = await _moving(stream.read_exactly(40), sender, SILENCE_S)
         (size,) = struct.unpack(">Q", asked[32:])
-        blob = await asyncio.to_thread(lookup, asked[:32])
-        if blob is None or len(memoryview(blob).cast("B")) != size:
-            await _moving(stream.write(b"\0"), sender, SILENCE_S)
-            return
-        await _moving(stream.write(b"\1"), sender, SILENCE_S)
-        await _write_pieces(stream, sender, memoryview(blob).cast("B"), SILENCE_S)
+        async with turns.turn(stream, sender):  # before the blob is read: a long line must not fill the memory
+            blob = await asyncio.to_thread(lookup, asked[:32])
+            if blob is None or len(memoryview(blob).cast("B")) != size:
+                await turns.write(stream, sender, memoryview(_GONE))
+                return
+            await turns.write(stream, sender, memoryview(_HERE))
+            await turns.write(stream, sender, memoryview(blob).cast("B"))
+            await stream.wait_taken(timeout_s=SILENCE_S + size / SLOWEST_BYTES_PER_S)
 
     await transport.serve_stream(BLOB_CHANNEL, serve)
+
+
+class _Turns:
+    """Does what a `Budget` says: a stream waits for its turn, and each piece until it may be given."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._tickets = itertools.count()
+        self._called: dict[int, asyncio.Event] = {}
+
+    @contextlib.asynccontextmanager
+    async def turn(self, stream: Stream, asker: PeerId) -> AsyncIterator[None]:
+        """Wait in line, and have the asker know that it does."""
+        ticket, called = next(self._tickets), asyncio.Event()
+        self._called[ticket] = called
+        try:
+            self._call(self._budget.enter(ticket, asker))
+            while not await _happens(called, within_s=SAID_EVERY_S):
+                await self.write(stream, asker, memoryview(_WAIT))
+            yield
+        finally:
+            del self._called[ticket]
+            self._call(self._budget.leave(ticket))
+
+    def _call(self, tickets: Sequence[int]) -> None:
+        for ticket in tickets:
+            self._called[ticket].set()
+
+    async def write(self, stream: Stream, asker: PeerId, data: memoryview) -> None:
+        """Give `data`, as fast as the budget allows."""
+        now = asyncio.get_running_loop().time
+        for start in range(0, len(data), PIECE_BYTES):
+            piece = data[start : start + PIECE_BYTES]
+            since = now()
+            wait_s = self._budget.spend(len(piece), now=since) - since
+            if wait_s > 0:
+                await asyncio.sleep(wait_s)
+            await _moving(stream.write(piece), asker, SILENCE_S)
 
 
 async def fetch_all(
@@ -174,10 +225,12 @@ async def fetch_all(
     kind: str,
     timeout_s: float,
     on_blob: OnBlob,
+    on_given: OnGiven = lambda donor, num_bytes: None,
 ) -> None:
     """Get every blob of `wanted`, {digest: bytes}, from any of `donors`; each is handed to `on_blob` once.
 
-    Raises Unavailable if one can't be had, and what `on_blob` raises in an ExceptionGroup.
+    At most two for each donor are in memory. Raises Unavailable if one can't be had, and what `on_blob` raises in an
+    ExceptionGroup.
     """
     machine = Fetcher(wanted)
     ended: asyncio.Queue[tuple[Request, bytes | Failure]] = asyncio.Queue()
@@ -189,7 +242,7 @@ async def fetch_all(
         ended.put_nowait((request, got))
 
     async with asyncio.TaskGroup() as tasks:
-        pending = [effect for donor in donors for effect in machine.add_donor(donor)]
+        pending = machine.add_donors(*donors)
         while not machine.done and stuck is None:
             for effect in pending:
                 match effect:
@@ -209,6 +262,7 @@ async def fetch_all(
                 pending = machine.failed(request.digest, request.donor, got)
                 continue
             await asyncio.to_thread(on_blob, request.digest, got)
+            on_given(request.donor, request.size)
             pending = machine.arrived(request.digest, request.donor)
         for task in running.values():
             task.cancel()
@@ -252,6 +306,25 @@ async def _moving(work: Awaitable[T], peer: PeerId, timeout_s: float) -> T:
             return await work
     except TimeoutError:
         raise Stalled(f"{peer}: no byte moved for {timeout_s:g} s") from None
+
+
+async def _happens(event: asyncio.Event, *, within_s: float) -> bool:
+    try:
+        async with asyncio.timeout(within_s):
+            return await event.wait()
+    except TimeoutError:
+        return False
+
+
+async def _answer(stream: Stream, peer: PeerId, timeout_s: float) -> bytes:
+    """What `peer` says to a fetch, once it is our turn. Raises Stalled if it is silent, or lets us wait too long."""
+    try:
+        async with asyncio.timeout(IN_LINE_S):
+            while (said := await _moving(stream.read_exactly(1), peer, timeout_s)) == _WAIT:
+                pass
+    except TimeoutError:
+        raise Stalled(f"{peer}: not our turn in {IN_LINE_S:g} s") from None
+    return said
 
 
 async def _read_kind(stream: Stream, peer: PeerId) -> str:

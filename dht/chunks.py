@@ -1,18 +1,21 @@
 """Which chunk is asked of which donor, as a machine: no network, no clock.
 
-    add_donor            it may be asked now                        -> Request
-    arrived              one chunk less is missing                  -> Request what the donor has room for; Done
+    add_donors           they may be asked now                      -> Request
+    arrived              one chunk less is missing                  -> Cancel its other request; Request what there is
+                                                                       room for; Done
     failed WRONG_HASH    the donor lies: dropped for good           -> Cancel its other requests, ask others
     failed GONE          it lacks this one chunk, and is asked for others
     failed BROKEN        it may be asked again, until it broke BROKEN_TRIES times in a row; then it is lost
     donor_lost           gone, until it is added again              -> Cancel its requests, ask others
 
-A chunk is asked of one donor at a time. A report about a request that is not out is ignored, so that each chunk
+A chunk is asked of one donor at a time, until the end: when nothing waits that an idle donor could give, it is asked
+for a chunk that is late at another. Late is what was overtaken: LATE times as many bytes as it has, asked for after
+it, have arrived. The first of the two counts. A report about a request that is not out is ignored, so that each chunk
 arrives exactly once. When nothing is out and nobody is left to ask, the machine is Stuck: all that could be had is
 here; a new donor sets it going again.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -20,6 +23,8 @@ from dugnad.dht.identity import PeerId
 
 BROKEN_TRIES = 3
 """How many times in a row a donor may break off before it counts as lost."""
+LATE = 2
+"""Among donors of one speed a chunk is often overtaken by one other, which is no reason to pay for it twice."""
 
 
 class Failure(Enum):
@@ -41,7 +46,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """The request for `digest` is no longer out: its donor is dropped."""
+    """The request for `digest` is no longer out: its donor is dropped, or another one was faster."""
 
     donor: PeerId
     digest: bytes
@@ -62,12 +67,12 @@ class Stuck:
 Effect = Request | Cancel | Done | Stuck
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Donor:
     peer: PeerId
     position: int
-    out: dict[bytes, None] = field(default_factory=dict)
-    """Chunks that it is asked for now, in the order of asking."""
+    out: dict[bytes, int] = field(default_factory=dict)
+    """Chunks that it is asked for now, and as the how manieth of all requests, in this order."""
     lacks: set[bytes] = field(default_factory=set)
     broken: int = 0
     """How often it broke off since its last chunk arrived."""
@@ -75,6 +80,14 @@ class _Donor:
     def rank(self) -> tuple[int, int, int]:
         """Least-loaded first, then the most reliable, then who came first."""
         return len(self.out), self.broken, self.position
+
+
+@dataclass(slots=True)
+class _Out:
+    donors: list[_Donor]
+    """One, or two of which the second was asked because the first is late."""
+    overtaken_bytes: int = 0
+    """Of chunks that were asked for after it, and have arrived."""
 
 
 class Fetcher:
@@ -85,10 +98,13 @@ class Fetcher:
         self._missing = dict.fromkeys(wanted)
         self._waiting = dict.fromkeys(wanted)
         """Missing and asked of nobody."""
+        self._out: dict[bytes, _Out] = {}
+        """Asked of somebody, in the order of the first request."""
         self._per_donor = per_donor
         self._donors: dict[PeerId, _Donor] = {}
         self._liars: set[PeerId] = set()
         self._seen = 0
+        self._asked = 0
 
     @property
     def missing(self) -> frozenset[bytes]:
@@ -100,13 +116,13 @@ class Fetcher:
         """Whether every chunk has arrived."""
         return not self._missing
 
-    def add_donor(self, peer: PeerId) -> list[Effect]:
-        """`peer` may have any of the chunks. No news about a liar, or a donor that is known."""
-        if peer in self._liars or peer in self._donors:
-            return []
-        self._donors[peer] = _Donor(peer, self._seen)
-        self._seen += 1
-        return self._go_on()
+    def add_donors(self, *peers: PeerId) -> list[Effect]:
+        """`peers` may have any of the chunks, which they share out. No news about a liar, or a donor that is known."""
+        new = [peer for peer in peers if peer not in self._liars and peer not in self._donors]
+        for peer in new:
+            self._donors[peer] = _Donor(peer, self._seen)
+            self._seen += 1
+        return self._go_on() if new else []
 
     def donor_lost(self, peer: PeerId) -> list[Effect]:
         """`peer` can't be asked any more, until it is added again."""
@@ -116,19 +132,26 @@ class Fetcher:
 
     def arrived(self, digest: bytes, peer: PeerId) -> list[Effect]:
         """The chunk that `peer` was asked for is here, and its bytes are right."""
-        donor = self._answered(digest, peer)
-        if donor is None:
+        donor = self._donors.get(peer)
+        if donor is None or digest not in donor.out:
             return []
+        number = donor.out[digest]
         donor.broken = 0
         del self._missing[digest]
-        return [Done()] if self.done else self._go_on()
+        slower = [other for other in self._out.pop(digest).donors if other is not donor]
+        for other in (donor, *slower):
+            del other.out[digest]
+        for late, out in self._out.items():
+            if out.donors[0].out[late] < number:
+                out.overtaken_bytes += self._sizes[digest]
+        return [*(Cancel(other.peer, digest) for other in slower), *([Done()] if self.done else self._go_on())]
 
     def failed(self, digest: bytes, peer: PeerId, reason: Failure) -> list[Effect]:
         """The chunk that `peer` was asked for did not come."""
-        donor = self._answered(digest, peer)
-        if donor is None:
+        donor = self._donors.get(peer)
+        if donor is None or digest not in donor.out:
             return []
-        self._waiting[digest] = None
+        self._take_back(donor, digest)
         cancelled: Iterable[Effect] = ()
         match reason:
             case Failure.GONE:
@@ -142,21 +165,26 @@ class Fetcher:
                     cancelled = self._drop(peer)
         return [*cancelled, *self._go_on()]
 
-    def _answered(self, digest: bytes, peer: PeerId) -> _Donor | None:
-        """The donor of a request that was out until now; None if there was no such request."""
-        donor = self._donors.get(peer)
-        if donor is None or digest not in donor.out:
-            return None
+    def _take_back(self, donor: _Donor, digest: bytes) -> None:
+        """The request is no longer out; its chunk waits to be asked for again, unless another is asked for it too."""
         del donor.out[digest]
-        return donor
+        out = self._out[digest]
+        if out.donors[0] is donor:
+            out.overtaken_bytes = 0  # who is left was asked just now
+        out.donors.remove(donor)
+        if not out.donors:
+            del self._out[digest]
+            self._waiting[digest] = None
 
     def _drop(self, peer: PeerId) -> list[Effect]:
         donor = self._donors.pop(peer)
-        self._waiting.update(donor.out)
-        return [Cancel(peer, digest) for digest in donor.out]
+        digests = list(donor.out)
+        for digest in digests:
+            self._take_back(donor, digest)
+        return [Cancel(peer, digest) for digest in digests]
 
     def _go_on(self) -> list[Effect]:
-        """Ask for what can be asked, in the order wanted; whatever failed comes last."""
+        """Ask for what can be asked, in the order wanted, and whatever failed last; then for what is late."""
         requests: list[Effect] = []
         for digest in list(self._waiting):
             free = [donor for donor in self._donors.values() if len(donor.out) < self._per_donor]
@@ -164,16 +192,28 @@ class Fetcher:
                 break
             able = [donor for donor in free if digest not in donor.lacks]
             if able:
+                del self._waiting[digest]
                 requests.append(self._ask(min(able, key=_Donor.rank), digest))
+        requests += self._ask_again()
         return requests or self._stuck()
 
+    def _ask_again(self) -> Iterator[Request]:
+        """Ask idle donors, who can give nothing that waits, for what is late elsewhere, the oldest first."""
+        for digest, out in self._out.items():
+            if len(out.donors) > 1 or out.overtaken_bytes < LATE * self._sizes[digest]:
+                continue
+            idle = [donor for donor in self._donors.values() if not donor.out and digest not in donor.lacks]
+            if idle:
+                yield self._ask(min(idle, key=_Donor.rank), digest)
+
     def _ask(self, donor: _Donor, digest: bytes) -> Request:
-        del self._waiting[digest]
-        donor.out[digest] = None
+        self._asked += 1
+        donor.out[digest] = self._asked
+        self._out.setdefault(digest, _Out([])).donors.append(donor)
         return Request(donor.peer, digest, self._sizes[digest])
 
     def _stuck(self) -> list[Effect]:
-        if not self._missing or any(donor.out for donor in self._donors.values()):
+        if not self._missing or self._out:
             return []
         first = next(iter(self._missing)).hex()[:16]
         who = f"none of {len(self._donors)} donors has it" if self._donors else "no donor is left"

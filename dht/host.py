@@ -258,7 +258,7 @@ class Host:
                 return
             stream = HostStream(peer, "unknown", reader, writer, self._meter)
             await self._handlers[info.proto](peer, stream)
-            await stream.wait_end()
+            await stream.wait_taken()
         except (TransportError, TimeoutError, OSError, EOFError) as error:
             logger.debug("a stream broke off: %s", error)
         except asyncio.CancelledError:

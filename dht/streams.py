@@ -68,10 +68,10 @@ class HostStream:
         """End the stream at once; what was written may get lost."""
         self._writer.transport.abort()
 
-    async def wait_end(self) -> None:
-        """Wait until the other side closes, or says more than it should, or takes too long."""
+    async def wait_taken(self, *, timeout_s: float = CLOSE_S) -> None:
+        """Wait until the other side, which has all then, closes, or says more than it should, or takes too long."""
         with contextlib.suppress(TimeoutError, OSError):
-            async with asyncio.timeout(CLOSE_S):
+            async with asyncio.timeout(timeout_s):
                 await self._reader.read(1)
 
     async def write_message(self, status: bytes, payload: bytes) -> None:

@@ -97,6 +97,10 @@ class Stream(Protocol):
         """Send `data`; returns once the way is clear for more. Raises Unreachable on a broken stream."""
         ...
 
+    async def wait_taken(self, *, timeout_s: float) -> None:
+        """Wait until the other side, which opened this stream, has all that was written, or is gone; never raises."""
+        ...
+
     async def close(self) -> None:
         """End the stream, after what was written; never raises. The side that opened it closes first."""
         ...

@@ -34,6 +34,7 @@ Dir = Annotated[Path | None, typer.Option("--dir", help="Folder for everything t
 Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")]
 Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.", min=0, max=65535)]
 MetricsPort = Annotated[int, typer.Option(help="Port for /metrics and /status; 0: any.", min=0, max=65535)]
+GiveMbit = Annotated[float, typer.Option(help="Mbit/s to give to joiners and late peers, at most.", min=1)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 WithStdin = Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)]
 _DEMO_ROUNDS = 12
@@ -80,6 +81,7 @@ def launch(
     host: Host = "127.0.0.1",
     port: Port = 0,
     metrics_port: MetricsPort = 0,
+    give_mbit: GiveMbit = 100,
     exit_with_stdin: WithStdin = False,
 ) -> None:
     """Begin a run, or go on with one, as its organizer: prints the invite that volunteers join with.
@@ -101,7 +103,7 @@ def launch(
         from dugnad.peer import folder as folders
         from dugnad.peer import roles
 
-        network = roles.Network(host=host, port=port, metrics_port=metrics_port)
+        network = roles.Network(host=host, port=port, metrics_port=metrics_port, give_mbit=give_mbit)
         if resume is not None:
             where = folders.Folder(resume)
             known = None if invite is None else parse_invite(invite, now=time.time())
@@ -121,6 +123,7 @@ def join(
     host: Host = "127.0.0.1",
     port: Port = 0,
     metrics_port: MetricsPort = 0,
+    give_mbit: GiveMbit = 100,
     threads: Annotated[int, typer.Option(help="Cores to train with; 0: half of them.", min=0, max=1024)] = 0,
     exit_with_stdin: WithStdin = False,
 ) -> None:
@@ -136,7 +139,7 @@ def join(
         from dugnad.peer import roles
 
         where = folders.Folder(directory or folders.data_folder() / f"{known.name}-{known.run.hex()[:8]}")
-        network = roles.Network(host=host, port=port, metrics_port=metrics_port)
+        network = roles.Network(host=host, port=port, metrics_port=metrics_port, give_mbit=give_mbit)
         cores = threads or max(1, (os.cpu_count() or 1) // 2)
         _run(roles.join(known, where, network, threads=cores, told=_tell_run(where)), where, exit_with_stdin)
 

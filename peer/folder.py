@@ -2,7 +2,8 @@
 
 identity.key   this peer's key        run.key       the organizer's key, with whom the run was launched
 chain.sqlite   the chain              blobs/        bytes of recent rounds
-checkpoints/   of a coordinator       log.txt       everything that was said
+checkpoints/   of a coordinator       incoming/     chunks of a model that is on its way here
+log.txt        everything that was said
 role.json      while a process lives here: its pid, and where to ask it      address   where a coordinator listens
 lock           held while a process lives here
 """

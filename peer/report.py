@@ -23,7 +23,7 @@ def of_coordinator(role: Coordinator) -> Report:
     return {
         **_of_any(role, "coordinator"),
         "state": role.leader.phase,
-        "reason": role.machine.reason,
+        "reason": f"taking the model: {role.downloading}" if role.downloading else role.machine.reason,
         "val_loss": val_loss,
         "val_round": val_round,
         "peers": _reported(role.leader),
@@ -42,7 +42,7 @@ def of_volunteer(role: Session, swarm: Swarm) -> Report:
     return {
         **_of_any(role, "volunteer"),
         "state": volunteer.stage,
-        "reason": volunteer.why(now=role.now()),
+        "reason": f"taking the model: {role.downloading}" if role.downloading else volunteer.why(now=role.now()),
         "val_loss": standing.val_loss if standing else None,
         "val_round": standing.val_round if standing else 0,
         "loss": role.loss,

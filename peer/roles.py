@@ -15,6 +15,7 @@ from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.messages import Genesis, Welcome
 from dugnad.coordinator.service import Coordinator
 from dugnad.coordinator.sync import Asker, SyncError
+from dugnad.dht.budget import GIVE_MBIT, Budget
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId, nickname, public_key_of
 from dugnad.dht.invite import Invite, encode_invite
@@ -43,11 +44,13 @@ UNKNOWN_UPLINK = 1.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Network:
-    """Where a role listens: `port` and `metrics_port` 0 take any free one."""
+    """Where a role listens (`port` and `metrics_port` 0 take any free one), and what it gives to those who fetch."""
 
     host: str = "127.0.0.1"
     port: int = 0
     metrics_port: int = 0
+    give_mbit: float = GIVE_MBIT
+    """Megabits a second."""
 
     @property
     def listen(self) -> str:
@@ -148,6 +151,7 @@ async def join(
                 abilities=Abilities(addresses=place.host.addresses(), accepts=True, uplink=UNKNOWN_UPLINK),
                 contacts=place.contacts,
             )
+            role.budget = Budget.of_mbit(network.give_mbit)
             place.face.role, place.face.invite = role, encode_invite(place.invite(genesis, recipe.name))
             with folder.inhabited("volunteer", invite.run, recipe.name, place.url):
                 await _until_done(role, place, folder, role.leave, "leaving after this round; Ctrl+C again leaves now")
@@ -192,6 +196,7 @@ async def _coordinate(
         addresses=place.host.addresses(),
         contacts=place.contacts,
     )
+    role.budget = Budget.of_mbit(network.give_mbit)
     name = numerics.recipe.name
     place.face.role, place.face.invite = role, encode_invite(place.invite(genesis, name))
     with folder.inhabited("coordinator", genesis.run, name, place.url):

@@ -26,7 +26,7 @@ IMPURE = {"asyncio", "time", "random", "socket", "os"}
 PURE = {
     *(f"coordinator/{name}.py" for name in ("audit", "follower", "ledger", "membership", "messages")),
     *(f"coordinator/{name}.py" for name in ("ranges", "rounds", "votes")),
-    *(f"dht/{name}.py" for name in ("chunks", "crdt", "gossip", "records", "wire")),
+    *(f"dht/{name}.py" for name in ("budget", "chunks", "crdt", "gossip", "records", "wire")),
     *(f"optim/{name}.py" for name in ("plan", "reduce")),
     "peer/lifecycle.py",
 }

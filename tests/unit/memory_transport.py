@@ -8,6 +8,7 @@ A stream handler that raises anything but a TransportError fails the test, as it
 """
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -55,6 +56,11 @@ class _Pipe:
         """Nothing more can be written; what was written can still be read."""
         self._ended = True
         self._moved.set()
+
+    async def taken(self) -> None:
+        """Wait until all is read, or nobody is left to read it."""
+        while self._unread and not self._ended:
+            await self._change()
 
     async def write(self, data: memoryview) -> int:
         """Take some of `data` once there is room; how many bytes. Raises BrokenPipeError."""
@@ -133,6 +139,12 @@ class MemoryStream:
                 raise Unreachable(self._peer, "the stream broke off") from None
             rest = rest[num_bytes:]
             self._metered["sent", self.kind] += num_bytes
+
+    async def wait_taken(self, *, timeout_s: float) -> None:
+        """Wait until the other side has all that was written, or is gone; never raises."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._outgoing.taken()
 
     async def close(self) -> None:
         """End the stream, after what was written; never raises."""

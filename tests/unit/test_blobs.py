@@ -74,6 +74,19 @@ def test_what_is_put_again_is_not_written_again(blobs: Blobs, monkeypatch: pytes
     assert blobs.put(bytearray(DATA)) == DIGEST
 
 
+def test_what_need_not_be_durable_is_whole_or_not_there_all_the_same_without_waiting_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blobs = Blobs(tmp_path / "incoming", durable=False)
+    monkeypatch.setattr(os, "fsync", lambda _: pytest.fail("nobody asked for that"))
+    assert blobs.put(DATA) == DIGEST
+    assert blobs.get(DIGEST) == DATA
+    assert files(blobs) == {DIGEST.hex()}
+    file_of(blobs, DIGEST).write_bytes(DATA[:-1])
+    assert blobs.get(DIGEST) is None
+    assert files(blobs) == set()
+
+
 def test_what_is_deleted_is_gone_and_can_come_back(blobs: Blobs) -> None:
     blobs.put(DATA)
     blobs.put(OTHER)

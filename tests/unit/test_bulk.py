@@ -15,10 +15,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dugnad.dht import bulk
+from dugnad.dht.budget import PIECE_BYTES, Budget
 from dugnad.dht.bulk import (
     BLOB_CHANNEL,
     MAX_BUFFERS,
-    PIECE_BYTES,
     SILENCE_S,
     SLOWEST_BYTES_PER_S,
     Gone,
@@ -114,7 +114,7 @@ class Taker:
 
 async def give(net: Net, peer: PeerId, blobs: Mapping[bytes, bytes]) -> None:
     """Have `peer` serve `blobs`."""
-    await serve_blobs(net.join(peer), blobs.get)
+    await serve_blobs(net.join(peer), blobs.get, budget=Budget(1e12))
 
 
 async def rest(stream: Stream) -> bytes:
@@ -618,7 +618,7 @@ async def test_what_is_fetched_is_what_was_asked_for(buffer_bytes: int, size: in
 async def test_a_blob_may_be_a_view_of_anything() -> None:
     floats = array("f", [1.0, -2.5, 3.25])
     async with network() as net:
-        await serve_blobs(net.join(ANN), lambda digest: memoryview(floats))
+        await serve_blobs(net.join(ANN), lambda digest: memoryview(floats), budget=Budget(1e12))
         digest = blake3(floats.tobytes()).digest()
         assert await fetch(net.join(ME), ANN, digest, 12, kind="state", timeout_s=LONG_S) == floats.tobytes()
 

@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import msgspec
 import numpy as np
@@ -11,9 +12,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from dugnad.configs.recipe import OuterSettings
+from dugnad.dht.manifest import CHUNK_BYTES, ManifestError, digests_of
+from dugnad.optim import outer
 from dugnad.optim.codec import CodecError, Int8Codec, NonFinite
 from dugnad.optim.layout import Layout, LayoutError
-from dugnad.optim.outer import ManifestError, SharedModel, outer_step, plain_step, wanted_blobs
+from dugnad.optim.outer import SharedModel, manifest_bytes, outer_step, plain_step, wanted_blobs
 
 LAYOUT = Layout([("embed", (40, 5)), ("bias", (7,)), ("scale", ())], 64, 128)
 NESTEROV = OuterSettings(lr=0.7, momentum=0.9, plain_until_step=100)
@@ -37,7 +40,7 @@ def payloads_of(vector: np.ndarray) -> list[memoryview]:
 
 
 def blobs_of(model: SharedModel) -> dict[bytes, bytes]:
-    wanted = wanted_blobs(LAYOUT, model.manifest())
+    wanted = wanted_blobs(model.layout, model.manifest())
     return {digest: bytes(model.blob(digest) or b"") for digest in wanted}
 
 
@@ -167,15 +170,57 @@ def test_parts_that_do_not_fit_are_refused() -> None:
 def test_the_digest_is_the_hash_of_the_manifest_which_lists_every_tensor_by_name() -> None:
     model = a_model()
     domain, entries = msgspec.msgpack.decode(model.manifest())
-    assert domain == "dugnad/model/1"
+    assert domain == "dugnad/model/2"
     tensors = LAYOUT.unflatten(model.momentum), LAYOUT.unflatten(model.weights)
     assert entries == [
-        [f"{group}/{name}", "float32", list(tensor.shape), blake3(tensor.tobytes()).digest()]
+        [f"{group}/{name}", "float32", list(tensor.shape), [blake3(tensor.tobytes()).digest()]]
         for group, named in zip(("momentum", "weights"), tensors, strict=True)
         for name, tensor in sorted(named.items())
     ]
     assert model.digest() == blake3(model.manifest()).digest()
     assert [name for name, *_ in entries] == sorted(model.tensors())
+
+
+def test_large_tensors_travel_in_chunks_of_a_mebibyte_that_are_views_of_the_model() -> None:
+    elements = 5 * CHUNK_BYTES // 8  # two and a half chunks
+    layout = Layout([("large", (2, elements // 2)), ("small", (3,))], 64, 64 * 1024)
+    values = {"large": random_vector(1, elements).reshape(2, -1), "small": random_vector(2, 3)}
+    model = SharedModel.initial(layout, values)
+    wanted = wanted_blobs(layout, model.manifest())
+    half = CHUNK_BYTES // 2
+    # momentum is zero: its first two chunks are the same bytes
+    assert sorted(wanted.values()) == [12, 12, half, half, CHUNK_BYTES, CHUNK_BYTES, CHUNK_BYTES]
+    raw = values["large"].tobytes()
+    for start in range(0, len(raw), CHUNK_BYTES):
+        chunk = raw[start : start + CHUNK_BYTES]
+        given = model.blob(blake3(chunk).digest())
+        assert given is not None
+        assert given == chunk
+        assert given.readonly
+        assert np.shares_memory(np.frombuffer(given, np.float32), model.weights)
+    received = SharedModel.from_manifest(layout, model.manifest(), blobs_of(model).get)
+    assert received.weights.tobytes() == model.weights.tobytes()
+
+
+def test_the_manifest_itself_is_a_blob_under_the_models_digest() -> None:
+    model = a_model()
+    assert bytes(model.blob(model.digest()) or b"") == model.manifest()
+    assert len(model.manifest()) == manifest_bytes(LAYOUT)
+
+
+def test_a_model_is_hashed_once_and_one_that_was_verified_not_at_all() -> None:
+    model = a_model()
+    with patch.object(outer, "digests_of", wraps=digests_of) as hashing:
+        for _ in range(2):
+            digest = model.digest()
+            blobs = blobs_of(model)
+        assert hashing.call_count == 2 * len(LAYOUT.tensors)
+        received = SharedModel.from_manifest(LAYOUT, model.manifest(), blobs.get)
+        assert received.digest() == digest
+        assert blobs_of(received) == blobs
+        assert hashing.call_count == 2 * len(LAYOUT.tensors)
+    fresh = SharedModel(LAYOUT, received.weights, received.momentum)
+    assert fresh.manifest() == received.manifest()
 
 
 def test_one_bit_of_weights_or_momentum_changes_the_digest_and_one_blob() -> None:
@@ -192,7 +237,7 @@ def test_a_model_travels_as_its_manifest_and_blobs() -> None:
     model = a_model()
     blobs = blobs_of(model)
     assert wanted_blobs(LAYOUT, model.manifest()) == {digest: len(blob) for digest, blob in blobs.items()}
-    received = SharedModel.from_manifest(LAYOUT, model.manifest(), blobs)
+    received = SharedModel.from_manifest(LAYOUT, model.manifest(), blobs.get)
     assert received.digest() == model.digest()
     assert received.weights.tobytes() == model.weights.tobytes()
     assert received.momentum.tobytes() == model.momentum.tobytes()
@@ -203,7 +248,7 @@ def test_an_initial_model_has_no_momentum() -> None:
     model = SharedModel.initial(LAYOUT, LAYOUT.unflatten(a_model().weights))
     assert model.weights.tobytes() == a_model().weights.tobytes()
     assert not model.momentum.any()
-    assert SharedModel.from_manifest(LAYOUT, model.manifest(), blobs_of(model)).digest() == model.digest()
+    assert SharedModel.from_manifest(LAYOUT, model.manifest(), blobs_of(model).get).digest() == model.digest()
 
 
 def test_missing_short_and_corrupt_blobs_are_named_by_their_tensor() -> None:
@@ -212,12 +257,12 @@ def test_missing_short_and_corrupt_blobs_are_named_by_their_tensor() -> None:
     good = blobs_of(model)
     cases = [
         ({d: b for d, b in good.items() if d != digest}, "'weights/bias' is missing"),
-        (good | {digest: good[digest][:-1]}, "'weights/bias' has 27 bytes"),
+        (good | {digest: good[digest][:-1]}, "'weights/bias' has a chunk of 27 bytes, not 28"),
         (good | {digest: bytes(28)}, "'weights/bias' is corrupt"),
     ]
     for blobs, said in cases:
         with pytest.raises(ManifestError, match=said):
-            SharedModel.from_manifest(LAYOUT, model.manifest(), blobs)
+            SharedModel.from_manifest(LAYOUT, model.manifest(), blobs.get)
 
 
 def changed(edit: Callable[[list[Any]], object]) -> bytes:
@@ -234,17 +279,20 @@ def changed(edit: Callable[[list[Any]], object]) -> bytes:
         (a_model().manifest() + b"\0", "manifest has"),
         (b"\xc1" * len(a_model().manifest()), "cannot be read"),
         (b"\x91" * len(a_model().manifest()), "cannot be read"),
-        (changed(lambda m: m.__setitem__(0, "dugnad/model/2")), "is 'dugnad/model/2'"),
+        (changed(lambda m: m.__setitem__(0, "dugnad/model/1")), "is of kind 'dugnad/model/1'"),
         (changed(lambda m: m[1][0].__setitem__(0, "momentum/bian")), "lists 'momentum/bian'"),
-        (changed(lambda m: m[1][0].__setitem__(1, "float64")), "lists 'momentum/bias' float64"),
+        (changed(lambda m: m[1][0].__setitem__(1, "float64")), "'momentum/bias' is 'float64'"),
         (changed(lambda m: m[1][0].__setitem__(2, [8])), r"lists 'momentum/bias' float32 \(8,\)"),
-        (changed(lambda m: m[1].reverse()), "lists 'weights/scale'"),
-        (changed(lambda m: (m[1][0].__setitem__(3, bytes(31)), m[1][1].__setitem__(3, bytes(33)))), "lists 'mom"),
+        (changed(lambda m: m[1][0].__setitem__(2, [7, 1])), "manifest has"),
+        (changed(lambda m: m[1].reverse()), "not in name order"),
+        (changed(lambda m: m[1][0].__setitem__(0, "momentum/aias")), "lists 'momentum/aias'"),
+        (changed(lambda m: (m[1].pop(), m[1][0].__setitem__(0, "momentum/bias" + "x" * 58))), "lists 5 tensors"),
+        (changed(lambda m: (m[1][0][3].__setitem__(0, bytes(31)), m[1][1][3].__setitem__(0, bytes(33)))), "be read"),
     ],
 )
 def test_manifests_that_do_not_fit_the_layout_are_refused(manifest: bytes, said: str) -> None:
     with pytest.raises(ManifestError, match=said):
-        SharedModel.from_manifest(LAYOUT, manifest, {})
+        SharedModel.from_manifest(LAYOUT, manifest, lambda digest: None)
     with pytest.raises(ManifestError, match=said):
         wanted_blobs(LAYOUT, manifest)
 

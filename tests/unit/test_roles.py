@@ -5,15 +5,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from dugnad.coordinator import sync
 from dugnad.coordinator.messages import Delegation, Genesis, Welcome, delegation_payload
 from dugnad.coordinator.sync import CHANNEL, CODEC, SyncError
+from dugnad.dht.budget import GIVE_MBIT, Budget
 from dugnad.dht.identity import Identity, PeerId
-from dugnad.dht.invite import Invite
+from dugnad.dht.invite import Invite, encode_invite
 from dugnad.dht.transport import NetworkDown
 from dugnad.dht.wire import seal
-from dugnad.peer import roles
+from dugnad.peer import cli, roles
 from tests.unit.memory_transport import Net, network
 
 ME, FOUNDER, ORGANIZER, OTHER = (Identity.from_seed(bytes([k]) * 32) for k in range(1, 5))
@@ -67,6 +69,23 @@ async def test_where_those_of_the_invite_are_gone_the_members_are_asked() -> Non
     async with network() as net, asyncio.timeout(5):
         await join(net, OTHER)
         assert await roles._welcome(place(net, {OTHER.peer_id: "volunteer"}), INVITE) == WELCOME
+
+
+@pytest.mark.parametrize("command", [["launch", "tiny-books"], ["join", encode_invite(INVITE)]])
+def test_what_a_volunteer_will_give_reaches_its_network(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
+    given: list[roles.Network] = []
+
+    def begin(known: object, folder: object, network: roles.Network, **_: object) -> None:
+        given.append(network)
+
+    monkeypatch.setattr(roles, command[0], begin)
+    monkeypatch.setattr(cli, "_run", lambda *_: None)
+    run = CliRunner().invoke
+    assert run(cli.app, [*command, "--give-mbit", "7.5"]).exit_code == 0
+    assert run(cli.app, command).exit_code == 0
+    assert [network.give_mbit for network in given] == [7.5, GIVE_MBIT]
+    assert run(cli.app, [*command, "--give-mbit", "0.9"]).exit_code == 2
+    assert Budget.of_mbit(1).at_once == 1, "the least that the commands take is no error"
 
 
 async def test_looking_for_the_run_ends_in_time_however_many_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

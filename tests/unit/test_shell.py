@@ -15,6 +15,7 @@ from dugnad.coordinator.messages import CommitsRequest, Delegation, Genesis, Mes
 from dugnad.coordinator.shell import CODEC, RESULTS_CHANNEL, ROUND_CHANNEL, ResultsHeader, Shell
 from dugnad.dht import bulk
 from dugnad.dht.blobs import Blobs
+from dugnad.dht.budget import Budget
 from dugnad.dht.identity import Identity, PeerId
 from dugnad.dht.transport import Transport
 from dugnad.dht.wire import seal
@@ -212,7 +213,7 @@ async def test_a_part_that_is_on_its_way_is_not_fetched_a_second_time(tmp_path: 
         return part
 
     async def play(role: Role, stranger: Transport) -> None:
-        await bulk.serve_blobs(stranger, lookup)
+        await bulk.serve_blobs(stranger, lookup, budget=Budget.of_mbit(1000))
         fetching = [asyncio.create_task(role._fetch([(0, digest)], [OTHER.peer_id])) for _ in range(3)]
         await asyncio.wait(fetching)
         assert role.blobs.get(digest) == part
@@ -221,6 +222,26 @@ async def test_a_part_that_is_on_its_way_is_not_fetched_a_second_time(tmp_path: 
 
     assert await ending(tmp_path, play) == []
     assert asked == [digest]
+
+
+async def test_what_a_role_gives_comes_out_of_its_budget(tmp_path: Path) -> None:
+    class Counting(Budget):
+        spent = 0
+
+        def spend(self, num_bytes: int, *, now: float) -> float:
+            self.spent += num_bytes
+            return super().spend(num_bytes, now=now)
+
+    async with network() as net, asyncio.timeout(10):
+        role, stranger = Role(net.join(ME.peer_id), tmp_path), net.join(OTHER.peer_id)
+        role.budget = budget = Counting(1e9)
+        blob = role.blobs.put(b"8 bytes.")
+        serving = asyncio.create_task(role.serve())
+        await asyncio.sleep(0)
+        assert await bulk.fetch(stranger, ME.peer_id, blob, 8, kind="fetch", timeout_s=5) == b"8 bytes."
+        role.done.set()
+        await serving
+    assert budget.spent == 1 + 8
 
 
 async def test_an_owner_can_bring_a_part_again_but_no_other_bytes_for_it(tmp_path: Path) -> None:
