@@ -181,7 +181,7 @@ def test_a_copied_file_is_another_incarnation_and_stays_that(opened: Callable[[]
     first = chain.incarnation()
     chain.close()
     shutil.copy(path, path.with_name("copy"))
-    copied = {}
+    copied: dict[str, set[bytes]] = {}
     for name in ("copy", "copy", path.name):
         with closing(Chain(path.with_name(name))) as other:
             copied.setdefault(name, set()).add(other.incarnation())

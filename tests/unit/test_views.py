@@ -188,15 +188,20 @@ def test_a_leader_that_is_there_and_gets_nowhere_is_given_up_unless_it_has_nothi
 
 def test_a_leader_that_rests_between_two_attempts_begins_anew() -> None:
     follower = a_voter()
-    phases = lambda now: standing("idle" if now % 50 == 0 else "gather")  # noqa: E731
-    assert gives_up_at(follower, every_s=lambda now: hear(follower, FOUNDER, phases(now), now=now)) is None
+
+    def working(now: float) -> None:
+        hear(follower, FOUNDER, standing("idle" if now % 50 == 0 else "gather"), now=now)
+
+    assert gives_up_at(follower, every_s=working) is None
 
 
 def test_going_from_votes_back_to_work_takes_the_haste_out_of_it() -> None:
     follower = a_voter()
-    phases = lambda now: standing("gather" if now % 15 == 0 else "vote")  # noqa: E731
-    at_s = gives_up_at(follower, every_s=lambda now: hear(follower, FOUNDER, phases(now), now=now))
-    assert at_s == 61.0, "and yet the round has to come to its end"
+
+    def working(now: float) -> None:
+        hear(follower, FOUNDER, standing("gather" if now % 15 == 0 else "vote"), now=now)
+
+    assert gives_up_at(follower, every_s=working) == 61.0, "and yet the round has to come to its end"
 
 
 @pytest.mark.parametrize("first", ["a tick", "a message"])
