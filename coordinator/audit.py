@@ -10,7 +10,16 @@ from dataclasses import dataclass, field
 
 from dugnad.coordinator import ranges
 from dugnad.coordinator.ledger import Charter
-from dugnad.coordinator.messages import PRECOMMIT, Block, Commit, Voter, epoch_payload, vote_payload
+from dugnad.coordinator.messages import (
+    PRECOMMIT,
+    Block,
+    Commit,
+    Delegation,
+    Voter,
+    delegation_payload,
+    epoch_payload,
+    vote_payload,
+)
 from dugnad.coordinator.votes import Signer
 from dugnad.dht.identity import PeerId
 
@@ -47,7 +56,7 @@ def audit(charter: Charter, commits: Iterable[Commit], applied: Applieds, signer
     parent, epoch, committee = charter.run, 0, charter.first_head().committee
     done: list[ranges.Range] = []
     digest_after: set[bytes] = set()
-    cursor = step = 0
+    cursor = step = term = 0
     for commit in commits:
         block = commit.block
         if block.parent != parent or block.round != found.rounds + 1 or block.epoch < epoch:
@@ -64,6 +73,13 @@ def audit(charter: Charter, commits: Iterable[Commit], applied: Applieds, signer
         )
         if block.committee != weights and block.epoch == epoch:
             found.faults.append(f"round {block.round} gives votes that do not weigh as the quorum rule says")
+        seat = block.coordinator
+        if seat is not None:
+            oldest = term if block.epoch == epoch else 0
+            if seat.term < oldest or not _delegated(charter, seat, signer):
+                said = f"term {seat.term}, unsigned or older than {oldest}"
+                found.faults.append(f"round {block.round} gives the coordinator's seat to {said}")
+            term = seat.term
         if digest_after and digest_after != {block.model_before}:
             found.digests_agree = False
             found.faults.append(f"model digests after round {found.rounds} differ")
@@ -101,6 +117,11 @@ def _begun(charter: Charter, commit: Commit, signer: Signer) -> bool:
         ballot.peer == charter.organizer and signer.verify(charter.organizer, payload, ballot.signature)
         for ballot in commit.ballots
     )
+
+
+def _delegated(charter: Charter, seat: Delegation, signer: Signer) -> bool:
+    payload = delegation_payload(charter.run, seat.coordinator, seat.term)
+    return signer.verify(charter.organizer, payload, seat.signature)
 
 
 def _faults(block: Block, step: int, committee: tuple[Voter, ...] | None) -> list[str]:

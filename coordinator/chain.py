@@ -114,6 +114,8 @@ class Chain:
                 self._db.execute(f"DELETE FROM {table} WHERE round > ?", (round_,))
             self._db.execute("COMMIT")
         except sqlite3.Error as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")  # else all that is written from now on would be part of it
             raise self._unusable(error) from error
 
     def remember(self, promises: Promises) -> None:

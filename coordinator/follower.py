@@ -308,7 +308,7 @@ class Follower:
 
     def receive(self, sender: PeerId, message: Message, *, now: float) -> list[Effect]:
         """Take one of the messages that `handles` names."""
-        self._ran_at = max(self._ran_at, now)
+        self._runs(now)
         return self._handlers[type(message)](sender, message, now)
 
     def holds(self, digests: tuple[bytes, ...], *, now: float) -> list[Effect]:
@@ -362,11 +362,7 @@ class Follower:
 
     def tick(self, *, now: float) -> list[Effect]:
         """Fetch what should have come by now, and give up a leader who is silent or gets nowhere."""
-        if now - self._ran_at > self._silence_s / 2:  # it was us who stood still, not the leader
-            self._heard_at = now
-            self._busy_since = None if self._busy_since is None else now
-            self._voting_since = None if self._voting_since is None else now
-        self._ran_at = now
+        self._runs(now)
         out = self._fetch_missing(now) if now >= self._act_at else []
         if now >= self._impatient_at():
             return [*out, *self._give_up(max(self.view, self.promises.pledged) + 1, now)]
@@ -376,7 +372,17 @@ class Follower:
 
     def wake_at(self) -> float:
         """When `tick` has something to do."""
-        return min(self._act_at, self._pledge_at, self._impatient_at())
+        impatient_at = self._impatient_at()
+        watch_at = float("inf") if impatient_at == float("inf") else self._ran_at + self._silence_s / 4
+        return min(self._act_at, self._pledge_at, impatient_at, watch_at)
+
+    def _runs(self, now: float) -> None:
+        """We run; if we did not for long, then it was us who stood still, and nobody else is to blame for the time."""
+        if now > self._ran_at + self._silence_s / 2:
+            self._heard_at = now
+            self._busy_since = None if self._busy_since is None else now
+            self._voting_since = None if self._voting_since is None else now
+        self._ran_at = max(self._ran_at, now)
 
     @property
     def at_head(self) -> bool:
@@ -500,13 +506,12 @@ class Follower:
         block, head = said.block, self.ledger.head
         if (block.epoch, block.round) <= head.place:
             return []
-        if block.epoch == head.epoch and block.round > head.round + 1:
-            return self.behind((block.epoch, block.round), sender, now=now)
+        unknown = not self.ledger.knows(block.parent)
+        if unknown and (block.epoch > head.epoch or block.round > head.round + 1):
+            return self.behind((block.epoch, block.round), sender, now=now)  # its parent may come with the rest
         try:
             self.ledger.check_commit(said)
         except LedgerError as error:
-            if block.epoch > head.epoch and block.round > head.round + 1:
-                return self.behind((block.epoch, block.round), sender, now=now)  # its parent may come with the rest
             return [Refused(sender, "invalid commit", str(error))]
         out = self._rewind(block) if block.parent != head.hash else []
         self.ledger.append(said)

@@ -138,6 +138,10 @@ class Ledger:
         """The hash of that round's block, if it is one of the newest."""
         return next((commit.block.hash for _, commit in self._recent if commit.block.round == round_), None)
 
+    def knows(self, block: bytes) -> bool:
+        """Whether the block of that hash is the head or one of the newest before it."""
+        return block == self.head.hash or any(head.hash == block for head, _ in self._recent)
+
     def check(self, block: Block) -> None:
         """Raise LedgerError unless `block` may follow the head."""
         head = self.head

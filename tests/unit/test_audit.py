@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 
 import msgspec
@@ -7,28 +8,40 @@ from hypothesis import strategies as st
 
 from dugnad.coordinator import ranges
 from dugnad.coordinator.audit import Applieds, Audit, audit
-from dugnad.coordinator.messages import Block, Commit, Voter
-from dugnad.coordinator.votes import committee_of
+from dugnad.coordinator.ledger import Charter
+from dugnad.coordinator.messages import Ballot, Block, Commit, Delegation, Voter
+from dugnad.coordinator.votes import QuorumRule
 from dugnad.dht.identity import PeerId
 from tests.unit.chains import (
+    CHARTER,
     FOUNDER,
-    RUN,
+    GENESIS,
+    ORGANIZER,
     SIGNER,
+    a_block,
+    a_ledger,
     an_entry,
+    an_epoch,
     certify,
+    committee,
+    delegation,
     digest,
+    disk_of,
+    extend,
     honest_chain,
     honest_chains,
+    ledger_of,
     model_after,
     relinked,
 )
 
 replace = msgspec.structs.replace
 A, B, C = PeerId("a"), PeerId("b"), PeerId("c")
+VOTERS = (Voter(A, 1, disk_of(A)), Voter(C, 1, disk_of(C)))
 
 
 def audited(commits: list[Commit], applied: Applieds | None = None) -> Audit:
-    return audit(RUN, FOUNDER, commits, applied or {}, SIGNER)
+    return audit(CHARTER, commits, applied or {}, SIGNER)
 
 
 def audited_blocks(**changes: Callable[[Block], Block]) -> Audit:
@@ -110,8 +123,8 @@ def test_a_block_on_another_parent_breaks_the_link() -> None:
 
 
 def test_a_chain_of_another_run_is_foreign_from_its_first_round_on() -> None:
-    found = audit(digest("another run"), FOUNDER, honest_chain()[:1], {}, SIGNER)
-    assert found.faults == ["round 1 does not follow round 0", "round 1 has no quorum of its committee"]
+    found = audit(dataclasses.replace(CHARTER, run=digest("another run")), honest_chain()[:1], {}, SIGNER)
+    assert found.faults[:2] == ["round 1 does not follow round 0", "round 1 has no quorum of its committee"]
 
 
 @pytest.mark.parametrize("voters", [[], [FOUNDER, A], [FOUNDER, A, PeerId("stranger")]])
@@ -123,19 +136,25 @@ def test_a_commit_without_a_quorum_is_found(voters: list[PeerId]) -> None:
 
 @pytest.mark.parametrize("founder", [A, PeerId("stranger")])
 def test_the_first_round_needs_the_vote_of_the_true_founder(founder: PeerId) -> None:
-    assert not audit(RUN, founder, honest_chain(), {}, SIGNER).clean
+    charter = dataclasses.replace(CHARTER, founder=founder, incarnation=disk_of(founder))
+    assert not audit(charter, honest_chain(), {}, SIGNER).clean
+
+
+def test_the_first_round_needs_the_vote_of_the_disk_that_the_genesis_names() -> None:
+    charter = dataclasses.replace(CHARTER, incarnation=b"new disk")
+    assert audit(charter, honest_chain(), {}, SIGNER).faults == ["round 1 has no quorum of its committee"]
 
 
 def test_a_committee_with_a_foreigner_is_found() -> None:
-    found = audited_blocks(round_2=lambda b: replace(b, committee=committee_of(FOUNDER, [A, PeerId("stranger")])))
+    found = audited_blocks(round_2=lambda b: replace(b, committee=committee("a", "stranger")))
     assert found.faults == ["round 2 gives a vote to someone who neither contributed nor voted before"]
 
 
 @pytest.mark.parametrize(
     "committee",
     [
-        (Voter(FOUNDER, 9), Voter(A, 1), Voter(C, 1)),
-        (Voter(FOUNDER, 1), Voter(A, 1), Voter(A, 1)),
+        (Voter(FOUNDER, 9, disk_of(FOUNDER)), *VOTERS),
+        (Voter(FOUNDER, 1, disk_of(FOUNDER)), VOTERS[0], VOTERS[0]),
     ],
     ids=["too heavy", "twice"],
 )
@@ -160,6 +179,70 @@ def test_peers_with_differing_models_are_found_after_any_round(round_: int) -> N
 def test_a_block_built_on_another_model_than_everyone_reported_is_found() -> None:
     found = audited(honest_chain(), {2: everyone_has(digest("another model"), digest("another model"))})
     assert (found.digests_agree, found.faults) == (False, ["model digests after round 2 differ"])
+
+
+# -- views, terms and epochs
+
+
+def test_a_round_may_be_certified_in_any_view_but_its_votes_are_of_one() -> None:
+    commits = honest_chain()
+    commits[2] = certify(commits[2].block, [FOUNDER, A, C], view=4)
+    assert audited(commits).clean
+    commits[2] = replace(commits[2], view=5)
+    assert audited(commits).faults == ["round 3 has no quorum of its committee"]
+
+
+def test_an_open_run_is_audited_by_the_weights_of_its_own_rule() -> None:
+    charter = Charter.of(GENESIS, open_to_all=True)
+    assert charter.rule == QuorumRule(open=True)
+    ledger = a_ledger()
+    commits = [extend(ledger, *(an_entry(peer, (10 * k, 10 * k + 10)) for k, peer in enumerate("abcd")))]
+    earned = dict.fromkeys(map(PeerId, "abcd"), 70)
+    weighed = replace(a_block(ledger.head), committee=committee("a", "b", "c", "d", rule=charter.rule, credit=earned))
+    commits.append(certify(weighed, ledger.head.voters))
+    assert audit(charter, commits, {}, SIGNER).clean
+    assert audited(commits).faults == ["round 2 gives votes that do not weigh as the quorum rule says"]
+
+
+def recovered(**changes: object) -> list[Commit]:
+    """A chain whose third round is given up for an epoch that begins on the second, and goes on."""
+    commits = honest_chain()[:2]
+    ledger = ledger_of(commits)
+    began = an_epoch(ledger.head, "a")
+    ledger.append(began)
+    then = certify(a_block(ledger.head, an_entry("a", (43, 50)), seat=delegation(FOUNDER, 2)), [FOUNDER, A])
+    return [*commits, replace(began, **changes), then]
+
+
+def test_a_chain_that_an_epoch_of_the_organizer_goes_on_with_is_clean() -> None:
+    found = audited(recovered())
+    assert found.clean, found
+    assert (found.rounds, found.samples_done, found.ranges_to_redo) == (4, 50, ())
+
+
+@pytest.mark.parametrize("ballots", [(), (Ballot(ORGANIZER, bytes(64)),), (Ballot(FOUNDER, bytes(64)),)])
+def test_an_epoch_that_the_organizer_did_not_begin_is_found(ballots: tuple[Ballot, ...]) -> None:
+    assert audited(recovered(ballots=ballots)).faults == ["epoch 1 was not begun by the organizer"]
+
+
+def test_an_epoch_that_loses_samples_is_found() -> None:
+    commits = recovered()
+    ledger = ledger_of(commits[:2])
+    began = an_epoch(dataclasses.replace(ledger.head, redo=()), "a")
+    assert audited([*commits[:2], began]).ranges_lost == ((43, 50),)
+
+
+def test_an_epoch_that_goes_back_breaks_the_chain() -> None:
+    commits = recovered()
+    back = replace(commits[3].block, epoch=0)
+    assert "round 4 does not follow round 3" in audited([*commits[:3], certify(back, [FOUNDER, A])]).faults
+
+
+@pytest.mark.parametrize("seat", [delegation(A, 2, by=A), delegation(FOUNDER, 0)], ids=["not signed", "older"])
+def test_a_coordinators_seat_that_the_organizer_did_not_give_is_found(seat: Delegation) -> None:
+    given = {"coordinator": seat, "committee": committee("a", "c", seat=seat)}
+    found = audited_blocks(round_3=lambda b: replace(b, **given))
+    assert found.faults[0] == (f"round 3 gives the coordinator's seat to term {seat.term}, unsigned or older than 1")
 
 
 def test_an_empty_chain_is_clean_and_proves_nothing() -> None:

@@ -1,4 +1,6 @@
 import itertools
+import os
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -8,9 +10,15 @@ import msgspec
 import pytest
 
 from dugnad.coordinator.chain import Chain, ChainError
-from tests.unit.chains import GENESIS, applied, digest, honest_chain, model_after
+from dugnad.coordinator.follower import Promises
+from dugnad.coordinator.messages import Proposal
+from tests.unit.chains import GENESIS, an_epoch, applied, digest, honest_chain, ledger_of, locked, model_after
 
 COMMITS = honest_chain()
+BLOCK = COMMITS[3].block
+PROMISES = Promises(0, 4, 2, Proposal(1, BLOCK), locked(BLOCK, ledger_of(COMMITS[:3]).head.voters, view=1))
+EPOCH = an_epoch(ledger_of(COMMITS[:1]).head, "a")
+"""Begins on the first round: the second and the third count no more."""
 
 
 @pytest.fixture
@@ -46,15 +54,19 @@ WRITES: dict[str, Callable[[Chain], object]] = {
     "applied": lambda chain: chain.applied(COMMITS[0].block.entries[0].peer, applied("a", 3)),
     "validated": lambda chain: chain.validated(3, 1.5),
     "next_term": lambda chain: chain.next_term(at_s=0.0),
+    "remember": lambda chain: chain.remember(PROMISES),
+    "incarnation": lambda chain: chain.incarnation(),
 }
+CHANGES = WRITES | {"rewind": lambda chain: chain.rewind(1)}
 
 
 def everything(chain: Chain) -> list[object]:
-    return [chain.genesis(), list(chain.commits()), chain.committed_at(), chain.applieds(), chain.validation()]
+    commits = list(chain.commits())
+    return [chain.genesis(), commits, chain.committed_at(), chain.applieds(), chain.validation(), chain.promises()]
 
 
 def test_a_new_file_knows_nothing(opened: Callable[[], Chain]) -> None:
-    assert everything(opened()) == [None, [], {}, {}, {}]
+    assert everything(opened()) == [None, [], {}, {}, {}, None]
 
 
 def test_everything_written_is_there_after_opening_the_file_again(chain: Chain, opened: Callable[[], Chain]) -> None:
@@ -76,6 +88,10 @@ def test_commits_are_listed_from_where_one_asks_and_no_more_than_that(chain: Cha
     assert list(chain.commits(after_round=1)) == COMMITS[1:3]
     assert list(chain.commits(after_round=1, limit=1)) == COMMITS[1:2]
     assert list(chain.commits(after_round=3)) == []
+
+
+def test_a_commit_is_found_by_its_round(chain: Chain) -> None:
+    assert [chain.commit(round_) for round_ in range(5)] == [None, *COMMITS[:3], None]
 
 
 def test_a_round_is_stored_once_and_stays_as_it_was(chain: Chain) -> None:
@@ -127,6 +143,123 @@ def test_the_wall_clock_puts_a_term_above_those_that_an_older_copy_does_not_know
     assert newest == [1_000_000_000, 1_000_000_001, 1_000_000_002]
 
 
+# -- what a voter promised
+
+
+def test_only_what_a_voter_promised_last_is_kept(chain: Chain, opened: Callable[[], Chain]) -> None:
+    chain.remember(Promises(0, 4))
+    chain.remember(PROMISES)
+    assert opened().promises() == chain.promises() == PROMISES
+
+
+def test_a_commit_leaves_promises_as_they_are(chain: Chain) -> None:
+    chain.remember(PROMISES)
+    chain.append(COMMITS[3], at_s=104.0)
+    assert chain.promises() == PROMISES
+
+
+def test_the_promises_of_two_large_locks_fit(chain: Chain) -> None:
+    lock = PROMISES.lock
+    assert lock is not None
+    large = msgspec.structs.replace(BLOCK, parts=tuple(digest(str(k)) for k in range(8192)))
+    kept = Promises(0, 4, 1, Proposal(1, large), msgspec.structs.replace(lock, block=large))
+    chain.remember(kept)
+    assert chain.promises() == kept
+
+
+# -- which disk it is
+
+
+def test_a_file_keeps_its_incarnation_whoever_opens_it(opened: Callable[[], Chain]) -> None:
+    first = opened().incarnation()
+    assert len(first) == 8
+    assert opened().incarnation() == first
+
+
+def test_a_copied_file_is_another_incarnation_and_stays_that(opened: Callable[[], Chain], path: Path) -> None:
+    chain = opened()
+    first = chain.incarnation()
+    chain.close()
+    shutil.copy(path, path.with_name("copy"))
+    copied: dict[str, set[bytes]] = {}
+    for name in ("copy", "copy", path.name):
+        with closing(Chain(path.with_name(name))) as other:
+            copied.setdefault(name, set()).add(other.incarnation())
+    assert copied[path.name] == {first}
+    assert len(copied["copy"]) == 1
+    assert copied["copy"] != {first}
+
+
+def test_a_file_restored_from_a_copy_in_its_own_place_is_another_incarnation(
+    opened: Callable[[], Chain], path: Path
+) -> None:
+    chain = opened()
+    first = chain.incarnation()
+    chain.close()
+    shutil.copy(path, path.with_name("copy"))
+    os.replace(path.with_name("copy"), path)
+    assert opened().incarnation() != first
+
+
+def test_a_moved_folder_keeps_the_incarnation(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    with closing(Chain(tmp_path / "here" / "chain.sqlite")) as chain:
+        first = chain.incarnation()
+    (tmp_path / "here").rename(tmp_path / "there")
+    with closing(Chain(tmp_path / "there" / "chain.sqlite")) as chain:
+        assert chain.incarnation() == first
+
+
+def test_no_two_files_have_one_incarnation(tmp_path: Path) -> None:
+    seen = set()
+    for k in range(20):
+        with closing(Chain(tmp_path / f"{k}.sqlite")) as chain:
+            seen.add(chain.incarnation())
+    assert len(seen) == 20
+
+
+# -- epochs
+
+
+def test_a_rewind_forgets_what_came_after_and_what_was_said_of_it(chain: Chain, opened: Callable[[], Chain]) -> None:
+    peer = COMMITS[0].block.entries[0].peer
+    for round_ in (1, 2, 3):
+        chain.applied(peer, applied("a", round_))
+        chain.validated(round_, 2.0 / round_)
+    chain.rewind(1)
+    assert everything(opened()) == everything(chain)
+    assert list(chain.commits()) == COMMITS[:1]
+    assert (chain.head_round(), list(chain.applieds()), list(chain.validation())) == (1, [1], [1])
+    chain.append(EPOCH, at_s=200.0)
+    assert list(chain.commits()) == [COMMITS[0], EPOCH]
+    assert chain.epoch_begins(after_epoch=0) == 2
+    assert chain.epoch_begins(after_epoch=1) is None
+
+
+def test_a_rewind_past_everything_or_nothing_is_harmless(chain: Chain) -> None:
+    before = everything(chain)
+    chain.rewind(3)
+    assert everything(chain) == before
+    chain.rewind(0)
+    assert (list(chain.commits()), chain.genesis()) == ([], GENESIS)
+
+
+def test_a_rewind_that_fails_half_way_changes_nothing_and_what_is_written_then_is_durable(
+    chain: Chain, opened: Callable[[], Chain]
+) -> None:
+    chain.validated(3, 1.5)
+    chain._db.execute("CREATE TRIGGER full BEFORE DELETE ON validation BEGIN SELECT RAISE(FAIL, 'disk full'); END")
+    before = everything(chain)
+    with pytest.raises(ChainError, match=r"chain\.sqlite: disk full"):
+        chain.rewind(1)
+    assert everything(chain) == everything(opened()) == before
+    chain.append(COMMITS[3], at_s=104.0)
+    assert list(opened().commits()) == COMMITS
+    chain._db.execute("DROP TRIGGER full")
+    chain.rewind(1)
+    assert list(opened().commits()) == COMMITS[:1]
+
+
 @pytest.mark.parametrize(
     "body",
     [b"", b"\xc1", msgspec.msgpack.encode(COMMITS[1])[:-1], msgspec.msgpack.encode(GENESIS), b"\x92\xa1\xff\x90"],
@@ -162,6 +295,10 @@ def test_damage_elsewhere_is_named_too(chain: Chain, path: Path) -> None:
         chain.applieds()
     with pytest.raises(ChainError, match="the genesis is damaged"):
         chain.genesis()
+    chain.remember(PROMISES)
+    alter(path, "UPDATE promises SET body = substr(body, 2)")
+    with pytest.raises(ChainError, match="what this voter has promised is damaged"):
+        chain.promises()
 
 
 def test_a_page_overwritten_in_the_file_is_a_chain_error_when_its_rounds_are_reached(
@@ -191,7 +328,7 @@ def test_a_folder_that_is_not_there_is_a_chain_error(tmp_path: Path) -> None:
         Chain(tmp_path / "nowhere" / "chain.sqlite")
 
 
-@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@pytest.mark.parametrize("write", CHANGES.values(), ids=CHANGES)
 def test_a_read_only_disk_is_a_chain_error_and_what_is_there_can_be_read(
     chain: Chain, opened: Callable[[], Chain], monkeypatch: pytest.MonkeyPatch, write: Callable[[Chain], object]
 ) -> None:
@@ -207,7 +344,8 @@ def test_a_read_only_disk_is_a_chain_error_and_what_is_there_can_be_read(
 def test_a_full_disk_is_a_chain_error_and_leaves_what_was_there(chain: Chain, opened: Callable[[], Chain]) -> None:
     pages = chain._db.execute("PRAGMA page_count").fetchone()[0]
     chain._db.execute(f"PRAGMA max_page_count = {pages}")
-    big = msgspec.structs.replace(COMMITS[3], ballots=COMMITS[3].ballots * 300)
+    block = msgspec.structs.replace(COMMITS[3].block, parts=tuple(digest(str(k)) for k in range(1000)))
+    big = msgspec.structs.replace(COMMITS[3], block=block)
     with pytest.raises(ChainError, match=r"chain\.sqlite: database or disk is full"):
         chain.append(big, at_s=104.0)
     assert list(opened().commits()) == COMMITS[:3]

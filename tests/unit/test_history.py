@@ -6,10 +6,9 @@ import pytest
 
 from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.history import rows
-from dugnad.coordinator.ledger import Ledger
 from dugnad.coordinator.messages import Commit
 from dugnad.dht.identity import PeerId
-from tests.unit.chains import FOUNDER, GENESIS, RUN, an_entry, applied, digest, extend, honest_chain, model_after
+from tests.unit.chains import GENESIS, a_ledger, an_entry, applied, digest, extend, honest_chain, model_after
 
 A, B = PeerId("a"), PeerId("b")
 
@@ -39,7 +38,7 @@ def test_a_row_says_who_worked_and_how_far_it_brought_the_run(chain: Chain) -> N
 
 
 def test_the_training_loss_is_a_mean_over_tokens(chain: Chain) -> None:
-    ledger = Ledger(RUN, FOUNDER)
+    ledger = a_ledger()
     fill(chain, [extend(ledger, an_entry("a", (0, 30), loss=1.0), an_entry("b", (30, 40), loss=3.0)), extend(ledger)])
     assert [row.train_loss for row in rows(chain)] == [1.5, None]
 

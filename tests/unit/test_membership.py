@@ -3,21 +3,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dugnad.coordinator.ledger import Ledger
-from dugnad.coordinator.membership import Membership, Stage
-from dugnad.coordinator.messages import Report
+from dugnad.coordinator.membership import Membership, Stage, stretch
+from dugnad.coordinator.messages import MAX_PEERS, Report
 from dugnad.dht.identity import PeerId
-from tests.unit.chains import FOUNDER, RUN, digest
+from tests.unit.chains import RUN, a_ledger, digest, disk_of
 
-HEAD = Ledger(RUN, FOUNDER).head
+HEAD = a_ledger().head
 SILENCE_S = 8.0
 A, B, C = PeerId("a"), PeerId("b"), PeerId("c")
 
 
-def a_report(stage: Stage = Stage.WAITING, *, head: bytes = RUN, leaving: bool = False) -> Report:
+def a_report(stage: Stage = Stage.WAITING, *, head: bytes = RUN, leaving: bool = False, trains: bool = True) -> Report:
     return Report(
-        term=1, head_round=0, head=head, stage=stage, round=0, view=0, step=0, of_steps=0, leaving=leaving,
-        accepts=True, uplink=0.0, addresses=(),
+        epoch=0, head_round=0, head=head, in_view=0, incarnation=disk_of(A), trains=trains, stage=stage,
+        round=0, view=0, attempt=0, step=0, of_steps=0, leaving=leaving, accepts=True, uplink=0.0, addresses=(),
     )  # fmt: skip
 
 
@@ -100,7 +99,16 @@ def test_who_is_long_gone_is_forgotten() -> None:
     ids=["syncing", "another head", "leaving"],
 )
 def test_only_who_stands_at_the_head_and_stays_is_ready(report: Report) -> None:
-    assert members(a=report, b=a_report()).ready(HEAD) == (B,)
+    them = members(a=report, b=a_report())
+    assert them.ready(HEAD) == (B,)
+    assert (them.stands(A, HEAD), them.stands(B, HEAD), them.stands(C, HEAD)) == (False, True, False)
+
+
+def test_a_coordinator_stands_at_the_head_without_being_there_to_train() -> None:
+    them = members(a=a_report(trains=False), b=a_report())
+    assert them.ready(HEAD) == (B,)
+    assert them.stands(A, HEAD)
+    assert them.decide(HEAD, min_peers=2, awaited=()).reason == "waiting for 1 more peer (0 syncing)"
 
 
 @pytest.mark.parametrize("stage", [stage for stage in Stage if stage is not Stage.SYNCING])
@@ -156,3 +164,51 @@ def test_a_leader_that_has_just_started_waits_for_those_of_the_last_round_to_spe
     assert decision.members == ()
     assert "1 of the last round" in decision.reason
     assert them.decide(HEAD, min_peers=2, awaited=[]).members == (A, B)
+
+
+def test_nobody_waits_for_a_coordinator_to_apply_the_last_round() -> None:
+    them = members(a=a_report(), b=a_report(), c=a_report(Stage.SYNCING, trains=False))
+    assert them.decide(HEAD, min_peers=2, awaited=[A, B, C]).members == (A, B)
+
+
+def test_who_is_barred_gets_no_seat_and_is_not_counted() -> None:
+    them = members(a=a_report(), b=a_report())
+    assert them.decide(HEAD, min_peers=1, awaited=(), barred=frozenset({B})).members == (A,)
+    assert them.decide(HEAD, min_peers=2, awaited=(), barred=frozenset({B})).members == ()
+
+
+def test_who_has_the_chain_and_fetches_the_model_is_arriving() -> None:
+    reports = {"a": a_report(Stage.SYNCING), "b": a_report(), "c": a_report(Stage.SYNCING, head=digest("another head"))}
+    them = members(**reports)
+    assert [them.is_arriving(peer, HEAD) for peer in (A, B, C, PeerId("d"))] == [True, False, False, False]
+    them.lose(A, "no route")
+    assert not them.is_arriving(A, HEAD)
+
+
+def test_who_leads_another_round_knows_nobody_until_they_speak() -> None:
+    them = members(a=a_report(), b=a_report(leaving=True))
+    them.forget()
+    assert (them.live(), them.report(A), them.leaving(), them.wake_at()) == ((), None, frozenset(), float("inf"))
+
+
+@pytest.mark.parametrize(("contributors", "times"), [(0, 1.0), (200, 1.0), (400, 2.0), (1000, 5.0)])
+def test_in_a_large_swarm_silences_are_longer(contributors: int, times: float) -> None:
+    assert stretch(contributors) == times
+    them = members(a=a_report())
+    them.resize(contributors)
+    assert them.wake_at() == times * SILENCE_S
+    them.tick(now=times * SILENCE_S - 0.1)
+    assert them.is_live(A)
+    them.tick(now=times * SILENCE_S)
+    assert not them.is_live(A)
+    them.resize(0)
+    assert them.heard(A, a_report(), now=100.0)
+    assert them.wake_at() == 100.0 + SILENCE_S, "and shorter again when it shrinks"
+
+
+def test_there_is_room_for_so_many_and_those_who_are_here_keep_theirs() -> None:
+    them = members(**{f"p{i}": a_report() for i in range(MAX_PEERS)})
+    assert not them.heard(PeerId("one more"), a_report(), now=1.0)
+    assert them.report(PeerId("one more")) is None
+    assert them.heard(PeerId("p7"), a_report(Stage.TRAINING), now=1.0)
+    assert them.report(PeerId("p7")) == a_report(Stage.TRAINING)
