@@ -53,11 +53,16 @@ class Membership:
     def __init__(self, silence_s: float) -> None:
         self._shortest_s = self._silence_s = silence_s
         self._peers: dict[PeerId, _Presence] = {}
+        self.changes = 0
+        """How often someone came, went, or said something new of itself: while it stands, so does all that follows."""
 
     def heard(self, peer: PeerId, report: Report, *, now: float) -> bool:
         """`peer` said `report`; whether there is room for it."""
         if peer not in self._peers and len(self._peers) >= MAX_PEERS:
             return False
+        before = self._peers.pop(peer, None)  # they stand in the order in which they were last heard
+        if before is None or before.lost is not None or before.report != report:
+            self.changes += 1
         self._peers[peer] = _Presence(report, now)
         return True
 
@@ -68,25 +73,34 @@ class Membership:
     def forget(self) -> None:
         """Forget everyone: who is here will say so."""
         self._peers.clear()
+        self.changes += 1
 
     def lose(self, peer: PeerId, why: str) -> None:
         """The network says that `peer` does not answer; it is back with its next report."""
         if peer in self._peers and self._peers[peer].lost is None:
             self._peers[peer].lost = why
+            self.changes += 1
 
     def tick(self, *, now: float) -> None:
         """Lose those who have been silent too long, and forget those long gone."""
-        for peer, presence in list(self._peers.items()):
+        gone: list[PeerId] = []
+        for peer, presence in self._peers.items():
             silent_s = now - presence.heard_at
             # as `wake_at` adds, not by silent_s: rounding would leave someone neither lost nor waited for
-            if presence.lost is None and now >= presence.heard_at + self._silence_s:
+            if now < presence.heard_at + self._silence_s:
+                break
+            if presence.lost is None:
                 presence.lost = f"silent for {silent_s:.0f} s"
+                self.changes += 1
             if silent_s > 10 * self._silence_s + 60:
-                del self._peers[peer]
+                gone.append(peer)
+        for peer in gone:
+            del self._peers[peer]
 
     def wake_at(self) -> float:
         """When the next peer would be lost by silence."""
-        return min((p.heard_at + self._silence_s for p in self._peers.values() if p.lost is None), default=float("inf"))
+        heard_at = next((presence.heard_at for presence in self._peers.values() if presence.lost is None), float("inf"))
+        return heard_at + self._silence_s
 
     def report(self, peer: PeerId) -> Report | None:
         """The newest report of `peer`."""
@@ -117,14 +131,11 @@ class Membership:
 
     def stands(self, peer: PeerId, head: Head) -> bool:
         """Whether `peer` is here, has the model of the head, and wants to stay."""
-        said = self.report(peer)
-        return (
-            said is not None
-            and said.head == head.hash
-            and said.stage != Stage.SYNCING
-            and not said.leaving
-            and self.is_live(peer)
-        )
+        presence = self._peers.get(peer)
+        if presence is None or presence.lost is not None:
+            return False
+        said = presence.report
+        return said.head == head.hash and said.stage != Stage.SYNCING and not said.leaving
 
     def is_arriving(self, peer: PeerId, head: Head) -> bool:
         """Whether `peer` is here, has the chain up to its head, and is busy getting the model of it."""
@@ -138,17 +149,21 @@ class Membership:
 
         awaited: peers worth a short wait (those of the last round, who still apply it); empty once the wait is over.
         """
-        ready = tuple(peer for peer in self.ready(head) if peer not in barred)
-        leaving = self.leaving()
-        here = {peer for peer in self.live() if self._peers[peer].report.trains}
-        applying = [p for p in awaited if p in here and p not in ready and p not in leaving]
+        applying, unheard = 0, 0
+        for peer in awaited:
+            presence = self._peers.get(peer)
+            if presence is None:
+                unheard += 1
+            elif presence.lost is None and presence.report.trains and not presence.report.leaving:
+                applying += peer in barred or not self.stands(peer, head)
         if applying:
-            return Decision((), f"waiting for {len(applying)} to apply round {head.round}")
-        unheard = [p for p in awaited if p not in self._peers]
+            return Decision((), f"waiting for {applying} to apply round {head.round}")
         if unheard:
-            return Decision((), f"waiting for {len(unheard)} of the last round to say that they are here")
+            return Decision((), f"waiting for {unheard} of the last round to say that they are here")
+        ready = tuple(peer for peer in self.ready(head) if peer not in barred)
         if len(ready) < min_peers:
             missing = min_peers - len(ready)
-            syncing = len(here - set(ready) - leaving)
+            here = {peer for peer in self.live() if self._peers[peer].report.trains}
+            syncing = len(here - set(ready) - self.leaving())
             return Decision((), f"waiting for {missing} more peer{'s' * (missing > 1)} ({syncing} syncing)")
         return Decision(ready, f"{len(ready)} peers are ready")

@@ -10,6 +10,8 @@ is always harmless.
     joiner <-> anyone   Welcome  CommitsRequest/Commits  StateRequest/StateOffer
 """
 
+from bisect import bisect_left
+from functools import cached_property
 from typing import Annotated
 
 import msgspec
@@ -90,8 +92,9 @@ class Plan(Message, frozen=True):
     exchange_s: Seconds
 
     def seat_of(self, peer: PeerId) -> Seat | None:
-        """The seat of `peer`, or None where it has none."""
-        return next((seat for seat in self.seats if seat.peer == peer), None)
+        """The seat of `peer`, or None where it has none; the seats stand in peer-id order."""
+        at = bisect_left(self.seats, peer, key=lambda seat: seat.peer)
+        return self.seats[at] if at < len(self.seats) and self.seats[at].peer == peer else None
 
     @property
     def members(self) -> tuple[PeerId, ...]:
@@ -166,7 +169,7 @@ class Voter(Message, frozen=True):
     incarnation: Incarnation
 
 
-class Block(Message, frozen=True):
+class Block(Message, frozen=True, dict=True):
     """One round of the chain: what was counted, what came out, and who votes on the next.
 
     `parts` are the digests of the encoded averages, in part order; empty in a block that only changes the committee.
@@ -189,7 +192,7 @@ class Block(Message, frozen=True):
     committee: Annotated[tuple[Voter, ...], Meta(min_length=1, max_length=MAX_VOTERS)]
     coordinator: Delegation | None
 
-    @property
+    @cached_property
     def hash(self) -> bytes:
         """blake3 of the block's canonical encoding: 32 bytes."""
         return blake3(b"dugnad/block/2" + msgspec.msgpack.encode(self)).digest()

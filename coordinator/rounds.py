@@ -124,6 +124,14 @@ class _Round:
     """(owner, contributor) -> roots of what the owner holds whole in this attempt: MAX_VECTORS at most, newest last."""
     holders: Counter[tuple[PeerId, bytes]] = field(default_factory=Counter)
     """(contributor, root) -> how many owners hold it: the same, counted."""
+    owners: tuple[PeerId, ...] = ()
+    """Who owns parts in the plan, in peer-id order."""
+    owners_seen: int = -1
+    """At which `Membership.changes` all of them were there."""
+    whole: set[PeerId] = field(default_factory=set)
+    """Whose contributions every owner holds whole."""
+    awaited: PeerId | None = None
+    """Who was waited for when we looked last: while it still is, nobody else needs a look."""
     slow: set[PeerId] = field(default_factory=set)
     """Owners that were here and did not deliver."""
     freeze: Freeze | None = None
@@ -368,13 +376,14 @@ class Leader:
         if not abs(said.loss) < float("inf"):
             return [LeftOut(sender, "non-finite", "its loss is not a finite number")]
         work.contributions[sender] = said
+        self._look_whether_whole(work, sender)
         return []
 
     def _on_have(self, sender: PeerId, said: Have, now: float) -> list[Effect]:
         work = self._round
         if work is None or said.order != work.plan.order:
             return []
-        if sender not in work.plan.owners:
+        if sender not in work.owners:
             return [Refused(sender, "no seat", "it holds parts that nobody gave it")]
         for contributor, root in said.vectors:
             known = work.held.get((sender, contributor), ())
@@ -384,7 +393,16 @@ class Leader:
             for old in known[: len(known) + 1 - MAX_VECTORS]:
                 work.holders[contributor, old] -= 1
             work.held[sender, contributor] = (*known, root)[-MAX_VECTORS:]
+            self._look_whether_whole(work, contributor)
         return []
+
+    @staticmethod
+    def _look_whether_whole(work: _Round, peer: PeerId) -> None:
+        said = work.contributions.get(peer)
+        if said is not None and work.holders[peer, said.root] == len(work.owners):
+            work.whole.add(peer)
+        else:
+            work.whole.discard(peer)
 
     def _on_vote(self, sender: PeerId, said: Vote, now: float) -> list[Effect]:
         work, ledger = self._round, self.follower.ledger
@@ -558,11 +576,13 @@ class Leader:
         self._next_attempt += 1
         work.deadline = max(work.deadline, now + self._recipe.rounds.exchange_s)
         work.freeze, work.proposal = None, None
+        work.owners, work.owners_seen = tuple(sorted(set(owners))), -1
         work.held.clear()
         work.holders.clear()
+        work.whole.clear()
         work.results.clear()
         self.phase = Phase.GATHER
-        self.reason = f"round {work.plan.round}: {len(seats)} peers work, {len(set(owners))} reduce"
+        self.reason = f"round {work.plan.round}: {len(seats)} peers work, {len(work.owners)} reduce"
         return self._tell(work.plan.members, work.plan, now)
 
     def _able(self, work: _Round, members: tuple[PeerId, ...]) -> dict[PeerId, float]:
@@ -609,19 +629,16 @@ class Leader:
         return []
 
     def _lost_owners(self, work: _Round) -> list[PeerId]:
-        return [peer for peer in sorted(set(work.plan.owners)) if not self._may_reduce(peer)]
+        if work.owners_seen == self.membership.changes:
+            return []
+        lost = [peer for peer in work.owners if not self._may_reduce(peer)]
+        work.owners_seen = -1 if lost else self.membership.changes
+        return lost
 
     def _may_reduce(self, peer: PeerId) -> bool:
         """Whether `peer` is here and has not started anew, its bytes forgotten."""
         said = self.membership.report(peer)
         return said is not None and said.stage != Stage.SYNCING and self.membership.is_live(peer)
-
-    def _whole(self, work: _Round) -> dict[PeerId, Contribution]:
-        """Contributions of which every owner holds all its parts, in peer-id order."""
-        owners = len(set(work.plan.owners))
-        return {
-            peer: said for peer, said in sorted(work.contributions.items()) if work.holders[peer, said.root] == owners
-        }
 
     def _declined(self, work: _Round, peer: PeerId) -> bool:
         """Whether `peer` knows this plan and says that it has nothing to contribute to it."""
@@ -634,18 +651,25 @@ class Leader:
         assert work is not None
         if self._lost_owners(work):
             return self._attempt(work, now)
-        whole = self._whole(work)
-        here = [p for p in work.plan.members if self.membership.is_live(p) and not self._declined(work, p)]
-        waiting = [peer for peer in here if peer not in whole]
-        self.reason = f"round {work.plan.round}: {len(whole)} of {len(work.plan.seats)} contributions held"
+        waiting = self._waits_for(work) is not None
+        self.reason = f"round {work.plan.round}: {len(work.whole)} of {len(work.plan.seats)} contributions held"
         if waiting and now < work.deadline:
             return []
-        if whole:
+        if work.whole:
             return self._freeze(work, now)
         if not waiting:
             return self._abandon("nobody's work could be gathered")
-        self._mark_slow(work, {owner for owner in work.plan.owners if self._holds_nothing(work, owner)})
+        self._mark_slow(work, {owner for owner in work.owners if self._holds_nothing(work, owner)})
         return self._attempt(work, now)
+
+    def _waits_for(self, work: _Round) -> PeerId | None:
+        """A member that is here and may still contribute, if there is one."""
+        if work.awaited is None or not self._may_contribute(work, work.awaited):
+            work.awaited = next((peer for peer in work.plan.members if self._may_contribute(work, peer)), None)
+        return work.awaited
+
+    def _may_contribute(self, work: _Round, peer: PeerId) -> bool:
+        return peer not in work.whole and self.membership.is_live(peer) and not self._declined(work, peer)
 
     def _holds_nothing(self, work: _Round, owner: PeerId) -> bool:
         promised = {peer: said.root for peer, said in work.contributions.items() if peer != owner}
@@ -653,12 +677,14 @@ class Leader:
 
     @staticmethod
     def _mark_slow(work: _Round, owners: set[PeerId]) -> None:
-        if owners != set(work.plan.owners):
+        if owners != set(work.owners):
             work.slow |= owners
 
     def _freeze(self, work: _Round, now: float) -> list[Effect]:
         entries = tuple(
-            Entry(peer, said.root, said.tokens, said.loss, said.ranges) for peer, said in self._whole(work).items()
+            Entry(peer, said.root, said.tokens, said.loss, said.ranges)
+            for peer, said in sorted(work.contributions.items())
+            if peer in work.whole
         )
         work.freeze = Freeze(*work.plan.order, entries)
         work.deadline = now + self._recipe.rounds.exchange_s

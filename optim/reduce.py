@@ -13,7 +13,7 @@ committed, so that any new owner can ask for them.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from dugnad.dht.identity import PeerId
@@ -86,12 +86,14 @@ class Reducer:
         self._me = me
         self._root: bytes | None = None
         self._owners: tuple[PeerId, ...] = ()
+        self._parts_of: dict[PeerId, tuple[int, ...]] = {}
+        """The parts of each owner, who stand in peer-id order."""
         self._receivers: tuple[PeerId, ...] = ()
         self._sent: dict[PeerId, set[int]] = defaultdict(set)
         """Own parts that an owner has acknowledged."""
         self._uploading: dict[PeerId, tuple[int, ...]] = {}
-        self._held: dict[tuple[PeerId, bytes], set[int]] = {}
-        """(contributor, root) -> parts that are here; in the order in which they were last added to."""
+        self._held: dict[PeerId, dict[bytes, set[int]]] = defaultdict(dict)
+        """contributor -> root -> parts that are here; roots in the order in which they were last added to."""
         self._entries: tuple[Weighed, ...] | None = None
         self._folding = False
         self._results: dict[int, bytes] = {}
@@ -116,19 +118,23 @@ class Reducer:
     @property
     def own_parts(self) -> tuple[int, ...]:
         """The parts that we reduce."""
-        return tuple(part for part, owner in enumerate(self._owners) if owner == self._me)
+        return self._parts_of.get(self._me, ())
 
     def plan(self, owners: tuple[PeerId, ...], receivers: tuple[PeerId, ...], *, now: float) -> list[Effect]:
         """A view begins: `owners[k]` reduces part k, and `receivers` get our averages."""
         for newcomer in set(owners) - set(self._owners):
             self._sent[newcomer].clear()  # it may have restarted, and lost what it once acknowledged
         self._owners, self._receivers = owners, tuple(peer for peer in receivers if peer != self._me)
+        parts_of: dict[PeerId, list[int]] = {owner: [] for owner in sorted(set(owners))}
+        for part, owner in enumerate(owners):
+            parts_of[owner].append(part)
+        self._parts_of = {owner: tuple(parts) for owner, parts in parts_of.items()}
         self._entries, self._folding = None, False
         self._results = {}  # a new one: deliveries under way still read the old
         self._undelivered.clear()
         self._uploading.clear()
         self._retry_at.clear()
-        return [*self._drop(), *self._upload(now), *self._holds(now, everything=True)]
+        return [*self._drop(), *self._upload(self._parts_of, now), *self._holds(now, everything=True)]
 
     def doubt(self) -> None:
         """Owners may have lost meanwhile what they acknowledged: `plan`, which follows, offers all of it again."""
@@ -137,8 +143,8 @@ class Reducer:
     def contribute(self, root: bytes, *, now: float) -> list[Effect]:
         """Our own parts are encoded; their digests hash to `root`."""
         self._root = root
-        self._held[self._me, root] = set(range(len(self._owners)))
-        return [*self._upload(now), *self._holds(now, everything=True)]
+        self._held[self._me][root] = set(range(len(self._owners)))
+        return [*self._upload(self._parts_of, now), *self._holds(now, everything=True)]
 
     def restart(self) -> None:
         """Our own work is void, as the `plan` that follows says; what others sent us stays held."""
@@ -152,7 +158,7 @@ class Reducer:
         self._sent[owner].update(parts)
         if self._uploading.get(owner) == parts:
             del self._uploading[owner]
-        return self._upload(now)
+        return self._upload((owner,), now)
 
     def upload_failed(self, owner: PeerId, root: bytes, parts: tuple[int, ...], *, now: float) -> list[Effect]:
         """The upload of `parts` to `owner` broke; it is tried again while the plan says so."""
@@ -163,13 +169,13 @@ class Reducer:
 
     def takes(self, contributor: PeerId, root: bytes) -> bool:
         """Whether there is room for this vector of `contributor`."""
-        held = [known for peer, known in self._held if peer == contributor]
+        held = self._held.get(contributor, ())
         return root in held or len(held) < MAX_VECTORS
 
     def received(self, contributor: PeerId, root: bytes, parts: tuple[int, ...], *, now: float) -> list[Effect]:
         """`parts` of `contributor` are here, checked against the digests that hash to `root`."""
-        before = self._held.pop((contributor, root), set())
-        self._held[contributor, root] = held = before | set(parts)
+        before = self._held[contributor].pop(root, set())
+        self._held[contributor][root] = held = before | set(parts)
         if not self._holds_all(held) or self._holds_all(before) or self.frozen:
             return self._fold()
         if len(self._held) > FEW_VECTORS:
@@ -209,21 +215,22 @@ class Reducer:
         for peer in due:
             del self._retry_at[peer]
         out: list[Effect] = [Deliver(peer, self._results) for peer in due if peer in self._undelivered]
-        return [*out, *self._upload(now), *(self._holds(now) if now >= self._holds_at else [])]
+        return [*out, *self._upload(due, now), *(self._holds(now) if now >= self._holds_at else [])]
 
     def wake_at(self) -> float:
         """When `tick` has something to do."""
         return min(self._holds_at, *self._retry_at.values(), float("inf"))
 
-    def _upload(self, now: float) -> list[Effect]:
+    def _upload(self, owners: Iterable[PeerId], now: float) -> list[Effect]:
+        """Upload to those of `owners` what they lack."""
         if self._root is None:
             return []
         out: list[Effect] = []
-        for owner in sorted(set(self._owners) - {self._me}):
-            if owner in self._uploading or now < self._retry_at.get(owner, 0.0):
+        for owner in owners:
+            if owner == self._me or owner in self._uploading or now < self._retry_at.get(owner, 0.0):
                 continue
-            theirs = (part for part, who in enumerate(self._owners) if who == owner)
-            parts = tuple(part for part in theirs if part not in self._sent[owner])
+            sent = self._sent[owner]
+            parts = tuple(part for part in self._parts_of.get(owner, ()) if part not in sent)
             if parts:
                 self._uploading[owner] = parts
                 out.append(Upload(owner, self._root, parts))
@@ -231,14 +238,13 @@ class Reducer:
 
     def _drop(self) -> list[Effect]:
         """Forget vectors that can no longer count: ours that are void, and of each other peer all but the newest."""
-        newest: dict[PeerId, bytes | None] = {}
-        for peer, root in self._held:
-            newest[peer] = root
-        newest[self._me] = self._root
-        gone = [(peer, root) for peer, root in self._held if newest[peer] != root]
-        for key in gone:
-            del self._held[key]
-        return [Drop(contributor, root) for contributor, root in gone]
+        gone: list[Effect] = []
+        for peer, roots in self._held.items():
+            kept = self._root if peer == self._me else next(reversed(roots), None)
+            for root in [root for root in roots if root != kept]:
+                del roots[root]
+                gone.append(Drop(peer, root))
+        return gone
 
     def _holds_all(self, held: set[int]) -> bool:
         return bool(self.own_parts) and held.issuperset(self.own_parts)
@@ -251,7 +257,12 @@ class Reducer:
         self._holds_at = now + RETRY_S
         if everything or now >= self._all_at:
             self._all_at = now + RETRY_S * max(1.0, len(self._held) / FEW_VECTORS * 4)
-            said = [key for key, held in sorted(self._held.items()) if self._holds_all(held)]
+            said = [
+                (peer, root)
+                for peer, roots in sorted(self._held.items())
+                for root, held in sorted(roots.items())
+                if self._holds_all(held)
+            ]
         else:
             said = list(self._unsaid)
         self._unsaid.clear()
@@ -260,7 +271,7 @@ class Reducer:
     def _fold(self) -> list[Effect]:
         if self._entries is None or self._folding or self._results or not self.own_parts:
             return []
-        if not all(self._holds_all(self._held.get((entry.peer, entry.root), set())) for entry in self._entries):
+        if not all(self._holds_all(self._held[entry.peer].get(entry.root, set())) for entry in self._entries):
             return []
         self._folding = True
         return [Fold(self.own_parts, self._entries)]

@@ -8,7 +8,7 @@ different.
 
 import heapq
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -41,6 +41,7 @@ from dugnad.dht.identity import PeerId
 from dugnad.optim import reduce as reducing
 from dugnad.optim.plan import assign_parts
 from dugnad.peer.lifecycle import Abilities, Leave, Reduce, StopTraining, Train, Volunteer, Work
+from dugnad.peer.traffic import CODEC, Line, Traffic, sealed_bytes
 
 RUN = blake3(b"a simulated run").digest()
 FIRST_MODEL = blake3(b"a simulated first model").digest()
@@ -48,6 +49,12 @@ FIRST_INCARNATION = bytes(8)
 ORGANIZER = PeerId("organizer")
 COORDINATOR = PeerId("coordinator")
 PART_BYTES = 65_792
+STATE_RATIO = 8
+"""How many times as large as an average the model is: weights and momentum, in fp32."""
+STATE_DONORS = 4
+"""From how many peers at once the model is taken."""
+WALL_S = 1.7e9
+"""Unix seconds when a simulated run begins."""
 LOOK_S = 5.0
 """How often one who hears of no leader asks somebody how far the chain has come."""
 RESTLESS_TICKS = 100
@@ -94,6 +101,11 @@ class Network:
     loss_rate: float = 0.0
     duplicate_rate: float = 0.0
     bytes_per_s: float = 20e6
+    """Of each peer's uplink."""
+    downlink: float = 1.0
+    """How many times as fast its downlink is."""
+    clock_error_s: float = 0.0
+    """How far a peer's clock is off at most."""
     step_s: float = 0.1
     step_spread: float = 0.3
 
@@ -107,13 +119,16 @@ class World:
         recipe: Recipe,
         *,
         num_parts: int = 12,
+        part_bytes: Sequence[int] = (),
         network: Network | None = None,
         rule: QuorumRule | None = None,
     ) -> None:
         self.seed = seed
         self.rng = random.Random(seed)
         self.recipe = recipe
-        self.num_parts = num_parts
+        self.part_bytes = tuple(part_bytes) or (PART_BYTES,) * num_parts
+        self.num_parts = len(self.part_bytes)
+        self.traffic = Traffic()
         self.network = network or Network()
         self.charter = Charter(RUN, ORGANIZER, COORDINATOR, FIRST_INCARNATION, rule or QuorumRule())
         self.now = 0.0
@@ -200,6 +215,8 @@ class World:
         node = self.nodes.pop(PeerId(name), None)
         if node is not None:
             node.alive = False
+            self.traffic.up_s[node.peer] += self.now - node.up_since
+            self.traffic.training_s[node.peer] += node.training_s()
 
     def lose_newest_commit(self) -> None:
         """Everyone is killed, and what the coordinator's disk took last is gone with the power."""
@@ -307,16 +324,23 @@ class World:
         """One message's way, in seconds."""
         return self.network.delay_s + self.rng.random() * self.network.jitter_s
 
-    def send(self, sender: PeerId, to: PeerId, message: Message) -> None:
+    def send(self, sender: PeerId, to: PeerId, message: Message, nbytes: int) -> None:
         """Put one message on its way; it may be lost, doubled or overtaken."""
+        way_s = self.nodes[sender].up.say(nbytes, now=self.now) if sender in self.nodes else 0.0
         if self.rng.random() < self.network.loss_rate:
             return
         for _ in range(2 if self.rng.random() < self.network.duplicate_rate else 1):
-            self.after(self.delay(), lambda: self._deliver(sender, to, message))
+            self.after(way_s + self.delay(), lambda: self._deliver(sender, to, message, nbytes))
 
-    def _deliver(self, sender: PeerId, to: PeerId, message: Message) -> None:
+    def _deliver(self, sender: PeerId, to: PeerId, message: Message, nbytes: int) -> None:
         if self.reaches(sender, to):
-            self.nodes[to].do(lambda node: node.take(sender, message))
+            self.traffic.moved(sender, to, CODEC.tag_of(message), nbytes)
+            other = self.nodes[to]
+            way_s = other.down.say(nbytes, now=self.now)
+            if way_s < 0.001:
+                other.do(lambda node: node.take(sender, message))
+            else:
+                self.after(way_s, lambda: other.do(lambda node: node.take(sender, message)))
         elif sender in self.nodes:
             self.nodes[sender].do(lambda node: node.unreachable(to))
 
@@ -325,22 +349,40 @@ class World:
         sender: "Node",
         to: PeerId,
         nbytes: int,
+        kind: str,
         arrived: Callable[["Node"], str | None],
         done: Callable[[str | None], None],
+        broken: Callable[[], None] = lambda: None,
     ) -> None:
-        """Move bulk bytes: `arrived` takes or refuses them at the other end, `done` hears here of an error or None."""
-        duration_s = self.delay() + nbytes / self.network.bytes_per_s
+        """Move bulk bytes: `arrived` takes or refuses them at the other end, `done` hears here of an error or None.
+
+        broken: told at the other end if we are gone before all is there.
+        """
+        begun = self.nodes.get(to)
+        if begun is None or not self.reaches(sender.peer, to):
+            self.after(self.delay(), lambda: sender.do(lambda _: done("unreachable")))
+            return
+        lines = [sender.up, begun.down]
+
+        def through() -> None:
+            lines.pop()
+            if not lines:
+                self.after(self.delay(), finish)
 
         def finish() -> None:
             other = self.nodes.get(to)
-            if other is None or not self.reaches(sender.peer, to):
+            self.traffic.moved(sender.peer, to, kind, nbytes)
+            if not sender.alive:
+                begun.do(lambda _: broken())
+            elif other is None or not self.reaches(sender.peer, to):
                 sender.do(lambda _: done("unreachable"))
             elif other.frozen:
                 self.after(5.0, lambda: sender.do(lambda _: done("no byte for 5 s")))
             else:
                 other.do(lambda node: sender.do(lambda _: done(arrived(node))))
 
-        self.after(duration_s, finish)
+        for line in tuple(lines):
+            line.carry(nbytes, through, now=self.now)
 
     def saw_commit(self, commit: Commit) -> None:
         """Some node took `commit` for proven: there must never be another for the round."""
@@ -366,6 +408,13 @@ class Node:
     def __init__(self, world: World, peer: PeerId, disk: Disk) -> None:
         self.world, self.peer, self.disk = world, peer, disk
         self.alive, self.frozen = True, False
+        network = world.network
+        self.up = Line(network.bytes_per_s, world.after)
+        self.down = Line(network.bytes_per_s * network.downlink, world.after)
+        self.up_since = world.now
+        self.clock_error_s = (2 * world.rng.random() - 1) * network.clock_error_s if network.clock_error_s else 0.0
+        self._fetching: dict[bytes, Node] = {}
+        """Blobs that are on their way here, and from whom."""
         self.backlog: list[Callable[[], None]] = []
         self.signer = SimSigner(peer)
         patience = Patience.of(world.recipe.rounds)
@@ -384,7 +433,7 @@ class Node:
             world.recipe,
             world.num_parts,
             assign_parts,
-            started=int(world.now),
+            started=int(WALL_S + world.now + self.clock_error_s),
             known_plan=lambda: self.machine.plan if isinstance(self.machine, Volunteer) else None,
         )
 
@@ -420,6 +469,10 @@ class Node:
             return
         event(self)
         self._schedule()
+
+    def training_s(self) -> float:
+        """For how long it has trained since it was started."""
+        return 0.0
 
     def take(self, sender: PeerId, message: Message) -> None:
         self.perform(self.machine.receive(sender, message, now=self.world.now))
@@ -461,8 +514,11 @@ class Node:
             case following.Send(to, message):
                 if isinstance(message, Vote):
                     self._check_vote(message)
+                if isinstance(message, Plan) and message.seats:
+                    world.traffic.plans.add((message.epoch, message.order))
+                nbytes = sealed_bytes(message)
                 for peer in to:
-                    world.send(self.peer, peer, message)
+                    world.send(self.peer, peer, message, nbytes)
             case following.Store(commit):
                 self._check_commit(commit)
                 self.disk.commits.append(commit)
@@ -474,8 +530,7 @@ class Node:
             case following.Apply(commit):
                 world.after(self.apply_s, lambda: self.do(lambda node: node.apply(commit)))
             case following.Fetch(wanted, donors):
-                digests = tuple(digest for _, digest in wanted)
-                world.after(world.delay() * 2, lambda: self.do(lambda node: node.fetch(digests, donors)))
+                world.after(world.delay() * 2, lambda: self.do(lambda node: node.fetch(wanted, donors)))
             case following.CatchUp(donor, _):
                 world.after(world.delay() * 2, lambda: self.do(lambda node: node.catch_up(donor)))
             case following.Resync():
@@ -505,14 +560,35 @@ class Node:
     def hold(self, digests: tuple[bytes, ...]) -> None:
         self.perform(self.machine.holds(digests, now=self.world.now))
 
-    def fetch(self, digests: tuple[bytes, ...], donors: tuple[PeerId, ...]) -> None:
-        here = set(digests) & self.disk.blobs
-        for donor in donors:
-            if self.world.reaches(self.peer, donor) and not self.world.nodes[donor].frozen:
-                here |= set(digests) & self.world.disks[donor].blobs
+    def fetch(self, wanted: tuple[tuple[int, bytes], ...], donors: tuple[PeerId, ...]) -> None:
+        """Get parts from whoever has them, from each about as many."""
+        world = self.world
+        here = tuple(digest for _, digest in wanted if digest in self.disk.blobs)
         if here:
-            self.disk.blobs |= here
-            self.hold(tuple(sorted(here)))
+            self.hold(here)
+        able = [peer for peer in donors if world.reaches(self.peer, peer) and not world.nodes[peer].frozen]
+        asked: Counter[PeerId] = Counter()
+        for part, digest in wanted:
+            on_its_way = digest in self._fetching and self._fetching[digest].alive
+            having = [peer for peer in able if digest in world.disks[peer].blobs]
+            if digest not in self.disk.blobs and not on_its_way and having:
+                donor = min(having, key=lambda peer: asked[peer])
+                asked[donor] += 1
+                self._fetch_from(world.nodes[donor], digest, world.part_bytes[part])
+
+    def _fetch_from(self, donor: "Node", digest: bytes, nbytes: int) -> None:
+        self._fetching[digest] = donor
+
+        def arrived(_: Node) -> None:
+            self._fetching.pop(digest, None)
+            self.disk.blobs.add(digest)
+            self.hold((digest,))
+
+        def ended(error: str | None) -> None:
+            if error is not None:
+                self._fetching.pop(digest, None)
+
+        self.world.transfer(donor, self.peer, nbytes, "fetch", arrived, ended)
 
     def catch_up(self, donor: PeerId) -> None:
         """Take the commits of `donor` that we lack."""
@@ -522,6 +598,7 @@ class Node:
         mine = {commit.block.hash for commit in self.disk.commits}
         for commit in commits:
             if commit.block.hash not in mine:
+                self.world.traffic.moved(donor, self.peer, "commits", sealed_bytes(commit))
                 self.take(donor, commit)
 
     def sync(self) -> None:
@@ -545,9 +622,32 @@ class Node:
         if theirs.model is None or world.models.get(place) != theirs.model:
             world.after(1.0, lambda: self.do(lambda node: node.sync_failed()))
             return
-        self.disk.model_round, self.disk.model = theirs.model_round, theirs.model
-        since = [commit for commit in chain if commit.block.round > theirs.model_round]
-        self.perform(self.machine.synced(theirs.model_round, theirs.model, since, now=world.now))
+        round_, model = theirs.model_round, theirs.model
+        same = [peer for peer in donors if world.disks[peer].model == model]
+        pieces = world.rng.sample(same, min(STATE_DONORS, len(same)))
+        nbytes = STATE_RATIO * sum(world.part_bytes) // len(pieces)
+        failed: list[PeerId] = []
+
+        def ended(peer: PeerId, error: str | None) -> None:
+            if error is not None:
+                failed.append(peer)
+            pieces.remove(peer)
+            if not pieces:
+                self.do(lambda node: node.sync_failed() if failed else node.synced(round_, model))
+
+        for peer in tuple(pieces):
+            world.transfer(
+                world.nodes[peer], self.peer, nbytes, "state",
+                lambda _, peer=peer: ended(peer, None),  # type: ignore[misc]
+                lambda error, peer=peer: None if error is None else ended(peer, error),  # type: ignore[misc]
+                lambda peer=peer: ended(peer, "gone"),  # type: ignore[misc]
+            )  # fmt: skip
+
+    def synced(self, round_: int, model: bytes) -> None:
+        """The model after `round_` is here."""
+        self.disk.model_round, self.disk.model = round_, model
+        since = [commit for commit in self.disk.commits if commit.block.round > round_]
+        self.perform(self.machine.synced(round_, model, since, now=self.world.now))
 
     def sync_failed(self) -> None:
         """Nobody could give the model; the machine or we try again."""
@@ -601,17 +701,23 @@ class VolunteerNode(Node):
     def __init__(self, world: World, peer: PeerId, disk: Disk) -> None:
         super().__init__(world, peer, disk)
         rounds = world.recipe.rounds
-        abilities = Abilities(addresses=(), accepts=True, uplink=world.network.bytes_per_s)
+        address = f"/ip4/203.0.113.{world.rng.randrange(256)}/tcp/40001/p2p/{peer}"
+        abilities = Abilities(addresses=(address,), accepts=True, uplink=world.network.bytes_per_s)
         self.machine = Volunteer(peer, self.lead(), abilities, num_parts=world.num_parts, report_s=rounds.report_s)
         self.step_s = world.network.step_s * (1 + world.network.step_spread * world.rng.random())
         self.born_at = world.now
         """Training is not repeatable: after a restart the same samples give other work."""
         self._training: tuple[Train, float] | None = None
+        self._trained_s = 0.0
         self._parts: dict[tuple[PeerId, bytes], set[int]] = defaultdict(set)
+
+    def training_s(self) -> float:
+        return self._trained_s + (0.0 if self._training is None else self.world.now - self._training[1])
 
     def perform_one(self, effect: object) -> None:
         match effect:
             case Train():
+                self._trained_s = self.training_s()
                 self._training = (effect, self.world.now)
                 duration_s = effect.seat.steps * self.step_s
                 self.world.after(duration_s, lambda: self.do(lambda _: self._trained(effect, effect.seat.steps)))
@@ -640,6 +746,7 @@ class VolunteerNode(Node):
         self.do(lambda _: self.perform(self.machine.leave(now=self.world.now)))
 
     def _stop_training(self, keep: bool) -> None:
+        self._trained_s = self.training_s()
         training, self._training = self._training, None
         if training is not None:
             effect, since = training
@@ -648,6 +755,7 @@ class VolunteerNode(Node):
 
     def _trained(self, effect: Train, steps: int) -> None:
         if self._training is not None and self._training[0] is effect:
+            self._trained_s = self.training_s()
             self._training = None
             self._finish(effect, steps)
 
@@ -676,7 +784,8 @@ class VolunteerNode(Node):
             ended = self.machine.uploaded if error is None else self.machine.upload_failed
             self.perform(ended(owner, root, parts, now=self.world.now))
 
-        self.world.transfer(self, owner, PART_BYTES * len(parts), arrived, done)
+        nbytes = sum(self.world.part_bytes[part] for part in parts)
+        self.world.transfer(self, owner, nbytes, "upload", arrived, done)
 
     def _folded(self, plan: Plan, results: dict[int, bytes]) -> None:
         self.disk.blobs.update(results.values())
@@ -693,4 +802,6 @@ class VolunteerNode(Node):
         def done(error: str | None) -> None:
             self.perform(self.machine.delivered(to, error=error, now=self.world.now))
 
-        self.world.transfer(self, to, PART_BYTES * len(parts), arrived, done)
+        nbytes = sum(self.world.part_bytes[part] for part in parts)
+        kind = "result" if plan.seat_of(to) is not None else "follow"
+        self.world.transfer(self, to, nbytes, kind, arrived, done)
