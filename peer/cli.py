@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import threading
-import time
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -119,7 +118,7 @@ def join(
     with _told_errors():
         from dugnad.dht.invite import parse_invite
 
-        known = parse_invite(invite, now=time.time())
+        known = parse_invite(invite)
         from dugnad.peer import folder as folders
         from dugnad.peer import roles
 

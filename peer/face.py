@@ -29,7 +29,9 @@ class Face:
             return {}
         role = self.role
         said = report.of_coordinator(role) if isinstance(role, Coordinator) else report.of_volunteer(role, self.swarm)
-        return said | {"reason": printable(str(said["reason"]))}  # a stranger may have written it, in refusing us
+        reason = printable(str(said["reason"]))  # a stranger may have written it, in refusing us
+        correction = self.swarm.clock.correction
+        return said | {"reason": reason, "clock_offset_s": correction.offset_s, "clock_warning": correction.warning}
 
     def line(self) -> str:
         """One line for a person who waits."""
@@ -53,4 +55,5 @@ class Face:
             if said:
                 self.metrics.peers_seen(Counter(str(peer["state"]) for peer in said["peers"]))
                 self.metrics.coordinator_silent(said["coordinator"]["silent_s"])
+                self.metrics.clock_corrected(said["clock_offset_s"])
             await asyncio.sleep(_LOOK_S)

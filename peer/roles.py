@@ -17,7 +17,7 @@ from dugnad.coordinator.service import Coordinator
 from dugnad.coordinator.sync import Asker, SyncError
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId, nickname, public_key_of
-from dugnad.dht.invite import Invite, encode_invite
+from dugnad.dht.invite import Invite, check_expiry, encode_invite
 from dugnad.dht.records import owner_of
 from dugnad.dht.swarm import Swarm
 from dugnad.dht.transport import NetworkDown
@@ -103,6 +103,7 @@ async def join(
         async with _placed(
             "volunteer", folder, invite.run, network.listen, network, bootstrap=invite.addresses
         ) as place:
+            check_expiry(invite, now=place.swarm.now())
             welcome = await _welcome(place, invite)
             recipe = decode(welcome.genesis.recipe)
             told(recipe, nickname(place.identity.peer_id), place.url)
@@ -187,6 +188,7 @@ async def _placed(
             identity,
             run,
             role=role,
+            directory=folder.path,
             refused=metrics.rejected_message,
             progress=face.progress,
             passed=metrics.message_passed,
@@ -208,7 +210,7 @@ def _tcp_port(host: Host) -> int:
 async def _welcome(place: Place, invite: Invite) -> Welcome:
     """What the run is, from those whom the invite names, or else from whomever the DHT names as its members.
 
-    Those of the invite come first: anyone may call himself the coordinator, and with a wrong clock no record counts.
+    Those of the invite come first: anyone may call himself the coordinator.
     """
     asker = Asker(place.host, place.identity, invite.run)
     peers = dict.fromkeys(PeerId(address.rpartition("/p2p/")[2]) for address in invite.addresses)
