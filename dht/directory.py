@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import logging
 import struct
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -42,12 +41,16 @@ _DOMAIN = b"dugnad/announcement/1"
 
 
 class Directory:
-    """A DHT node on a running daemon: `async with Directory(...)`."""
+    """A DHT node on a running daemon: `async with Directory(...)`; now: the run's time, unix seconds.
 
-    def __init__(self, daemon: Daemon, identity: Identity, owner_of: OwnerOf) -> None:
+    hivemind has one time for all nodes of a process; it is that of the directory that joined last.
+    """
+
+    def __init__(self, daemon: Daemon, identity: Identity, owner_of: OwnerOf, now: Callable[[], float]) -> None:
         self._daemon = daemon
         self._identity = identity
-        self._ownership = _Ownership(identity, owner_of)
+        self._now = now
+        self._ownership = _Ownership(identity, owner_of, now)
         self._p2p: Any = None
         self._control: Any = None
         self._node: Any = None
@@ -67,13 +70,14 @@ class Directory:
         from hivemind.dht.node import DHTNode
         from hivemind.dht.routing import DHTID
 
+        _set_time(self._now)
         self._node = await DHTNode.create(
             p2p=self._p2p,
             node_id=DHTID.generate(source=self._identity.peer_id.encode()),
             initial_peers=[f"/p2p/{peer}" for peer in peers],
             record_validator=self._ownership,
             wait_timeout=_ANSWER_S,
-            ensure_bootstrap_success=False,  # that check turns away peers whose clocks are 3 s off; records bound time
+            ensure_bootstrap_success=False,  # that check turns away peers whose clocks are 3 s off; ours gets corrected
             strict=False,
             cache_locally=False,  # an announcement is worth something only as it stands now
             cache_nearest=0,
@@ -99,7 +103,7 @@ class Directory:
     async def announce(self, run: bytes, raw: bytes, *, expires_s: float) -> bool:
         """Keep our record `raw` in the DHT for `expires_s` seconds, at most LIFETIME_S; whether a node took it."""
         assert len(raw) <= RECORD_BYTES, f"a record of {len(raw)} bytes, at most {RECORD_BYTES}"
-        expiry = time.time() + min(expires_s, LIFETIME_S)
+        expiry = self._now() + min(expires_s, LIFETIME_S)
         return bool(await self._node.store(self._key(run), raw, expiry, subkey=self._identity.peer_id))
 
     async def discover(self, run: bytes) -> list[bytes]:
@@ -119,9 +123,10 @@ class Directory:
 class _Ownership:
     """hivemind's RecordValidatorBase by its methods; not by its class, since importing that imports torch."""
 
-    def __init__(self, identity: Identity, owner_of: OwnerOf) -> None:
+    def __init__(self, identity: Identity, owner_of: OwnerOf, now: Callable[[], float]) -> None:
         self._identity = identity
         self._owner_of = owner_of
+        self._now = now
         self.places: set[bytes] = set()
         """The keys, hashed, under which records may stand; while there is none, any."""
 
@@ -133,7 +138,7 @@ class _Ownership:
         value, signature = record.value[:-_SIGNATURE_BYTES], record.value[-_SIGNATURE_BYTES:]
         if len(record.key) != 20 or (self.places and record.key not in self.places):
             return False
-        if not abs(record.expiration_time - time.time()) <= LIFETIME_S + _CLOCK_ERROR_S:  # so that NaN fails too
+        if not abs(record.expiration_time - self._now()) <= LIFETIME_S + _CLOCK_ERROR_S:  # so that NaN fails too
             return False
         if len(value) > RECORD_BYTES + 8:
             return False
@@ -226,6 +231,15 @@ def _store_later(self: Any, subkey: Any, value: bytes, expiry: float) -> bool:
         return False
     self.latest_expiration_time = max(self.latest_expiration_time, expiry)
     return bool(TimedStorage.store(self, subkey, value, expiry))
+
+
+def _set_time(now: Callable[[], float]) -> None:
+    """Have hivemind judge what is over by `now`: by a machine's wrong clock no announcement of others would count."""
+    from hivemind.dht import node, protocol, routing
+    from hivemind.utils import timed_storage
+
+    for module in (node, protocol, routing, timed_storage):
+        module.get_dht_time = now
 
 
 def import_hivemind() -> None:

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -16,6 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from dugnad.dht import bootstrap as first_contact
+from dugnad.dht.clock import Clock
 from dugnad.dht.daemon import BUFFER_BYTES, Daemon, DaemonRefused
 from dugnad.dht.directory import Directory, OwnerOf, import_hivemind
 from dugnad.dht.identity import Identity, PeerId, peer_id_of, public_key_of, write_private
@@ -71,7 +73,9 @@ class Host:
             relays=first_contact.others(self._bootstrap, identity.peer_id),
             log=state_dir / "p2pd.log",
         )
-        self._directory = Directory(self._daemon, identity, owner_of)
+        self.clock = Clock(identity.peer_id)
+        """The run's time; whoever knows the run's peers keeps it right."""
+        self._directory = Directory(self._daemon, identity, owner_of, self.now)
         self._handlers: dict[str, StreamHandler] = {}
         self._serving: set[asyncio.Task[None]] = set()
         self._known: dict[PeerId, tuple[str, ...]] = {}
@@ -109,6 +113,10 @@ class Host:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._exit.__aexit__(kind, error, trace)
+
+    def now(self) -> float:
+        """The run's time, unix seconds."""
+        return self.clock.now(time.time())
 
     def addresses(self) -> tuple[str, ...]:
         """Our multiaddrs with /p2p/ID, at most 16, those that reach farthest first.

@@ -23,6 +23,8 @@ from dugnad.dht.wire import WireError
 VERSION = 1
 MAX_AHEAD_S = 60.0
 """How far ahead of our clock a record may have been issued."""
+TAG_BYTES = 16
+"""What names a record in gossip; 8 would do against chance, but an owner could find two of its own that share those."""
 _DOMAIN = b"dugnad/record/1"
 _SIGNATURE_BYTES = 64
 _LAST_MS = 253_402_300_799_000  # the year 9999: later times are nonsense, and some would not fit a float
@@ -92,8 +94,8 @@ class RecordKind:
 
 
 KINDS = {
-    "member": RecordKind(MemberBody, cap_bytes=6144, max_lifetime_s=600.0),
-    "progress": RecordKind(ProgressBody, cap_bytes=1536, max_lifetime_s=600.0),
+    "member": RecordKind(MemberBody, cap_bytes=6144, max_lifetime_s=1800.0),
+    "progress": RecordKind(ProgressBody, cap_bytes=1536, max_lifetime_s=1800.0),
 }
 MAX_RECORD_BYTES = max(kind.cap_bytes for kind in KINDS.values())
 
@@ -122,6 +124,16 @@ class Record:
     def hash(self) -> bytes:
         """The blake3 of the raw bytes, 32 bytes."""
         return blake3(self.raw).digest()
+
+    @property
+    def said(self) -> bytes:
+        """What its owner signed: the raw bytes without the signature."""
+        return self.raw[:-_SIGNATURE_BYTES]
+
+    @cached_property
+    def tag(self) -> bytes:
+        """The first 16 bytes of the hash: what names just these bytes in gossip."""
+        return self.hash[:TAG_BYTES]
 
     def expired(self, now: float) -> bool:
         """Whether it is over at `now` (unix seconds)."""
@@ -174,11 +186,16 @@ def parse(raw: bytes, run: bytes, *, now: float, verify: Verify = keys.verify) -
     Raises WireError for bytes over the cap, malformed or with a bad signature, and for a foreign run, an unknown kind
     or key, a lifetime over the kind's, and an issue time more than 60 s ahead of `now`.
     """
-    record = _unverified(raw)
-    if record.run != run:
-        raise WireError("foreign run")
+    record = _unverified(raw, run)
     if record.issued_ms > (now + MAX_AHEAD_S) * 1000:
         raise WireError("from the future", f"issued {record.issued_ms / 1000 - now:.0f} s ahead of our clock")
+    _check_signature(record, verify)
+    return record
+
+
+def parse_of_any_time(raw: bytes, run: bytes, *, verify: Verify = keys.verify) -> Record:
+    """As `parse`, whenever it was issued: its owner has said it all the same. Raises WireError."""
+    record = _unverified(raw, run)
     _check_signature(record, verify)
     return record
 
@@ -186,20 +203,22 @@ def parse(raw: bytes, run: bytes, *, now: float, verify: Verify = keys.verify) -
 def owner_of(raw: bytes) -> PeerId | None:
     """Whose member record these bytes are, of any run and any time; None if they are no valid one."""
     try:
-        record = _unverified(raw)
+        record = _unverified(raw, None)
         _check_signature(record, keys.verify)
     except WireError:
         return None
     return record.owner if record.kind == "member" else None
 
 
-def _unverified(raw: bytes) -> Record:
+def _unverified(raw: bytes, run: bytes | None) -> Record:
     """All that can be told from the bytes alone, but for the signature: that costs most, so it comes last."""
     if not _SIGNATURE_BYTES < len(raw) <= MAX_RECORD_BYTES:
         raise WireError("too large" if len(raw) > MAX_RECORD_BYTES else "malformed", f"a record of {len(raw)} bytes")
     head = _strictly(_payloads, raw[:-_SIGNATURE_BYTES])
     if head.version != VERSION:
         raise WireError("version", f"a record of version {head.version}, we speak {VERSION}")
+    if run is not None and head.run != run:
+        raise WireError("foreign run")
     kind = _kind_of(head, len(raw))
     body = _strictly(kind.decoder, bytes(head.body))
     owner = peer_id_of(head.owner)
@@ -221,8 +240,7 @@ def _kind_of(head: _Payload, num_bytes: int) -> RecordKind:
 
 
 def _check_signature(record: Record, verify: Verify) -> None:
-    head, signature = record.raw[:-_SIGNATURE_BYTES], record.raw[-_SIGNATURE_BYTES:]
-    if not verify(record.owner, _DOMAIN + head, signature):
+    if not verify(record.owner, _DOMAIN + record.said, record.raw[-_SIGNATURE_BYTES:]):
         raise WireError("bad signature", f"{record.kind} record that says to be from {record.owner}")
 
 

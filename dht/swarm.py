@@ -1,7 +1,8 @@
 """A run's members as one peer sees them: found through the DHT, told by gossip, dialled at the addresses they sign.
 
 The DHT only gives the first hints, of people who can then be asked. From there on member and progress records travel by
-gossip (`gossip.py`), and a member's addresses come from its own record.
+gossip (`gossip.py`), and a member's addresses come from its own record. What time it is, all agree on (`clock.py`): a
+record that one issues by a clock of its own would hold for nobody else.
 """
 
 import asyncio
@@ -9,39 +10,71 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from importlib.metadata import version
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
+
+from dugnad.dht import clock as clocks
 from dugnad.dht import records
-from dugnad.dht.crdt import RecordMap
-from dugnad.dht.gossip import GOSSIP_KINDS, Gossip, Send, refresh_s
+from dugnad.dht.clock import Sample
+from dugnad.dht.crdt import Entry, RecordMap
+from dugnad.dht.evidence import Evidence, Proofs, is_evidence
+from dugnad.dht.gossip import GOSSIP_KINDS, Changed, Effect, Gossip, Send, refresh_s
 from dugnad.dht.host import Host
-from dugnad.dht.identity import Identity, PeerId, nickname
+from dugnad.dht.identity import Identity, PeerId, nickname, write_private
 from dugnad.dht.records import KINDS, MemberBody, ProgressBody, Record
+from dugnad.dht.sequence import Sequence
 from dugnad.dht.transport import Direction, TransportError
 from dugnad.dht.wire import Codec, WireError, open_sealed, seal
 
 log = logging.getLogger(__name__)
 
 CHANNEL = "dugnad/gossip/1"
+CLOCK_CHANNEL = "dugnad/clock/1"
 CODEC = Codec(GOSSIP_KINDS)
 ANNOUNCE_S = 60.0
 """How often we say in the DHT that we are there."""
 MEMBER_LIFETIME_S = 180.0
-PROGRESS_LIFETIME_PERIODS = 6
-"""For how many of the periods after which it is renewed what we say of our progress holds."""
+LIFETIME_PERIODS = 3
+"""For how many of the periods after which it is renewed what we say holds, at least."""
+PROGRESS_LIFETIME_S = 30.0
+CLOCK_S = 300.0
+"""How often others are asked for the time again."""
+CLOCK_PEERS = 8
+"""How many of them; as long as fewer have answered, anyone who is new is asked at once."""
 ANSWER_S = 3.0
 MAX_WAITING = 64
 """Answers to one peer that wait for earlier ones to reach it; what does not fit is left to the next exchange."""
 
 
+def progress_period_s(num_members: int) -> float:
+    """How often each of so many members says what it is doing."""
+    return refresh_s(num_members * len(KINDS))
+
+
+def member_period_s(num_members: int) -> float:
+    """How often each of so many members says again where it can be reached."""
+    return max(ANNOUNCE_S, refresh_s(num_members * len(KINDS)))
+
+
+def lifetime_s(kind: str, period_s: float) -> float:
+    """For how long a record of a kind that is renewed so often holds."""
+    least_s = MEMBER_LIFETIME_S if kind == "member" else PROGRESS_LIFETIME_S
+    return min(max(least_s, LIFETIME_PERIODS * period_s), KINDS[kind].max_lifetime_s)
+
+
 class Swarm:
     """Entered, it keeps one peer among the members of one run until it is left.
 
-    role: "volunteer" or "coordinator". progress: what we are doing, asked now and then. refused: hears why a record or
-    a message of gossip was refused, in a word or two. passed: hears the direction and kind of each message of gossip.
+    role: "volunteer" or "coordinator". directory: where our numbers and the evidence are kept. progress: what we are
+    doing, asked now and then. refused: hears why a record or a message of gossip was refused, in a word or two. passed:
+    hears the direction and kind of each message of gossip. proofs: what convicts a peer of having said two things;
+    accused: hears of each peer that is convicted, once, and why.
+    Raises OSError or ValueError if the directory can't be used.
     """
 
     def __init__(
@@ -51,20 +84,32 @@ class Swarm:
         run: bytes,
         *,
         role: str,
+        directory: Path,
         refused: Callable[[str], None],
         progress: Callable[[], ProgressBody | None],
         passed: Callable[[Direction, str], None] | None = None,
+        proofs: Proofs | None = None,
+        accused: Callable[[PeerId, str], None] | None = None,
     ) -> None:
         self.records = RecordMap()
+        self.clock = host.clock
+        """What this machine's clock is corrected by, and what people should know of it."""
         self._host = host
         self._identity = identity
         self._run = run
         self._role = role
+        self._evidence_file = directory / "evidence"
+        self._sequence = Sequence(directory / "sequence")
         self._refused = refused
         self._progress = progress
         self._passed = passed or (lambda direction, kind: None)
+        self._proofs = proofs or Proofs()
+        self._accused = accused or (lambda peer, why: None)
         self._gossip = Gossip(identity.peer_id, self.records, self._parse)
         self._rng = random.Random()
+        self._known: tuple[PeerId, ...] = ()
+        """Members and whoever is connected, sorted."""
+        self._warned_s = 0.0
         self._tasks = asyncio.TaskGroup()
         self._running: set[asyncio.Task[None]] = set()
         self._answering: dict[PeerId, list[Send]] = {}
@@ -74,9 +119,14 @@ class Swarm:
 
     async def __aenter__(self) -> Self:
         await self._tasks.__aenter__()
+        self._load_evidence()
+        await self._host.serve(CLOCK_CHANNEL, self._on_clock)
         await self._host.serve(CHANNEL, self._on_message)
+        await self._meet()
+        await self._ask_time(self._known[:CLOCK_PEERS])  # before we say anything by a clock that may be wrong
+        self.clock.begin(at_s=_steady_s())
         await self._announce()
-        for work in (self._keep_announcing(), self._keep_telling(), self._keep_gossiping()):
+        for work in (self._keep_announcing(), self._keep_telling(), self._keep_gossiping(), self._keep_time()):
             self._spawn(work)
         return self
 
@@ -98,22 +148,38 @@ class Swarm:
         if not task.cancelled() and task.exception() is not None:
             self._over = True
 
+    def now(self) -> float:
+        """The run's time, unix seconds: this machine's clock, corrected."""
+        return self._host.now()
+
     def roles(self) -> dict[PeerId, str]:
         """Every other member that we know of, and its role."""
-        found = self.records.items("member", now=time.time())
+        found = self.records.items("member", now=self.now())
         mine = self._identity.peer_id
         return {one.owner: one.body.role for one in found if one.owner != mine and isinstance(one.body, MemberBody)}
 
     def addresses(self) -> set[str]:
         """Where the other members are, by their own word."""
-        found = self.records.items("member", now=time.time())
+        found = self.records.items("member", now=self.now())
         others = (one.body for one in found if one.owner != self._identity.peer_id)
         return {address for body in others if isinstance(body, MemberBody) for address in body.addresses}
 
     def progress_of(self, peer: PeerId) -> ProgressBody | None:
         """What `peer` last said that it is doing, if that still holds."""
-        found = self.records.get("progress", peer, now=time.time())
+        found = self.records.get("progress", peer, now=self.now())
         return found.body if found is not None and isinstance(found.body, ProgressBody) else None
+
+    def quarantined(self) -> frozenset[PeerId]:
+        """Those who are proven to have said two things: no seat, no vote, and none of their records counts."""
+        return self.records.quarantined()
+
+    def accuse(self, sort: str, one: bytes, other: bytes) -> bool:
+        """Spread the proof that two signed things are, if they are one and news; whether they are."""
+        evidence = self._proofs.convict(self._run, sort, one, other)
+        if evidence is None or not self.records.merge(evidence):
+            return False
+        self._changed([evidence])
+        return True
 
     async def look_around(self) -> dict[PeerId, str]:
         """Ask the DHT who is there, and return every other member that we know of, with its role."""
@@ -124,16 +190,35 @@ class Swarm:
 
     # -- what we say
 
-    async def _announce(self) -> None:
-        # an announcement of a minute ago must not outlive us for long
-        body = MemberBody(self._host.addresses(), self._role, nickname(self._identity.peer_id), version("dugnad"))
-        record = self._say("member", body, MEMBER_LIFETIME_S)
+    async def _announce(self, *, anew: bool = False) -> None:
+        """Say in the DHT that we are there, with a new record if the last one is old or no longer true, or `anew`."""
+        period_s = member_period_s(len(self.roles()) + 1)
+        mine = self._identity.peer_id
+        addresses = tuple(address.removesuffix(f"/p2p/{mine}") for address in self._host.addresses())
+        body = MemberBody(addresses, self._role, nickname(mine), version("dugnad"))
+        record = self.records.get("member", mine, now=self.now())
+        if (
+            anew
+            or record is None
+            or record.body != body
+            or self.now() > record.issued_ms / 1000 + period_s - ANNOUNCE_S
+        ):
+            record = self._say("member", body, period_s)
         await self._host.announce(self._run, record.raw, expires_s=MEMBER_LIFETIME_S)
 
-    def _say(self, kind: str, body: MemberBody | ProgressBody, lifetime_s: float) -> Record:
-        # by the clock, so that it grows over restarts; and above what others still hold of us, if the clock went back
-        seq = max(int(time.time() * 1000), self.records.seq_of(kind, self._identity.peer_id) + 1)
-        record = records.issue(self._identity, self._run, kind, "", seq, body, now=time.time(), lifetime_s=lifetime_s)
+    def _tell(self) -> float:
+        """Say what we are doing; for how long that is enough, in seconds."""
+        body, period_s = self._progress(), progress_period_s(len(self.roles()) + 1)
+        if body is not None:
+            self._say("progress", body, period_s)
+        return period_s
+
+    def _say(self, kind: str, body: MemberBody | ProgressBody, period_s: float) -> Record:
+        # above what others still hold of us, too: the file with our numbers may have been lost
+        least = max(int(self.now() * 1000), self.records.seq_of(kind, self._identity.peer_id) + 1)
+        seq = self._sequence.next(least)
+        lasts_s = lifetime_s(kind, period_s)
+        record = records.issue(self._identity, self._run, kind, "", seq, body, now=self.now(), lifetime_s=lasts_s)
         self.records.merge(record)
         return record
 
@@ -143,28 +228,77 @@ class Swarm:
             try:
                 await self._announce()
                 await self.look_around()
-                self.records.prune(now=time.time())
             except TransportError as error:
                 log.info("could not announce ourselves: %s", error)
 
     async def _keep_telling(self) -> None:
         while True:
-            body, period_s = self._progress(), refresh_s(len(self.roles()) + 1)
-            if body is not None:
-                lifetime_s = min(PROGRESS_LIFETIME_PERIODS * period_s, KINDS["progress"].max_lifetime_s)
-                self._say("progress", body, lifetime_s)
-            await asyncio.sleep(period_s)
+            await asyncio.sleep(self._tell())
+
+    # -- what time it is
+
+    async def _keep_time(self) -> None:
+        asked: set[PeerId] = set(self._known[:CLOCK_PEERS])
+        ask_again_s = _steady_s() + CLOCK_S
+        ahead_s = time.time() - _steady_s()
+        while True:
+            await asyncio.sleep(1.0)
+            was_ahead_s, ahead_s = ahead_s, time.time() - _steady_s()
+            if abs(ahead_s - was_ahead_s) > clocks.NEGLIGIBLE_S:
+                self.clock.was_set(ahead_s - was_ahead_s)
+                ask_again_s = 0.0
+            if _steady_s() >= ask_again_s:
+                asked.clear()
+                ask_again_s = _steady_s() + CLOCK_S
+            fresh = [peer for peer in self._known if peer not in asked and peer not in self.quarantined()]
+            chosen = self._rng.sample(fresh, min(len(fresh), max(0, CLOCK_PEERS - len(asked))))
+            asked.update(chosen)
+            await self._ask_time(chosen)
+
+    async def _ask_time(self, peers: Iterable[PeerId]) -> None:
+        answers = await asyncio.gather(*(self._time_of(peer) for peer in peers))
+        corrected = [self.clock.take(peer, sample) for peer, sample in answers if sample is not None]
+        if any(corrected):
+            self._warn_of_clock()
+            if self._running:  # what we have said until now, nobody may believe
+                self._tell()
+                with contextlib.suppress(TransportError):
+                    await self._announce(anew=True)
+
+    async def _time_of(self, peer: PeerId) -> tuple[PeerId, Sample | None]:
+        sent_s = time.time()
+        try:
+            raw = await self._host.request(peer, CLOCK_CHANNEL, b"", timeout_s=ANSWER_S)
+            received_s = time.time()
+            return peer, Sample(sent_s, received_s, clocks.decode_time(raw), _steady_s())
+        except TransportError as error:
+            log.debug("%s does not say what time it is: %s", nickname(peer), error)
+        except WireError as error:
+            self._refused(error.reason)
+        return peer, None
+
+    async def _on_clock(self, peer: PeerId, raw: bytes) -> bytes:
+        return clocks.encode_time(self.clock.answer(clock_s=time.time(), at_s=_steady_s()))
+
+    def _warn_of_clock(self) -> None:
+        correction = self.clock.correction
+        if abs(correction.offset_s - self._warned_s) < clocks.WARN_S:
+            return
+        self._warned_s = correction.offset_s
+        if correction.warning is None:
+            log.info("this machine's clock is right again")
+        else:
+            log.warning("%s", correction.warning)
 
     # -- gossip
 
     async def _keep_gossiping(self) -> None:
         while True:
-            now = time.time()
             await self._meet()
-            for effect in self._gossip.tick(now=now, rng=self._rng):
+            for effect in self._gossip.tick(now=self.now(), rng=self._rng):
                 if isinstance(effect, Send):
                     await self._send(effect)
-            await asyncio.sleep(max(0.05, min(1.0, self._gossip.wake_at() - time.time())))
+            await asyncio.sleep(max(0.05, min(1.0, self._gossip.wake_at() - self.now())))
 
     async def _meet(self) -> None:
         """Let the gossip and the network know of the members that the records name, and gossip of who is connected."""
@@ -173,8 +307,9 @@ class Swarm:
         except TransportError as error:
             log.debug("could not learn who is connected: %s", error)
             connected = []
-        self._gossip.set_peers({*self.roles(), *connected})
-        for record in self.records.items("member", now=time.time()):
+        self._known = tuple(sorted({*self.roles(), *connected} - {self._identity.peer_id}))
+        self._gossip.set_peers(self._known)
+        for record in self.records.items("member", now=self.now()):
             if isinstance(record.body, MemberBody):
                 await self._host.learn(record.owner, record.body.addresses)
 
@@ -186,18 +321,22 @@ class Swarm:
             if sender != peer:
                 raise WireError("not the sender")
             self._passed("received", CODEC.tag_of(message))
-            effects = self._gossip.receive(sender, message, now=time.time())
+            effects = self._gossip.receive(sender, message, now=self.now())
         except WireError as error:
             self._refused(error.reason)
             return b""
-        sends = [effect for effect in effects if isinstance(effect, Send)]  # who wants the changes asks the records
+        self._answer_with(peer, effects)
+        self._changed(effect.entry for effect in effects if isinstance(effect, Changed))
+        return b""
+
+    def _answer_with(self, peer: PeerId, effects: list[Effect]) -> None:
+        sends = [effect for effect in effects if isinstance(effect, Send)]
         waiting = self._answering.get(peer)
         if waiting is not None:
             waiting += sends[: max(0, MAX_WAITING - len(waiting))]
         elif sends:
             self._answering[peer] = sends
             self._spawn(self._answer(peer, sends))
-        return b""
 
     async def _answer(self, peer: PeerId, sends: list[Send]) -> None:
         try:
@@ -214,8 +353,10 @@ class Swarm:
         except TransportError as error:
             log.debug("no gossip with %s: %s", nickname(send.to), error)
 
-    def _parse(self, raw: bytes, now: float) -> Record:
+    def _parse(self, raw: bytes, now: float) -> Entry:
         try:
+            if is_evidence(raw):
+                return self._proofs.parse(raw, self._run)
             return records.parse(raw, self._run, now=now)
         except WireError as error:
             self._refused(error.reason)
@@ -223,4 +364,46 @@ class Swarm:
 
     def _take(self, raw: bytes) -> None:
         with contextlib.suppress(WireError):
-            self.records.merge(self._parse(raw, time.time()))
+            entry = self._parse(raw, self.now())
+            self._changed(self.records.learn(entry) if isinstance(entry, Record) else ())
+
+    # -- who said two things
+
+    def _changed(self, entries: Iterable[Entry]) -> None:
+        """Do what news call for: who is convicted is named once, here and to those who asked; the rest asks the map."""
+        found = [entry for entry in entries if isinstance(entry, Evidence)]
+        for evidence in found:
+            self._tell_of(evidence)
+        if found:
+            kept = [said.raw for peer in self.quarantined() if (said := self.records.evidence_against(peer))]
+            write_private(self._evidence_file, msgspec.msgpack.encode(kept))
+
+    def _load_evidence(self) -> None:
+        try:
+            kept = msgspec.msgpack.decode(self._evidence_file.read_bytes(), type=list[bytes])
+        except FileNotFoundError:
+            return
+        except (OSError, msgspec.DecodeError) as error:
+            log.warning("%s can't be read; what it proves has to come from others: %s", self._evidence_file, error)
+            return
+        for raw in kept:
+            with contextlib.suppress(WireError):  # as of another run, or of a sort that is no longer known
+                evidence = self._proofs.parse(raw, self._run)
+                if self.records.merge(evidence):
+                    self._tell_of(evidence)
+
+    def _tell_of(self, evidence: Evidence) -> None:
+        why = f"it signed two contradicting {evidence.sort}"
+        if evidence.owner == self._identity.peer_id:
+            log.error(
+                "%s with our key: nobody in this run counts us any more. Does another dugnad run with a copy of this "
+                "folder? Stop both, move identity.key away, and join as someone new.", why.replace("it", "someone", 1)
+            )  # fmt: skip
+        else:
+            log.warning("%s (%s) is quarantined: %s", nickname(evidence.owner), evidence.owner, why)
+        self._accused(evidence.owner, why)
+
+
+def _steady_s() -> float:
+    """Seconds by a clock that nobody sets, and that goes on while the machine sleeps where there is such a one."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

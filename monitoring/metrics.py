@@ -73,7 +73,7 @@ _BAD_MESSAGE = Label(
         "malformed", "version", "unknown kind", "too large", "foreign run", "bad signature", "not the sender",
         "wrong answer", "not a member", "not leader", "misdirected", "delegation", "foreign chain", "two proposals",
         "invalid plan", "invalid freeze", "invalid block", "invalid commit", "no seat", "from the future", "lifetime",
-        "unknown key", "full", OTHER,
+        "unknown key", "full", "no evidence", OTHER,
     ),
 )  # fmt: skip
 _BAD_CONTRIBUTION = Label(
@@ -123,6 +123,9 @@ COORDINATOR_SILENT = Declared(
     "dugnad_coordinator_silent_seconds", "gauge", "Since the coordinator was last heard; 0 while it is there.",
     "seconds",
 )  # fmt: skip
+CLOCK_OFFSET = Declared(
+    "dugnad_clock_offset_seconds", "gauge", "What is added to this machine's clock to get the run's time.", "seconds"
+)
 CHECKPOINT_ROUND = Declared("dugnad_checkpoint_round", "gauge", "The round of the last checkpoint on disk.")
 CHECKPOINT_DURATION = Declared(
     "dugnad_checkpoint_duration_seconds", "histogram", "Wall time of writing one checkpoint.", "seconds",
@@ -132,7 +135,7 @@ CHECKPOINT_DURATION = Declared(
 DECLARED = (
     RUN_INFO, ROUND, GLOBAL_STEP, TRAIN_LOSS, VALIDATION_LOSS, TOKENS, SPEED, ROUND_DURATION, PHASE_DURATION, PEERS,
     BYTES, MESSAGES, UTILIZATION, REJECTED_CONTRIBUTIONS, REJECTED_MESSAGES, ROUNDS_COMMITTED, VIEWS,
-    COORDINATOR_SILENT, CHECKPOINT_ROUND, CHECKPOINT_DURATION,
+    COORDINATOR_SILENT, CLOCK_OFFSET, CHECKPOINT_ROUND, CHECKPOINT_DURATION,
 )  # fmt: skip
 """The table: all that a role can say."""
 
@@ -186,6 +189,10 @@ class Metrics:
     def coordinator_silent(self, seconds: float) -> None:
         """The coordinator was last heard `seconds` ago; 0 while it is there."""
         self._set(COORDINATOR_SILENT, seconds)
+
+    def clock_corrected(self, offset_s: float) -> None:
+        """The run's time is `offset_s` seconds ahead of this machine's clock; 0 while that is right."""
+        self._set(CLOCK_OFFSET, offset_s)
 
     # -- the model
 

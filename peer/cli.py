@@ -106,7 +106,7 @@ def launch(
         network = roles.Network(host=host, port=port, metrics_port=metrics_port, give_mbit=give_mbit)
         if resume is not None:
             where = folders.Folder(resume)
-            known = None if invite is None else parse_invite(invite, now=time.time())
+            known = None if invite is None else parse_invite(invite)
             work: Coroutine[Any, Any, None] = roles.resume(where, network, invite=known, told=_tell_invite(where))
         else:
             assert recipe is not None
@@ -134,7 +134,7 @@ def join(
     with _told_errors():
         from dugnad.dht.invite import parse_invite
 
-        known = parse_invite(invite, now=time.time())
+        known = parse_invite(invite)
         from dugnad.peer import folder as folders
         from dugnad.peer import roles
 

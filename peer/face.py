@@ -31,8 +31,13 @@ class Face:
             return {}
         role = self.role
         said = report.of_coordinator(role) if isinstance(role, Coordinator) else report.of_volunteer(role, self.swarm)
-        # a stranger may have written the reason, in refusing us
-        return said | {"reason": printable(str(said["reason"])), "invite": self.invite}
+        correction = self.swarm.clock.correction
+        return said | {
+            "reason": printable(str(said["reason"])),  # a stranger may have written it, in refusing us
+            "clock_offset_s": correction.offset_s,
+            "clock_warning": correction.warning,
+            "invite": self.invite,
+        }
 
     def line(self) -> str:
         """One line for a person who waits."""
@@ -56,4 +61,5 @@ class Face:
             if said:
                 self.metrics.peers_seen(Counter(str(peer["state"]) for peer in said["peers"]))
                 self.metrics.coordinator_silent(said["coordinator"]["gone_s"])
+                self.metrics.clock_corrected(said["clock_offset_s"])
             await asyncio.sleep(_LOOK_S)

@@ -155,6 +155,8 @@ def text(said: Report) -> str:
         f"received     {_bytes(said['bytes_received'])}",
         f"peers        {len(said['peers'])}",
     ]
+    if said.get("clock_warning"):
+        lines.append(f"clock        {said['clock_warning']}")
     for peer in said["peers"]:
         steps = f"  step {peer['step']}/{peer['of_steps']}" if peer.get("of_steps") else ""
         lines.append(f"  {peer['nickname']:<20} {peer['state']}{steps}")

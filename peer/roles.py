@@ -18,7 +18,7 @@ from dugnad.coordinator.sync import Asker, SyncError
 from dugnad.dht.budget import GIVE_MBIT, Budget
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId, nickname, public_key_of
-from dugnad.dht.invite import Invite, encode_invite
+from dugnad.dht.invite import Invite, check_expiry, encode_invite
 from dugnad.dht.records import owner_of
 from dugnad.dht.swarm import Swarm
 from dugnad.dht.transport import BootstrapError, NetworkDown
@@ -136,6 +136,7 @@ async def join(
         async with _placed(
             "volunteer", folder, invite.run, network.listen, network, bootstrap=invite.addresses, may_wait=back
         ) as place:
+            check_expiry(invite, now=place.swarm.now())
             genesis = kept if back and kept is not None else (await _welcome(place, invite)).genesis
             recipe = decode(genesis.recipe)
             told(recipe, nickname(place.identity.peer_id), place.url)
@@ -150,6 +151,7 @@ async def join(
                 metrics=place.face.metrics,
                 abilities=Abilities(addresses=place.host.addresses(), accepts=True, uplink=UNKNOWN_UPLINK),
                 contacts=place.contacts,
+                barred=place.swarm.quarantined,
             )
             role.budget = Budget.of_mbit(network.give_mbit)
             place.face.role, place.face.invite = role, encode_invite(place.invite(genesis, recipe.name))
@@ -195,6 +197,7 @@ async def _coordinate(
         metrics=place.face.metrics,
         addresses=place.host.addresses(),
         contacts=place.contacts,
+        barred=place.swarm.quarantined,
     )
     role.budget = Budget.of_mbit(network.give_mbit)
     name = numerics.recipe.name
@@ -255,6 +258,7 @@ async def _connected(
             identity,
             run,
             role=role,
+            directory=folder.path,
             refused=metrics.rejected_message,
             progress=face.progress,
             passed=metrics.message_passed,
@@ -276,7 +280,7 @@ def _tcp_port(host: Host) -> int:
 async def _welcome(place: Place, invite: Invite) -> Welcome:
     """What the run is, from those whom the invite names, or else from whomever the DHT names as its members.
 
-    Those of the invite come first: anyone may call himself the coordinator, and with a wrong clock no record counts.
+    Those of the invite come first: anyone may call himself the coordinator.
     """
     asker = Asker(place.host, place.identity, invite.run)
     peers = dict.fromkeys(PeerId(address.rpartition("/p2p/")[2]) for address in invite.addresses)

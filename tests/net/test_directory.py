@@ -65,7 +65,7 @@ def place_of(run: bytes) -> bytes:
 
 def test_only_our_runs_announcements_that_end_soon_are_kept() -> None:
     identity = Identity.generate()
-    ownership = Directory(None, identity, owner_of)._ownership  # type: ignore[arg-type]
+    ownership = Directory(None, identity, owner_of, time.time)._ownership  # type: ignore[arg-type]
 
     def kept(run: bytes, ahead_s: float) -> bool:
         value = msgspec.msgpack.encode(identity.peer_id.encode())

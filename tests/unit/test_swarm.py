@@ -1,19 +1,27 @@
-"""The end of a swarm: gossip may still arrive, and is ignored."""
+"""A swarm at its ends: what it knows before it speaks, and that gossip which still arrives afterwards is ignored."""
 
 import asyncio
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dugnad.dht.gossip import Summary
-from dugnad.dht.identity import Identity
-from dugnad.dht.records import ProgressBody
-from dugnad.dht.swarm import CODEC, Swarm
+from dugnad.dht import records
+from dugnad.dht.clock import Clock, Time, encode_time
+from dugnad.dht.evidence import RECORDS, Evidence, Proofs, of_records
+from dugnad.dht.gossip import Push, Summary
+from dugnad.dht.identity import Identity, PeerId, nickname
+from dugnad.dht.records import KINDS, MemberBody, ProgressBody
+from dugnad.dht.swarm import CLOCK_CHANNEL, CODEC, Swarm, lifetime_s, member_period_s, progress_period_s
+from dugnad.dht.transport import Unreachable
 from dugnad.dht.wire import seal
 
 ME, OTHER = Identity.from_seed(bytes(32)), Identity.from_seed(bytes([1] * 32))
 RUN = b"r" * 32
-GOSSIP = seal(OTHER, RUN, CODEC, Summary((), b"", answer=False))
+GOSSIP = seal(OTHER, RUN, CODEC, Summary(b"", b"", answer=False))
 
 
 class QuietHost:
@@ -21,11 +29,20 @@ class QuietHost:
 
     def __init__(self) -> None:
         self.heard: Any = None
+        self.clock = Clock(ME.peer_id)
+        self.announced: list[bytes] = []
+
+    def now(self) -> float:
+        return self.clock.now(time.time())
+
+    async def discover(self, run: bytes) -> list[bytes]:
+        return []
 
     def addresses(self) -> tuple[str, ...]:
         return ("/ip4/127.0.0.1/tcp/1",)
 
     async def announce(self, run: bytes, raw: bytes, *, expires_s: float) -> bool:
+        self.announced.append(raw)
         return True
 
     async def peers(self) -> list[str]:
@@ -38,25 +55,36 @@ class QuietHost:
         return b""
 
     async def serve(self, channel: str, handler: Any) -> None:
-        self.heard = handler
+        if channel != CLOCK_CHANNEL:
+            self.heard = handler
 
 
 def broken() -> ProgressBody | None:
     raise ArithmeticError("a bug")
 
 
-def swarm(host: Any, progress: Any = lambda: None) -> Swarm:
-    return Swarm(host, ME, RUN, role="volunteer", refused=pytest.fail, progress=progress)
+Enter = Callable[..., Swarm]
 
 
-async def test_gossip_that_arrives_after_the_end_is_ignored() -> None:
+@pytest.fixture
+def swarm(tmp_path: Path) -> Enter:
+    """Makes swarms that live in one folder."""
+
+    def made(host: Any, progress: Any = lambda: None, **settings: Any) -> Swarm:
+        given: dict[str, Any] = {"role": "volunteer", "directory": tmp_path, "refused": pytest.fail} | settings
+        return Swarm(host, ME, RUN, progress=progress, **given)
+
+    return made
+
+
+async def test_gossip_that_arrives_after_the_end_is_ignored(swarm: Enter) -> None:
     host = QuietHost()
     async with swarm(host):
         assert await host.heard(OTHER.peer_id, GOSSIP) == b""
     assert await host.heard(OTHER.peer_id, GOSSIP) == b""
 
 
-async def test_gossip_that_arrives_while_a_failure_ends_the_swarm_is_ignored() -> None:
+async def test_gossip_that_arrives_while_a_failure_ends_the_swarm_is_ignored(swarm: Enter) -> None:
     host = QuietHost()
 
     async def take_part() -> None:
@@ -83,15 +111,19 @@ class SilentHost(QuietHost):
         return [OTHER.peer_id]
 
     async def request(self, peer: str, channel: str, payload: bytes, *, timeout_s: float) -> bytes:
+        if channel == CLOCK_CHANNEL:
+            raise Unreachable(PeerId(peer), "it does not offer this service")
         self.asked.append(peer)
         self.anyone_asked.set()
         await asyncio.Event().wait()
         return b""
 
 
-async def test_a_peer_that_never_replies_is_answered_once_at_a_time_and_does_not_hold_up_the_end() -> None:
+async def test_a_peer_that_never_replies_is_answered_once_at_a_time_and_does_not_hold_up_the_end(
+    swarm: Enter,
+) -> None:
     host, stranger = SilentHost(), Identity.from_seed(bytes([2] * 32))
-    gossip = seal(stranger, RUN, CODEC, Summary((), b"", answer=False))
+    gossip = seal(stranger, RUN, CODEC, Summary(b"t" * 16, b"", answer=False))
     async with asyncio.timeout(5.0), swarm(host):
         for _ in range(1000):
             await host.heard(stranger.peer_id, gossip)
@@ -101,26 +133,137 @@ async def test_a_peer_that_never_replies_is_answered_once_at_a_time_and_does_not
         assert host.asked.count(stranger.peer_id) == 1
 
 
-async def test_who_is_connected_is_gossiped_with_though_no_record_names_it() -> None:
+async def test_who_is_connected_is_gossiped_with_though_no_record_names_it(swarm: Enter) -> None:
     host = SilentHost()
     async with asyncio.timeout(5.0), swarm(host):
         await host.anyone_asked.wait()
     assert host.asked == [OTHER.peer_id]
 
 
-async def test_each_message_of_gossip_is_counted() -> None:
+async def test_each_message_of_gossip_is_counted(swarm: Enter) -> None:
     host, passed = SilentHost(), list[tuple[str, str]]()
-    made = Swarm(
-        host,  # type: ignore[arg-type]
-        ME,
-        RUN,
-        role="volunteer",
-        refused=pytest.fail,
-        progress=lambda: None,
-        passed=lambda *what: passed.append(what),
-    )
-    async with made:
+    async with swarm(host, passed=lambda *what: passed.append(what)):
         await host.heard(OTHER.peer_id, GOSSIP)
         await host.anyone_asked.wait()
     assert ("received", "summary") in passed
     assert ("sent", "summary") in passed or ("sent", "buckets") in passed
+
+
+# -- what time it is
+
+
+class HostWithAClock(QuietHost):
+    """Another peer is connected, whose clock is ahead of ours, and says since when it has been there."""
+
+    def __init__(self, ahead_s: float, age_s: int) -> None:
+        super().__init__()
+        self.ahead_s, self.age_s = ahead_s, age_s
+
+    async def peers(self) -> list[str]:
+        return [OTHER.peer_id]
+
+    async def request(self, peer: str, channel: str, payload: bytes, *, timeout_s: float) -> bytes:
+        if channel != CLOCK_CHANNEL:
+            return b""
+        return encode_time(Time(round((time.time() + self.ahead_s) * 1000), 0, self.age_s))
+
+
+@pytest.mark.parametrize(("ahead_s", "words"), [(3720.0, "1 h 2 min slow"), (-3720.0, "1 h 2 min fast")])
+async def test_what_a_peer_says_first_it_says_by_the_corrected_clock(
+    swarm: Enter, caplog: pytest.LogCaptureFixture, ahead_s: float, words: str
+) -> None:
+    host = HostWithAClock(ahead_s, age_s=600)
+    async with swarm(host) as made:
+        (raw,) = host.announced
+        assert records.parse(raw, RUN, now=time.time() + ahead_s).issued_ms / 1000 == pytest.approx(made.now(), abs=30)
+        assert made.now() - time.time() == pytest.approx(ahead_s, abs=1.0)
+        assert made.roles() == {}
+    (warning,) = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
+    assert warning == f"this machine's clock is {words}; corrected against 1 peer"
+
+
+async def test_who_was_there_first_keeps_its_time(swarm: Enter, caplog: pytest.LogCaptureFixture) -> None:
+    host = HostWithAClock(3720.0, age_s=0)
+    host.clock.begin(at_s=0.0)
+    async with swarm(host) as made:
+        assert made.now() == pytest.approx(time.time(), abs=1.0)
+    assert not caplog.records
+
+
+async def test_numbers_grow_over_restarts_and_corrections(swarm: Enter) -> None:
+    seqs = []
+    for ahead_s in (0.0, 3720.0, -3720.0, 0.0):
+        host = HostWithAClock(ahead_s, age_s=600)
+        async with swarm(host):
+            (raw,) = host.announced
+            seqs.append(records.parse_of_any_time(raw, RUN).seq)
+    assert seqs == sorted(set(seqs))
+
+
+# -- who said two things
+
+
+def two_things(liar: Identity) -> tuple[records.Record, records.Record]:
+    now = time.time()
+    a, b = (
+        records.issue(liar, RUN, "member", "", 7, MemberBody((), "volunteer", says, ""), now=now, lifetime_s=60.0)
+        for says in "ab"
+    )
+    return a, b
+
+
+async def test_who_is_convicted_is_named_once_with_the_reason_and_known_after_a_restart(
+    swarm: Enter, caplog: pytest.LogCaptureFixture
+) -> None:
+    host, heard = QuietHost(), list[tuple[PeerId, str]]()
+    liar = Identity.from_seed(bytes([9] * 32))
+    a, b = two_things(liar)
+    async with swarm(host, accused=lambda *what: heard.append(what)) as made:
+        for raws in ((a.raw,), (b.raw,), (a.raw, b.raw), (of_records(a, b).raw,)):
+            await host.heard(OTHER.peer_id, seal(OTHER, RUN, CODEC, Push(raws)))
+        assert made.quarantined() == {liar.peer_id}
+        assert made.roles() == {}
+    assert heard == [(liar.peer_id, "it signed two contradicting records")]
+    (warning,) = [one.getMessage() for one in caplog.records]
+    assert warning.startswith(f"{nickname(liar.peer_id)} ({liar.peer_id}) is quarantined: it signed two")
+    async with swarm(QuietHost(), accused=lambda *what: heard.append(what)) as made:
+        assert made.quarantined() == {liar.peer_id}
+    assert len(heard) == 2
+
+
+async def test_what_an_upper_floor_has_found_spreads_if_it_is_proof(swarm: Enter) -> None:
+    liar = Identity.from_seed(bytes([9] * 32))
+    host, heard = QuietHost(), list[PeerId]()
+    proofs = Proofs({"words": lambda run, first, second: liar.peer_id if first[:1] == second[:1] else None})
+    async with swarm(host, proofs=proofs, accused=lambda peer, why: heard.append(peer)) as made:
+        assert not made.accuse("words", b"on", b"at")
+        assert not made.accuse("unknown", b"on", b"off")
+        assert made.accuse("words", b"on", b"off")
+        assert not made.accuse(RECORDS, *(one.raw for one in two_things(liar)))
+        (entry,) = (one for one in made.records.changed_since(0, now=made.now()) if isinstance(one, Evidence))
+    assert heard == [liar.peer_id] == [entry.owner]
+
+
+async def test_a_peer_whose_key_is_used_twice_is_told_what_to_do(
+    swarm: Enter, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with swarm(QuietHost()) as made:
+        assert made.accuse(RECORDS, *(one.raw for one in two_things(ME)))
+    (error,) = [one.getMessage() for one in caplog.records if one.levelno == logging.ERROR]
+    assert error.startswith("someone signed two contradicting records with our key")
+    assert "move identity.key away" in error
+
+
+async def test_a_damaged_file_of_evidence_does_not_keep_a_peer_out(
+    swarm: Enter, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "evidence").write_bytes(b"nonsense")
+    async with swarm(QuietHost()) as made:
+        assert made.quarantined() == frozenset()
+    assert "has to come from others" in caplog.text
+
+
+@pytest.mark.parametrize("num_members", [1, 100, 1000, 10_000])
+def test_what_is_said_holds_until_it_is_renewed_and_longer(num_members: int) -> None:
+    for kind, period_s in (("member", member_period_s(num_members)), ("progress", progress_period_s(num_members))):
+        assert 3 * period_s <= lifetime_s(kind, period_s) <= KINDS[kind].max_lifetime_s
