@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from msgspec import Struct, structs
 
 from dugnad.configs.recipe import RoundSettings
+from dugnad.coordinator import equivocation
 from dugnad.coordinator.ledger import Ledger, LedgerError
 from dugnad.coordinator.membership import stretch
 from dugnad.coordinator.messages import (
@@ -140,7 +141,15 @@ class Refused:
     detail: str
 
 
-Effect = Send | Store | Rewind | Remember | Fetch | Apply | CatchUp | Resync | Refused
+@dataclass(frozen=True, slots=True)
+class Accuse:
+    """One voter signed both: two halves of a proof, as `equivocation` makes them."""
+
+    first: bytes
+    second: bytes
+
+
+Effect = Send | Store | Rewind | Remember | Fetch | Apply | CatchUp | Resync | Refused | Accuse
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +239,8 @@ class Follower:
         self.promises = Promises(head.epoch, head.round + 1)
         if promises is not None and (promises.epoch, promises.round) == (head.epoch, head.round + 1):
             self.promises = promises
+            if promises.lock is not None:  # it proves its view: pledging to that once more would speak of another lock
+                self.view = promises.lock.view
 
     # -- who leads
 
@@ -463,14 +474,22 @@ class Follower:
             except LedgerError as error:
                 return [Refused(sender, "invalid lock", str(error))]
         elif held.block != said.block:
-            return [Refused(sender, "two locks", f"two locks in view {said.view} of round {said.block.round}")]
+            why = f"two locks in view {said.view} of round {said.block.round}"
+            return [Refused(sender, "two locks", why), *self._accuse_all(held, said)]
         out: list[Effect] = []
         if held is None or held.view < said.view:
             out = self._promise(structs.replace(self.promises, pledged=said.view, lock=said))
         if said.view > self.view:  # a quorum was there: that is as good a proof as a NewView
             self.view = said.view
             self._new_leader(now)
+            self._pledge_at = self._raise_at = float("inf")
         return [*out, self._vote(said.block, said.view, PRECOMMIT)]
+
+    def _accuse_all(self, one: Lock, other: Lock) -> list[Effect]:
+        """Two quorums prevoted two blocks in one view: whoever is in both lied, or says that others did."""
+        run, committee = self.ledger.run, self.ledger.head.committee
+        first, second = (equivocation.prevotes(run, lock, committee) for lock in (one, other))
+        return [Accuse(first[peer], second[peer]) for peer in sorted(first.keys() & second.keys())]
 
     def _on_view_change(self, sender: PeerId, said: ViewChange, now: float) -> list[Effect]:
         head = self.ledger.head
@@ -490,7 +509,10 @@ class Follower:
             del self._pledges[view][sender]  # one pledge of each voter: it can't fill our memory
         if any(sender in pledged for view, pledged in self._pledges.items() if view > said.view):
             return []
-        self._pledges.setdefault(said.view, {})[sender] = said
+        self._pledges.setdefault(said.view, {}).setdefault(sender, said)
+        accused = self._accuse(said.view, (said.pledge,))
+        if accused:
+            return accused
         return self._count_pledges(now)
 
     def _on_new_view(self, sender: PeerId, said: NewView, now: float) -> list[Effect]:
@@ -500,7 +522,20 @@ class Follower:
         fault = self._fault_of_new_view(said)
         if fault is not None:
             return [Refused(sender, "invalid view", fault)]
-        return self._enter(said, now)
+        return [*self._accuse(said.view, said.pledges), *self._enter(said, now)]
+
+    def _accuse(self, view: int, pledges: Iterable[Pledge]) -> list[Effect]:
+        """Who gave another pledge to the same view before."""
+        head, out, known = self.ledger.head, list[Effect](), self._pledges.get(view, {})
+        for given in pledges:
+            voter, before = head.voter(given.peer), known.get(given.peer)
+            if voter is not None and before is not None and before.pledge != given:
+                both = (
+                    equivocation.pledge(self.ledger.run, head.epoch, head.round + 1, view, one, voter.incarnation)
+                    for one in (before.pledge, given)
+                )
+                out.append(Accuse(*both))
+        return out
 
     def _on_commit(self, sender: PeerId, said: Commit, now: float) -> list[Effect]:
         block, head = said.block, self.ledger.head

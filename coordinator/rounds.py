@@ -24,9 +24,10 @@ from typing import Protocol
 import msgspec
 
 from dugnad.configs.recipe import Recipe
+from dugnad.coordinator import equivocation, ranges
 from dugnad.coordinator import follower as following
-from dugnad.coordinator import ranges
-from dugnad.coordinator.follower import Cost, Follower, Refused, Send, Store
+from dugnad.coordinator.equivocation import side
+from dugnad.coordinator.follower import Accuse, Cost, Follower, Refused, Send, Store
 from dugnad.coordinator.ledger import Head
 from dugnad.coordinator.membership import Membership, Stage, stretch
 from dugnad.coordinator.messages import (
@@ -49,7 +50,9 @@ from dugnad.coordinator.messages import (
     Report,
     Seat,
     Standing,
+    ViewChange,
     Vote,
+    Voter,
     applied_payload,
     vote_payload,
 )
@@ -140,6 +143,8 @@ class _Round:
     ballots: dict[int, dict[PeerId, Ballot]] = field(default_factory=lambda: {PREVOTE: {}, PRECOMMIT: {}})
     """phase -> who voted for the proposal."""
     lock: Lock | None = None
+    strange: dict[tuple[PeerId, int], Vote] = field(default_factory=dict)
+    """(voter, phase) -> a vote in this view for another block than ours."""
 
 
 class Leader:
@@ -191,6 +196,7 @@ class Leader:
             Contribution: self._on_contribution,
             Have: self._on_have,
             Vote: self._on_vote,
+            ViewChange: self._on_view_change,
             Applied: self._on_applied,
         }
 
@@ -406,19 +412,50 @@ class Leader:
 
     def _on_vote(self, sender: PeerId, said: Vote, now: float) -> list[Effect]:
         work, ledger = self._round, self.follower.ledger
-        if work is None or work.proposal is None or sender in work.ballots[said.phase]:
+        if work is None or work.proposal is None:
             return []
         block, view, voter = work.proposal.block, work.proposal.view, ledger.head.voter(sender)
-        if (said.view, said.block) != (view, block.hash):
+        if (said.epoch, said.round, said.view) != (block.epoch, block.round, view):
             return []
         if voter is None:
             return [Refused(sender, "not a member", "it has no vote in this round")]
-        # the block's own words, not the vote's: a certificate is checked against those
-        payload = vote_payload(ledger.run, block.epoch, block.round, view, said.phase, block.hash, voter.incarnation)
-        if not self._signer.verify(sender, payload, said.signature):
+        ours = said.block == block.hash
+        if sender in work.ballots[said.phase] if ours else (sender, said.phase) in work.strange:
+            return []
+        if not self._signer.verify(sender, self._payload(said, voter), said.signature):
             return [Refused(sender, "bad signature", f"vote on round {said.round}, maybe of another disk of that peer")]
-        work.ballots[said.phase][sender] = Ballot(sender, said.signature)
-        return []
+        if ours:
+            work.ballots[said.phase][sender] = Ballot(sender, said.signature)
+        else:
+            work.strange[sender, said.phase] = said
+        return self._accuse(work, voter, said)
+
+    def _payload(self, said: Vote, voter: Voter) -> bytes:
+        run = self.follower.ledger.run
+        return vote_payload(run, said.epoch, said.round, said.view, said.phase, said.block, voter.incarnation)
+
+    def _accuse(self, work: _Round, voter: Voter, said: Vote) -> list[Effect]:
+        """A voter that voted for our block and for another in one view, if that is what `said` shows."""
+        ballot, strange = work.ballots[said.phase].get(voter.peer), work.strange.get((voter.peer, said.phase))
+        if ballot is None or strange is None or work.proposal is None:
+            return []
+        true = msgspec.structs.replace(said, block=work.proposal.block.hash, signature=ballot.signature)
+        return [Accuse(*(side(voter.peer, self._payload(vote, voter), vote.signature) for vote in (true, strange)))]
+
+    def _on_view_change(self, sender: PeerId, said: ViewChange, now: float) -> list[Effect]:
+        """A voter gives us up; it has not voted to commit our block and forgotten that."""
+        work, accused = self._round, list[Effect]()
+        ballot = None if work is None else work.ballots[PRECOMMIT].get(sender)
+        if work is not None and work.proposal is not None and ballot is not None:
+            block, view, voter = work.proposal.block, work.proposal.view, self.follower.ledger.head.voter(sender)
+            same_round = (said.epoch, said.round) == (block.epoch, block.round)
+            if voter is not None and same_round and said.view > view >= said.pledge.locked:
+                vote = Vote(block.epoch, block.round, view, PRECOMMIT, block.hash, ballot.signature)
+                pledged = equivocation.pledge(
+                    self.follower.ledger.run, said.epoch, said.round, said.view, said.pledge, voter.incarnation
+                )
+                accused = [Accuse(side(sender, self._payload(vote, voter), vote.signature), pledged)]
+        return [*accused, *self.follower.receive(sender, said, now=now)]
 
     def _on_applied(self, sender: PeerId, said: Applied, now: float) -> list[Effect]:
         ledger = self.follower.ledger

@@ -59,6 +59,7 @@ class Coordinator(Shell):
         addresses: tuple[str, ...] = (),
         contacts: Callable[[], Iterable[PeerId]] = tuple,
         barred: Callable[[], frozenset[PeerId]] = frozenset,
+        accuse: Callable[[bytes, bytes], object] = lambda first, second: None,
     ) -> None:
         super().__init__(
             identity,
@@ -69,6 +70,7 @@ class Coordinator(Shell):
             metrics=metrics,
             contacts=contacts,
             barred=barred,
+            accuse=accuse,
         )
         term = self.chain.next_term(at_s=time.time())
         signature = organizer.sign(delegation_payload(self.run, identity.peer_id, term))

@@ -147,7 +147,8 @@ class Machine(Protocol):
 class Shell:
     """The world around one machine in one run; a role derives from it and says what only the role knows.
 
-    contacts: peers of the run that are known from elsewhere, for one who hears of no leader.
+    contacts: peers of the run that are known from elsewhere, for one who hears of no leader. barred: who gets no seat
+    and no vote. accuse: hears the two halves of each proof that a voter lies.
     """
 
     machine: Machine
@@ -163,6 +164,7 @@ class Shell:
         metrics: Metrics,
         contacts: Callable[[], Iterable[PeerId]] = tuple,
         barred: Callable[[], frozenset[PeerId]] = frozenset,
+        accuse: Callable[[bytes, bytes], object] = lambda first, second: None,
     ) -> None:
         self.identity, self.genesis, self.run = identity, genesis, genesis.run
         self.recipe = decode(genesis.recipe)
@@ -200,6 +202,7 @@ class Shell:
         self._numerics = numerics
         self._part_bytes = tuple(numerics.part_bytes)
         self._contacts = contacts
+        self._accuse = accuse
         self._rng = random.Random()
         self._aftermath: asyncio.Queue[tuple[Commit, Model]] = asyncio.Queue()
         """Rounds that are applied, and not yet measured and saved."""
@@ -389,6 +392,8 @@ class Shell:
             case following.Refused(sender, reason, detail):
                 self.metrics.rejected_message(reason)
                 log.debug("refused a message of %s (%s): %s", nickname(sender), reason, detail)
+            case following.Accuse(first, second):
+                self._accuse(first, second)
             case _:
                 self.perform_role(effect)
 

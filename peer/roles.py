@@ -11,13 +11,15 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 
 from dugnad.configs.recipe import Recipe, decode, encode
+from dugnad.coordinator import equivocation
 from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.messages import Genesis, Welcome
 from dugnad.coordinator.service import Coordinator
 from dugnad.coordinator.sync import Asker, SyncError
 from dugnad.dht.budget import GIVE_MBIT, Budget
+from dugnad.dht.evidence import Proofs
 from dugnad.dht.host import Host
-from dugnad.dht.identity import Identity, PeerId, nickname, public_key_of
+from dugnad.dht.identity import Identity, PeerId, nickname, public_key_of, verify
 from dugnad.dht.invite import Invite, check_expiry, encode_invite
 from dugnad.dht.records import owner_of
 from dugnad.dht.swarm import Swarm
@@ -76,6 +78,10 @@ class Place:
     def contacts(self) -> list[PeerId]:
         """The members of the run that gossip tells of."""
         return list(self.swarm.roles())
+
+    def accuse(self, first: bytes, second: bytes) -> None:
+        """Spread the proof that a voter lies."""
+        self.swarm.accuse(equivocation.SORT, first, second)
 
     def invite(self, genesis: Genesis, name: str) -> Invite:
         """An invite that leads to us."""
@@ -152,6 +158,7 @@ async def join(
                 abilities=Abilities(addresses=place.host.addresses(), accepts=True, uplink=UNKNOWN_UPLINK),
                 contacts=place.contacts,
                 barred=place.swarm.quarantined,
+                accuse=place.accuse,
             )
             role.budget = Budget.of_mbit(network.give_mbit)
             place.face.role, place.face.invite = role, encode_invite(place.invite(genesis, recipe.name))
@@ -198,6 +205,7 @@ async def _coordinate(
         addresses=place.host.addresses(),
         contacts=place.contacts,
         barred=place.swarm.quarantined,
+        accuse=place.accuse,
     )
     role.budget = Budget.of_mbit(network.give_mbit)
     name = numerics.recipe.name
@@ -262,6 +270,7 @@ async def _connected(
             refused=metrics.rejected_message,
             progress=face.progress,
             passed=metrics.message_passed,
+            proofs=Proofs({equivocation.SORT: equivocation.checker(verify)}),
         ) as swarm,
     ):
         face.swarm = swarm

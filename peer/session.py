@@ -61,6 +61,7 @@ class Session(Shell):
         abilities: Abilities,
         contacts: Callable[[], Iterable[PeerId]] = tuple,
         barred: Callable[[], frozenset[PeerId]] = frozenset,
+        accuse: Callable[[bytes, bytes], object] = lambda first, second: None,
     ) -> None:
         super().__init__(
             identity,
@@ -71,6 +72,7 @@ class Session(Shell):
             metrics=metrics,
             contacts=contacts,
             barred=barred,
+            accuse=accuse,
         )
         self.machine = Volunteer(
             identity.peer_id,

@@ -16,8 +16,8 @@ from itertools import count
 from blake3 import blake3
 
 from dugnad.configs.recipe import Recipe
+from dugnad.coordinator import equivocation, ranges
 from dugnad.coordinator import follower as following
-from dugnad.coordinator import ranges
 from dugnad.coordinator.audit import Audit, audit
 from dugnad.coordinator.follower import Cost, Follower, Patience, Promises
 from dugnad.coordinator.keeper import Keeper
@@ -77,6 +77,9 @@ class SimSigner:
 
     def verify(self, peer: PeerId, payload: bytes, signature: bytes) -> bool:
         return signature == SimSigner(peer).sign(payload)
+
+
+check_evidence = equivocation.checker(SimSigner(ORGANIZER).verify)
 
 
 @dataclass(slots=True)
@@ -145,6 +148,9 @@ class World:
         self.starts = 0
         self.left: dict[PeerId, str] = {}
         self.refusals: list[following.Refused] = []
+        self.liars: set[PeerId] = set()
+        """Whom a test makes lie; nobody else may be convicted of it."""
+        self.convicted: set[PeerId] = set()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
 
@@ -303,6 +309,13 @@ class World:
         committee = [voter.peer for voter in self.chain()[-1].block.committee] if self.chain() else []
         return f"{leader.peer + ': ' + leader.leader().reason if leader else 'nobody leads'} [{stand}] of {committee}"
 
+    def accuse(self, first: bytes, second: bytes) -> None:
+        """Everyone hears of a proof at once: how it spreads is the gossip's, and tried there."""
+        accused = check_evidence(RUN, *sorted((first, second)))
+        if accused is not None and accused not in self.liars:
+            self.fail(f"{accused} is honest, and is convicted")
+        self.convicted |= set() if accused is None else {accused}
+
     def fail(self, rule: str) -> None:
         """An invariant does not hold."""
         raise InvariantBroken(f"seed {self.seed}, {self.now:.3f} s: {rule}")
@@ -435,6 +448,7 @@ class Node:
             assign_parts,
             started=int(WALL_S + world.now + self.clock_error_s),
             known_plan=lambda: self.machine.plan if isinstance(self.machine, Volunteer) else None,
+            barred=lambda: frozenset(world.convicted),
         )
 
     def begin(self) -> None:
@@ -539,6 +553,8 @@ class Node:
                 pass  # the world sees every model as it is applied, and every block
             case following.Refused():
                 world.refusals.append(effect)
+            case following.Accuse(first, second):
+                world.accuse(first, second)
             case _:
                 raise AssertionError(f"no shell for {effect}")
 
