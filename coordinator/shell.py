@@ -486,7 +486,7 @@ class Shell:
         try:
             await self._take_commits(donor, after)
         except (TransportError, WireError, sync.SyncError) as error:
-            log.info("could not catch up after round %d: %s", after[1], error)
+            log.debug("could not catch up after round %d: %s", after[1], error)
 
     async def _take_commits(self, donor: PeerId, after: tuple[int, int]) -> None:
         def take(commit: Commit) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +16,34 @@ QUICK = Path(__file__).parent / "quick.toml"
 PATIENCE_S = 60.0
 
 
-def dugnad(*arguments: str | Path, timeout_s: float = PATIENCE_S) -> "subprocess.CompletedProcess[str]":
-    """Run one command to its end."""
-    command = [sys.executable, "-m", "dugnad.peer", *map(str, arguments)]
+def dugnad(
+    *arguments: str | Path, timeout_s: float = PATIENCE_S, within: Sequence[str] = ()
+) -> "subprocess.CompletedProcess[str]":
+    """Run one command to its end. within: what to put before it, as to run it on another host."""
+    command = [*within, sys.executable, "-m", "dugnad.peer", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
 class Running:
-    """A command that runs beside the test; killed with its daemon when the test ends."""
+    """A command that runs beside the test, where `within` says; killed with its daemon when the test ends."""
 
-    def __init__(self, directory: Path, *arguments: str | Path) -> None:
+    def __init__(self, directory: Path, *arguments: str | Path, within: Sequence[str] = ()) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
+        self.within = within
         self.log = directory.with_suffix(".out")
         self.seen: set[psutil.Process] = set()
         with self.log.open("ab") as log:
+            where = [] if "--resume" in arguments else ["--dir", str(directory)]
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "dugnad.peer", *map(str, arguments), "--dir", str(directory)]
-                if "--resume" not in arguments
-                else [sys.executable, "-m", "dugnad.peer", *map(str, arguments)],
+                [*within, sys.executable, "-m", "dugnad.peer", *map(str, arguments), *where],
                 stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
 
     def status(self) -> dict[str, Any] | None:
         """What the role says of itself, or None while it can't."""
         self.look()
-        asked = dugnad("status", "--dir", self.directory, "--json")
+        asked = dugnad("status", "--dir", self.directory, "--json", within=self.within)
         return json.loads(asked.stdout) if asked.returncode == 0 else None
 
     def look(self) -> None:

@@ -53,6 +53,19 @@ class Internet:
         """Let a host send at most so much from now on."""
         _run(*self.command(number, "tc", "qdisc", "replace", "dev", "wan", "root", *_tbf(up_mbit)))
 
+    def split(self, *numbers: int) -> None:
+        """These hosts, and only these, reach each other from now on; so do the others."""
+        for number in numbers:
+            self._to_bridge(number, "other")
+
+    def heal(self, *numbers: int) -> None:
+        """These hosts reach all others again."""
+        for number in numbers:
+            self._to_bridge(number, "bridge")
+
+    def _to_bridge(self, number: int, bridge: str) -> None:
+        _run(*_within(f"{self._prefix}-switch"), "ip", "link", "set", f"p{number}", "master", bridge)
+
     def _name(self, number: int) -> str:
         return f"{self._prefix}-{number}"
 
@@ -73,8 +86,9 @@ def internet(num_hosts: int) -> Iterator[Internet]:
     net, switch = Internet(prefix), f"{prefix}-switch"
     try:
         _run("ip", "netns", "add", switch)
-        _run(*_within(switch), "ip", "link", "add", "bridge", "type", "bridge")
-        _run(*_within(switch), "ip", "link", "set", "bridge", "up")
+        for bridge in ("bridge", "other"):
+            _run(*_within(switch), "ip", "link", "add", bridge, "type", "bridge")
+            _run(*_within(switch), "ip", "link", "set", bridge, "up")
         for number in range(1, num_hosts + 1):
             net._plug(number, switch)
         yield net

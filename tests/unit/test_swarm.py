@@ -99,6 +99,13 @@ async def test_gossip_that_arrives_while_a_failure_ends_the_swarm_is_ignored(swa
     assert [type(error) for error in raised.value.exceptions] == [ArithmeticError]
 
 
+async def test_addresses_of_others_are_such_that_one_can_begin_with_them(swarm: Enter) -> None:
+    async with swarm(QuietHost()) as made:
+        body = MemberBody(("/ip4/11.0.0.1/tcp/4001",), "volunteer", "x", "1")
+        made.records.merge(records.issue(OTHER, RUN, "member", "", 1, body, now=made.now(), lifetime_s=60.0))
+        assert made.addresses() == {f"/ip4/11.0.0.1/tcp/4001/p2p/{OTHER.peer_id}"}, "our own is not among them"
+
+
 class SilentHost(QuietHost):
     """Another peer is connected, and never replies."""
 
