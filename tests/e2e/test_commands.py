@@ -17,6 +17,8 @@ import pytest
 from dugnad.coordinator.chain import Chain
 from tests.e2e.processes import PATIENCE_S, QUICK, Running, dugnad
 
+pytestmark = pytest.mark.timeout(240)
+
 Start = Callable[..., Running]
 
 
@@ -55,7 +57,9 @@ def audited(directory: Path) -> dict[str, Any]:
 def test_launch_and_two_joins_train_to_the_end_and_leave_no_process(start: Start) -> None:
     coordinator, volunteers = begin_run(start, 2, rounds=8)
     said = coordinator.until(at_round(2), "second round")
-    assert {"round", "peers", "model_digest", "val_loss"} <= set(said)
+    assert {"round", "head", "leader", "coordinator", "peers", "model_digest", "val_loss"} <= set(said)
+    asked = dugnad("status", "--dir", coordinator.directory, "--json")
+    assert json.loads(asked.stdout).keys() == said.keys()
     assert {peer["nickname"] for peer in said["peers"]} == {one.status()["nickname"] for one in volunteers}  # type: ignore[index]
     assert coordinator.ended() == 0, coordinator.text()
     for one in volunteers:
@@ -72,61 +76,49 @@ def test_launch_and_two_joins_train_to_the_end_and_leave_no_process(start: Start
     assert len(written.stdout) >= 50
 
 
-def test_a_resumed_coordinator_goes_on_at_the_next_round_with_the_digests_of_its_peers(start: Start) -> None:
-    coordinator, volunteers = begin_run(start, 2, rounds=12)
-    coordinator.until(at_round(3), "third round")
-    coordinator.interrupt()
-    assert coordinator.ended() == 0, coordinator.text()
-    coordinator.assert_nothing_left()
-    stood_at = audited(coordinator.directory)["rounds"]
-    resumed = start("coordinator", "launch", "--resume", coordinator.directory)
-    assert resumed.ended(90) == 0, resumed.text()
-    for one in volunteers:
-        assert one.ended() == 0, one.text()
-    found = audited(coordinator.directory)
-    assert found["rounds"] == 12 > stood_at
-    assert found["digests_agree"]
-    for one in volunteers:
-        assert audited(one.directory)["rounds"] == 12
-
-
-def test_a_coordinator_killed_outright_resumes_as_well(start: Start) -> None:
-    coordinator, volunteers = begin_run(start, 2, rounds=10)
-    coordinator.until(at_round(3), "third round")
-    coordinator.kill()
-    coordinator.assert_nothing_left()
-    resumed = start("coordinator", "launch", "--resume", coordinator.directory)
-    assert resumed.ended(90) == 0, resumed.text()
-    for one in volunteers:
-        assert one.ended() == 0, one.text()
-    assert audited(coordinator.directory)["rounds"] == 10
-
-
-@pytest.mark.parametrize(
-    "end",
-    [pytest.param(Running.interrupt, id="stopped", marks=pytest.mark.soak), pytest.param(Running.kill, id="killed")],
-)
-def test_a_run_whose_every_process_ended_goes_on_from_their_folders(
+@pytest.mark.parametrize("end", [Running.interrupt, Running.kill], ids=["stopped", "killed"])
+def test_a_coordinator_that_is_resumed_takes_what_it_missed_and_leads_again(
     start: Start, end: Callable[[Running], None]
 ) -> None:
-    coordinator, volunteers = begin_run(start, 3, rounds=20)
+    coordinator, volunteers = begin_run(start, 2, rounds=60)
+    coordinator.until(lambda said: at_round(3)(said) and len(said["committee"]) == 3, "round with all")
+    end(coordinator)
+    coordinator.ended()
+    coordinator.assert_nothing_left()
+    stood_at = audited(coordinator.directory)["rounds"]
+    volunteers[0].until(at_round(stood_at + 2), "rounds without a coordinator")
+    resumed = start("coordinator", "launch", "--resume", coordinator.directory)
+    said = resumed.until(lambda said: bool(said["leads"]), "the lead again")
+    assert said["round"] > stood_at
+    assert resumed.ended(90) == 0, resumed.text()
+    for one in volunteers:
+        assert one.ended() == 0, one.text()
+    for one in (coordinator, *volunteers):
+        found = audited(one.directory)
+        assert found["rounds"] >= 60
+        assert found["digests_agree"]
+        assert found["ranges_lost"] == found["ranges_doubled"] == []
+
+
+def test_a_run_that_everyone_left_in_order_goes_on_from_their_folders(start: Start) -> None:
+    coordinator, volunteers = begin_run(start, 3, rounds=30)
     coordinator.until(lambda said: at_round(3)(said) and len(said["committee"]) == 4, "round with all")
     everyone = [coordinator, *volunteers]
     for one in everyone:
-        end(one)
+        one.interrupt()
     for one in everyone:
-        one.ended()
+        assert one.ended() == 0, one.text()
         one.assert_nothing_left()
-    stood_at = audited(coordinator.directory)["rounds"]
+    stood_at = max(audited(one.directory)["rounds"] for one in everyone)
     resumed = start("coordinator", "launch", "--resume", coordinator.directory)
-    resumed.until(lambda said: said["round"] >= stood_at, "sign of life")
+    resumed.until(lambda said: True, "sign of life")
     invite = resumed.invite()
     again = [start(one.directory.name, "join", invite) for one in volunteers]
     assert resumed.ended(120) == 0, resumed.text()
     for one in again:
         assert one.ended() == 0, one.text()
     found = audited(coordinator.directory)
-    assert found["rounds"] >= 20 > stood_at
+    assert found["rounds"] >= 30 > stood_at
     assert found["digests_agree"]
 
 
@@ -146,15 +138,16 @@ def test_one_interrupt_leaves_in_order_and_two_leave_now_and_the_others_go_on(st
     assert audited(coordinator.directory)["rounds"] >= 20
 
 
-def test_a_volunteer_that_comes_back_takes_the_state_from_its_peers(start: Start) -> None:
+def test_a_volunteer_that_comes_back_goes_on_from_its_own_folder(start: Start) -> None:
     coordinator, volunteers = begin_run(start, 3, rounds=60)
-    coordinator.until(at_round(2), "second round")
+    volunteers[2].until(lambda said: at_round(2)(said) and said["checkpoint"] is not None, "checkpoint")
     volunteers[2].kill()
     volunteers[2].assert_nothing_left()
+    before = volunteers[2].text()
     again = start("volunteer-2", "join", coordinator.invite())
     assert coordinator.ended() == 0, coordinator.text()
     assert again.ended() == 0, again.text()
-    assert "verified" in again.text()
+    assert "verified" not in again.text().removeprefix(before), "what it needed was on its own disk"
     assert audited(again.directory)["rounds"] == audited(coordinator.directory)["rounds"]
 
 
@@ -165,7 +158,7 @@ def test_a_volunteer_that_comes_back_takes_the_state_from_its_peers(start: Start
         (["join", "hello"], 2, "E101"),
         (["launch", "tiny-bokos"], 2, "did you mean tiny-books"),
         (["launch"], 2, "--resume"),
-        (["launch", "--resume", "nowhere"], 2, "no run was launched here"),
+        (["launch", "--resume", "nowhere"], 2, "no run.key here"),
         (["status", "--dir", "nowhere"], 1, "no role is running here"),
         (["audit", "nowhere"], 1, "no chain.sqlite"),
         (["sample", "nowhere"], 1, "no checkpoint here"),
@@ -262,7 +255,7 @@ def test_a_launch_killed_before_its_run_began_is_launched_again(tmp_path: Path, 
         Chain(chain).close()
     refused = dugnad("launch", "--resume", chain.parent)
     assert refused.returncode == 2
-    assert "no run was launched here" in refused.stderr
+    assert "no run.key here" in refused.stderr
     assert start("coordinator", "launch", QUICK).invite()
 
 
@@ -277,12 +270,11 @@ def test_of_two_joins_started_at_once_in_one_folder_one_is_refused(start: Start)
     assert f"dugnad: {twins[0].directory}: " in twins[0].text()
 
 
-def test_a_corrupt_checkpoint_is_named_and_moving_it_away_loses_nothing(start: Start) -> None:
-    coordinator, volunteers = begin_run(start, 2, rounds=9)
+def test_a_corrupt_checkpoint_is_named_and_what_is_damaged_comes_from_other_keepers(start: Start) -> None:
+    coordinator, _ = begin_run(start, 2, rounds=200)
     coordinator.until(at_round(5), "fifth round")
     coordinator.interrupt()
     assert coordinator.ended() == 0, coordinator.text()
-    stood_at = audited(coordinator.directory)["rounds"]
     newest = sorted((coordinator.directory / "checkpoints").glob("round-*"))[-1]
     weights = newest / "weights.safetensors"
     data = bytearray(weights.read_bytes())
@@ -291,17 +283,13 @@ def test_a_corrupt_checkpoint_is_named_and_moving_it_away_loses_nothing(start: S
     listed = dugnad("checkpoints", coordinator.directory, "--json")
     assert listed.returncode == 1
     assert [row["intact"] for row in json.loads(listed.stdout)] == [False, True]
-    refused = dugnad("launch", "--resume", coordinator.directory)
-    assert refused.returncode == 1
-    assert str(weights) in refused.stderr
-    assert "Move" in refused.stderr
-    assert "Traceback" not in refused.stderr
-    shutil.move(newest, coordinator.directory / "moved-away")
     resumed = start("coordinator", "launch", "--resume", coordinator.directory)
-    assert resumed.ended(90) == 0, resumed.text()
-    assert audited(coordinator.directory)["rounds"] == 9 > stood_at
-    for one in volunteers:
-        assert one.ended() == 0
+    resumed.until(lambda said: bool(said["leads"]), "the lead again")
+    assert str(weights) in resumed.text()
+    assert "Traceback" not in resumed.text()
+    found = audited(coordinator.directory)
+    assert found["digests_agree"]
+    assert not found["ranges_lost"]
 
 
 @pytest.fixture
@@ -321,7 +309,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_ends_the_coordinator_with_a_sentence_and_nothing_is_lost(small_disk: Path, start: Start) -> None:
-    coordinator, volunteers = begin_run(start, 2, rounds=10)
+    coordinator, volunteers = begin_run(start, 2, rounds=60)
     coordinator.until(at_round(2), "second round")
     filler = small_disk / "filler"
     with filler.open("wb") as file, contextlib.suppress(OSError):
@@ -335,6 +323,6 @@ def test_a_full_disk_ends_the_coordinator_with_a_sentence_and_nothing_is_lost(sm
     stood_at = audited(small_disk)["rounds"]
     resumed = start("coordinator", "launch", "--resume", small_disk)
     assert resumed.ended(90) == 0, resumed.text()
-    assert audited(small_disk)["rounds"] == 10 > stood_at
+    assert audited(small_disk)["rounds"] >= 60 > stood_at
     for one in volunteers:
         assert one.ended() == 0

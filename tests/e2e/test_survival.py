@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dugnad.coordinator.chain import Chain
-from tests.e2e.processes import QUICK, Running, dugnad
+from tests.e2e.processes import PATIENCE_S, QUICK, Running, dugnad
 from tests.e2e.test_commands import at_round, audited
 
 pytestmark = pytest.mark.timeout(240)
@@ -53,9 +53,28 @@ def two_rounds_later(one: Running) -> dict[str, Any]:
     return one.until(at_round(now + 2), "two more rounds")
 
 
-def phases(one: Running) -> str:
-    said = one.status()
-    return "" if said is None else str(said["state"])
+def kill_between_votes(one: Running) -> None:
+    """SIGKILL when it has promised a prevote and no lock has come: it is stopped first, and then looked at."""
+    chain = Chain(one.directory / "chain.sqlite", read_only=True)
+
+    def prevoted() -> bool:
+        said = chain.promises()
+        if said is None or said.prevoted is None or said.round <= chain.head_round():
+            return False
+        return said.lock is None or said.lock.view < said.prevoted.view
+
+    try:
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            if prevoted():
+                os.kill(one.process.pid, signal.SIGSTOP)
+                if prevoted():
+                    one.kill()
+                    return
+                os.kill(one.process.pid, signal.SIGCONT)
+        raise AssertionError(f"never seen between two votes:\n{one.text()}")
+    finally:
+        chain.close()
 
 
 def blocks(directory: Path) -> list[bytes]:
@@ -87,15 +106,14 @@ def test_one_death_after_the_other_costs_no_round_and_no_data(start: Start) -> N
     assert not said["coordinator"]["alive"]
     assert said["coordinator"]["gone_s"] > 0
 
-    volunteers[1].until(lambda said: said["state"] in ("reducing", "contributed"), "its part in the all-reduce")
+    volunteers[1].until(lambda said: said["state"] == "reducing", "its part in the all-reduce")
     volunteers[1].kill()
     two_rounds_later(witness)
 
-    leading = next((one for one in volunteers[2:] if (s := one.status()) is not None and s["leads"]), volunteers[2])
-    leading.kill()
+    kill_between_votes(volunteers[2])
     two_rounds_later(witness)
 
-    frozen = next(one for one in volunteers[2:] if one.process.poll() is None)
+    frozen = volunteers[3]
     os.kill(frozen.process.pid, signal.SIGSTOP)
     try:
         two_rounds_later(witness)
@@ -107,9 +125,8 @@ def test_one_death_after_the_other_costs_no_round_and_no_data(start: Start) -> N
     assert invite.returncode == 0, invite.stderr
     joiner = start("joiner", "join", invite.stdout.strip())
     everyone.append(joiner)
-    donor = next(one for one in volunteers[2:] if one is not frozen and one.process.poll() is None)
     joiner.until(lambda said: True, "sign of life")
-    donor.kill()
+    volunteers[4].kill()
     joiner.until(lambda said: said["model_digest"] is not None and said["step"] > 0, "its own training")
     two_rounds_later(witness)
     assert_one_history([one.directory for one in everyone])
