@@ -319,6 +319,13 @@ class Leader:
         signed = (peer for peer in said if said[peer].model == model and peer in voters)
         return tuple(Ballot(peer, said[peer].signature) for peer in signed)
 
+    @property
+    def deserted(self) -> bool:
+        """Whether we lead, between two rounds, and nobody else who votes is here, or has still to say so."""
+        between = self.phase in (Phase.IDLE, Phase.FINISHED)
+        others = self.follower.ledger.head.voters - {self._signer.peer_id}
+        return between and (not others or not (self._awaited or any(map(self.membership.is_live, others))))
+
     def _hearers(self) -> tuple[PeerId, ...]:
         """Whom a leader keeps in touch with: who is here, and the voters, who may not know yet whom to report to."""
         return tuple(sorted({*self.membership.live(), *self.follower.ledger.head.voters}))
@@ -757,10 +764,10 @@ class Leader:
         head, follower = self.follower.ledger.head, self.follower
         if not follower.at_head or follower.model is None:
             return []
-        members = self._next_members(head.voters)
+        members = self._next_members(head.voters) or {self._signer.peer_id: follower.incarnation}
         seat = self._coordinator(members)
         stays = members.keys() == head.voters
-        if not members or (stays and (seat is None or seat.coordinator == head.coordinator)):
+        if stays and (seat is None or seat.coordinator == head.coordinator):
             return []
         self._round = _Round(head.redo, head.cursor, 0, self._empty_plan(), float("inf"))
         return self._propose(self._round, (), (), now)
@@ -796,8 +803,8 @@ class Leader:
         allotted = [r for seat in work.seats.values() for r in seat.ranges]
         done = [r for entry in entries for r in entry.ranges]
         members = self._next_members([entry.peer for entry in entries] if entries else head.voters)
-        if not members:  # all who worked are leaving, we too: somebody must be left to decide
-            members = {self._signer.peer_id: self.follower.incarnation}
+        # if all who worked are leaving, we too: somebody must be left to decide
+        members = members or {self._signer.peer_id: self.follower.incarnation}
         seat = self._coordinator(members)
         coordinator = None if seat is None else seat.coordinator
         block = Block(

@@ -97,6 +97,7 @@ async def launch(recipe: Recipe, folder: Folder, network: Network, *, told: Call
                 "For another run, choose another folder with --dir."
             )
         numerics = Numerics(recipe)
+        await asyncio.to_thread(numerics.prepare, to_train=False)  # before anything is written: it may not go together
         first = await asyncio.to_thread(numerics.first_model)
         founder, organizer = folder.identity().peer_id, folder.organizer().peer_id
         with contextlib.closing(Chain(folder.chain)) as chain:
@@ -126,7 +127,9 @@ async def resume(folder: Folder, network: Network, *, invite: Invite | None, tol
             assert genesis is not None
             if genesis.organizer != folder.organizer().peer_id:
                 raise FolderError(f"{folder.path}: run.key is not the key of this run.")
-            await _coordinate(genesis, Numerics(decode(genesis.recipe)), place, folder, network, told)
+            numerics = Numerics(decode(genesis.recipe))
+            await asyncio.to_thread(numerics.prepare, to_train=False)
+            await _coordinate(genesis, numerics, place, folder, network, told)
 
 
 async def join(
@@ -193,7 +196,6 @@ async def _coordinate(
     network: Network,
     told: Callable[[str, str], None],
 ) -> None:
-    await asyncio.to_thread(numerics.prepare, to_train=False)
     role = Coordinator(
         place.identity,
         genesis,

@@ -900,6 +900,23 @@ def test_a_leader_that_wants_to_go_gives_out_no_work_and_lets_itself_out_while_o
     assert proposal.block.coordinator is None
 
 
+def test_when_all_voters_want_to_go_the_leader_lets_out_the_others_and_stays_to_decide() -> None:
+    run = Run(*TWO)
+    run.reports(A, B, C, leaving=True)
+    effects = run.leader.leave(now=run.now)
+    (proposal,) = said(effects, Proposal)
+    assert [voter.peer for voter in proposal.block.committee] == [FOUNDER]
+
+
+def test_who_has_just_taken_the_lead_is_deserted_only_once_the_others_could_have_spoken() -> None:
+    run = Run(*TWO)
+    assert not run.leader.deserted
+    run.tick(SETTLE_S)
+    assert run.leader.deserted
+    run.reports(A)
+    assert not run.leader.deserted
+
+
 def test_in_an_open_run_the_next_committee_weighs_what_was_earned_before() -> None:
     charter = Charter.of(GENESIS, open_to_all=True)
     ledger = Ledger(charter, FakeSigner(FOUNDER))
