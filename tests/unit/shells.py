@@ -41,7 +41,7 @@ from dugnad.peer.lifecycle import Abilities, Volunteer
 from tests.unit.chains import a_block, an_entry, disk_of
 
 ANN, BOB, EVE, ORGANIZER = (Identity.from_seed(bytes([k]) * 32) for k in range(11, 15))
-RECIPE = dataclasses.replace(recipe.load("tiny-books"), checkpoints=recipe.CheckpointSettings(every_rounds=2, keep=3))
+RECIPE = dataclasses.replace(recipe.load("tiny-books"), checkpoints=recipe.CheckpointSettings(every_rounds=4, keep=3))
 LAYOUT = Layout([("bias", (7,)), ("embed", (40, 5))], 64, 128)
 
 
