@@ -57,7 +57,7 @@ class Keeper:
         """What it is doing, in words."""
         if self.yields:
             return "yields: another coordinator was started later with the run key"
-        if self._resync_at < float("inf"):
+        if self._no_model and self.follower.model is None:
             return f"has no model yet: {self._no_model}"
         if self.leader.phase is Phase.FOLLOWING:
             named = self.follower.ledger.head.coordinator == self._me
