@@ -101,22 +101,18 @@ class Chain:
         return None if row is None else self._decode(row[0], Genesis, "the genesis")
 
     def append(self, commit: Commit, *, at_s: float) -> None:
-        """Store one commit durably; at_s is the wall clock, for people. Raises ChainError, and stores nothing."""
+        """Store one commit durably; at_s is the wall clock, for people. Raises ChainError, and stores nothing.
+
+        Where it begins an epoch, the rounds of earlier epochs from there on are forgotten with it, at once or not at
+        all: a chain without either would stand where it has stood before, and vote there again.
+        """
         block = commit.block
         row = (block.round, block.epoch, msgspec.msgpack.encode(commit), at_s)
-        self._write("INSERT INTO commits VALUES (?, ?, ?, ?)", row)
-
-    def rewind(self, round_: int) -> None:
-        """Forget every commit after that round, and what was said of them: another epoch begins there."""
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-            for table in ("commits", "applied", "validation"):
-                self._db.execute(f"DELETE FROM {table} WHERE round > ?", (round_,))
-            self._db.execute("COMMIT")
-        except sqlite3.Error as error:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")  # else all that is written from now on would be part of it
-            raise self._unusable(error) from error
+        with self._writing():
+            older = self._db.execute("SELECT 1 FROM commits WHERE round = ? AND epoch < ?", row[:2]).fetchone()
+            for table in ("commits", "applied", "validation") if older else ():
+                self._db.execute(f"DELETE FROM {table} WHERE round >= ?", (block.round,))
+            self._db.execute("INSERT INTO commits VALUES (?, ?, ?, ?)", row)
 
     def remember(self, promises: Promises) -> None:
         """Store durably what this voter has promised, in the place of what it promised before."""
@@ -201,9 +197,19 @@ class Chain:
             raise ChainError(f"{self.path}: {error}. It can't be read; restore it from a copy.") from error
 
     def _write(self, statement: str, row: tuple[object, ...]) -> None:
-        try:
+        with self._writing():
             self._db.execute(statement, row)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """One transaction: durable when this ends, or nothing of it is there. Raises ChainError."""
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            yield
+            self._db.execute("COMMIT")
         except sqlite3.Error as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")  # else all that is written from now on would be part of it
             raise ChainError(f"{self.path}: {error}. Nothing was lost; free some space and start again.") from error
 
     def _decode(self, body: bytes, kind: type[T], what: str) -> T:

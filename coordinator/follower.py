@@ -78,7 +78,7 @@ class Store:
 
 @dataclass(frozen=True, slots=True)
 class Rewind:
-    """Durably forget every commit after `round_`: the `Store` that follows begins another epoch there."""
+    """The `Store` that follows begins another epoch after `round_`; it durably takes the place of all that is later."""
 
     round_: int
 

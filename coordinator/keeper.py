@@ -9,7 +9,7 @@ It is a convenience: whatever it does, the voters' next leader does while it is 
 
 from collections.abc import Iterable, Mapping
 
-from dugnad.coordinator.follower import Cost, Send
+from dugnad.coordinator.follower import RETRY_S, Cost, Resync, Send
 from dugnad.coordinator.membership import Stage
 from dugnad.coordinator.messages import Applied, Commit, Delegation, Freeze, Message, Plan, Report
 from dugnad.coordinator.rounds import Effect, Leader, Phase
@@ -42,6 +42,9 @@ class Keeper:
         self._leave_by = float("inf")
         self._report_at = 0.0
         self._reported: tuple[object, ...] = ()
+        self._no_model = ""
+        self._resync_at = float("inf")
+        """When the model, which could not be had because of `_no_model`, is asked for again."""
         self.follower.receive(me, delegation, now=0.0)
 
     @property
@@ -54,6 +57,8 @@ class Keeper:
         """What it is doing, in words."""
         if self.yields:
             return "yields: another coordinator was started later with the run key"
+        if self._no_model and self.follower.model is None:
+            return f"has no model yet: {self._no_model}"
         if self.leader.phase is Phase.FOLLOWING:
             named = self.follower.ledger.head.coordinator == self._me
             return "another peer leads this round" if named else "back; a block must name it before it leads"
@@ -102,7 +107,8 @@ class Keeper:
         return self._settle(self.leader.synced(round_, model, since, now=now), now)
 
     def sync_failed(self, why: str, *, now: float) -> list[Effect]:
-        """The state could not be had yet; the shell tries again."""
+        """The state could not be had yet; it is asked for again."""
+        self._no_model, self._resync_at = why, now + RETRY_S
         return []
 
     def stop(self, *, now: float) -> list[Effect]:
@@ -119,11 +125,15 @@ class Keeper:
 
     def tick(self, *, now: float) -> list[Effect]:
         """Let time pass."""
-        return self._settle(self.leader.tick(now=now), now)
+        again: list[Effect] = []
+        if now >= self._resync_at:
+            self._resync_at = float("inf")
+            again.append(Resync(self._no_model))
+        return self._settle([*again, *self.leader.tick(now=now)], now)
 
     def wake_at(self) -> float:
         """When `tick` has something to do."""
-        return min(self._report_at, self.leader.wake_at())
+        return min(self._report_at, self._resync_at, self.leader.wake_at())
 
     def _settle(self, effects: list[Effect], now: float) -> list[Effect]:
         """Report what is new of us, to whoever leads instead."""

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 from dugnad.coordinator import history
-from dugnad.coordinator.checkpoint import name_of
 from dugnad.coordinator.follower import Cost
 from dugnad.coordinator.keeper import Keeper
 from dugnad.coordinator.messages import Commit, Delegation, Genesis, delegation_payload
@@ -28,8 +27,6 @@ log = logging.getLogger(__name__)
 
 GOODBYE_S = 10.0
 """How long members of a finished run are awaited to take note and leave."""
-RETRY_S = 3.0
-"""How long after a failure the model is asked for again."""
 BEHIND_ROUNDS = 4
 """When more rounds than these wait to be measured, some are left out: checkpoints, which wait as well, matter more."""
 
@@ -83,7 +80,6 @@ class Coordinator(Shell):
             report_s=rounds.report_s,
             leave_s=rounds.train_s + rounds.exchange_s,
         )
-        self._ending = False
         self._phase = (Phase.FOLLOWING, self.now())
         self._order = (0, 0, 0)
         """Of the newest plan that was counted."""
@@ -103,9 +99,8 @@ class Coordinator(Shell):
             self._yielded = True
             log.warning(self.machine.reason)
         over = (self.leader.finished and self.follower.ledger.head.round > 0) or self.machine.may_go(now=self.now())
-        if over and self.follower.at_head and not self._ending and not self._over:
-            self._ending = True
-            self.spawn(self._end())
+        if over and self.follower.at_head:
+            self.finish()
 
     def _watch_phase(self) -> None:
         phase, now, plan = self.leader.phase, self.now(), self.machine.plan
@@ -148,16 +143,11 @@ class Coordinator(Shell):
             round_, len(row.roster), row.tokens, row.train_loss, measured, row.duration_s,
         )  # fmt: skip
 
-    async def _end(self) -> None:
-        """Save the last model, and let members of a finished run see that it is finished."""
-        await self._aftermath.join()
-        newest, tip = self.state.newest, self.follower.ledger.tip
-        assert newest is not None
+    async def farewell(self) -> None:
+        """Let others vouch for the last model, and members of a finished run see that it is finished."""
+        newest = self.state.newest
+        assert newest is not None, "it stands at the head"
         round_, model = newest
-        saved = self.state.checkpoint
-        if tip is not None and tip.block.round == round_ and (saved is None or saved.name != name_of(round_)):
-            val_round, val_loss = self.leader.validation
-            await self.save(tip, model, val_loss if val_round == round_ else None)
         deadline = self.now() + GOODBYE_S
         while (
             self._others() and not self.state.proven(round_, model, self.chain, self.leader) and self.now() < deadline
@@ -166,7 +156,6 @@ class Coordinator(Shell):
         if self.leader.finished:
             while self._awaited() and self.now() < deadline:
                 await asyncio.sleep(0.1)
-        self.done.set()
 
     def _others(self) -> bool:
         return bool(set(self.leader.membership.live()) - {self.identity.peer_id})

@@ -24,7 +24,8 @@ from dugnad.configs.recipe import decode
 from dugnad.coordinator import follower as following
 from dugnad.coordinator import sync
 from dugnad.coordinator.chain import Chain
-from dugnad.coordinator.damage import CheckpointError
+from dugnad.coordinator.checkpoint import name_of
+from dugnad.coordinator.damage import CheckpointError, Damage
 from dugnad.coordinator.follower import Cost, Follower, Patience
 from dugnad.coordinator.ledger import Charter, Ledger
 from dugnad.coordinator.mail import Mail
@@ -216,6 +217,9 @@ class Shell:
         """The head of the chain when we got a model: what is applied up to there is only replayed."""
         self._forgotten_round = 0
         """Up to which round the parts of old commits are deleted."""
+        self._syncing = False
+        """Whether the model is being taken from peers: what comes of that the machine hears."""
+        self._finishing = False
         self._over = False
         """Whether the role is ending: from then on nothing is done or answered any more."""
         self._sent_before: Counter[str] = Counter()
@@ -260,6 +264,9 @@ class Shell:
     def on_applied(self, commit: Commit, model: Model, cost: Cost) -> None:
         """A round is in place; the machine has not heard of it yet."""
 
+    async def farewell(self) -> None:
+        """What the role still waits for at its end, once its last model is saved."""
+
     def count_round(self, commit: Commit, cost: Cost) -> None:
         """Show in the metrics that a round is in place: as committed only if that happened while we were here."""
         block = commit.block
@@ -303,6 +310,18 @@ class Shell:
             pass
         finally:
             self.chain.close()
+
+    def finish(self) -> None:
+        """Save the last model, take leave, and be done; said twice, it is done once."""
+        if not self._finishing and not self._over:
+            self._finishing = True
+            self.spawn(self._finish())
+
+    async def _finish(self) -> None:
+        await self._aftermath.join()
+        await self._save_last()
+        await self.farewell()
+        self.done.set()
 
     @staticmethod
     def now() -> float:
@@ -373,8 +392,8 @@ class Shell:
             case following.Remember(promises):
                 self.chain.remember(promises)
             case following.Rewind(round_):
+                # the chain forgets it with the Store that follows: a crash between the two would take the head back
                 log.warning("the organizer began an epoch after round %d: what followed it counts no more", round_)
-                self.chain.rewind(round_)
             case following.Apply(commit):
                 self.spawn(self._apply(commit))
             case following.Fetch(wanted, donors):
@@ -382,8 +401,7 @@ class Shell:
             case following.CatchUp(donor, after):
                 self.spawn(self._catch_up(donor, after))
             case following.Resync(reason):
-                log.info("taking the model from peers: %s", reason)
-                self.spawn(self._sync())
+                self._resync(reason)
             case Keep(peer, said):
                 self.chain.applied(peer, said)
             case LeftOut(peer, reason, detail):
@@ -515,7 +533,7 @@ class Shell:
         blocks = {commit.block.round: commit.block.hash for commit in newest}
         found = await asyncio.to_thread(self.state.take_up, head, blocks)
         if found is None:
-            self.spawn(self._sync())
+            self._resync("there is none on this disk from which the chain's head can be reached")
         else:
             await self._go_on_from(*found)
 
@@ -526,8 +544,15 @@ class Shell:
         digest = await asyncio.to_thread(model.digest)
         self.state.replace(round_, model)
         self._came_at_round = self.follower.ledger.head.round
+        self._syncing = False
         since = self.chain.commits(after_round=round_)
         self.perform(self.machine.synced(round_, digest, since, now=self.now()))
+
+    def _resync(self, reason: str) -> None:
+        if not self._syncing:
+            self._syncing = True
+            log.info("taking the model from peers: %s", reason)
+            self.spawn(self._sync())
 
     async def _sync(self) -> None:
         """Take the chain and the model from whoever has them."""
@@ -537,25 +562,33 @@ class Shell:
         why = "nobody is known who could have the model"
         for donor in list(dict.fromkeys([*first, *rest]))[:DONORS_ASKED]:
             try:
-                await self._sync_with(donor)
-                return
+                found = await self._sync_with(donor)
             except (TransportError, WireError, sync.SyncError, ValueError) as error:
                 why = str(error)
                 log.debug("no model from %s: %s", nickname(donor), error)
+            else:
+                await self._go_on_from(*found)
+                return
         log.info("no model yet: %s", why)
+        self._syncing = False
         self.perform(self.machine.sync_failed(why, now=self.now()))
 
-    async def _sync_with(self, donor: PeerId) -> None:
+    async def _sync_with(self, donor: PeerId) -> tuple[int, Model]:
+        """A proven (round, model) from which the head can be reached."""
         await self._take_commits(donor, self.follower.ledger.head.place)
         if self.follower.ledger.head.round <= SHORT_REPLAY_ROUNDS and self.state.newest is None:
             first = await asyncio.to_thread(self.state.first_model)
             if first is not None:
-                await self._go_on_from(0, first)
-                return
+                return 0, first
         offer = await self.asker.state(donor, self.charter, self.genesis.first_model, self.chain.commit, self.signer)
+        if self.follower.ledger.head.round - offer.round > following.REPLAY_ROUNDS:
+            raise sync.SyncError(f"{donor} offers the model after round {offer.round}, which is too old to replay from")
+        known = self.chain.commit(offer.round)
         model = await self._download(offer.manifest, donor)
+        if self.chain.commit(offer.round) != known:
+            raise sync.SyncError(f"an epoch began before round {offer.round} while its model came")
         log.info("the model after round %d is here, verified", offer.round)
-        await self._go_on_from(offer.round, model)
+        return offer.round, model
 
     async def _download(self, manifest: bytes, donor: PeerId) -> Model:
         """The model of `manifest`, which is proven, from everyone who has it. Raises ValueError if it can't be one."""
@@ -580,16 +613,20 @@ class Shell:
         async def fetch(wanted: Mapping[bytes, int], on_blob: bulk.OnBlob) -> None:
             await self.fetch(sorted(self._known_peers()), wanted, kind="state", on_blob=on_blob)
 
-        for damage in self.state.damaged:
-            while damage.path.exists():  # until it is too old to be kept
-                await asyncio.sleep(REPAIR_S * (0.5 + self._rng.random()))
-                try:
-                    await self.state.repair(damage, fetch, self.chain.commit)
-                except CheckpointError as error:
-                    log.debug("%s", error)
-                else:
-                    log.info("%s is whole again: what was damaged came from other keepers", damage.path.name)
-                    break
+        async def repaired(damage: Damage) -> bool:
+            try:
+                await self.state.repair(damage, fetch, self.chain.commit)
+            except CheckpointError as error:
+                log.debug("%s", error)
+                return False
+            log.info("%s is whole again: what was damaged came from other keepers", damage.path.name)
+            return True
+
+        left = self.state.damaged
+        while left:
+            await asyncio.sleep(REPAIR_S * (0.5 + self._rng.random()))
+            # one that is gone became too old to be kept
+            left = [damage for damage in left if damage.path.exists() and not await repaired(damage)]
 
     async def _measure_and_save(self) -> None:
         every = self.recipe.checkpoints.every_rounds
@@ -605,6 +642,17 @@ class Shell:
         since = self.now()
         await asyncio.to_thread(self.state.save, commit.block, model, val_loss)
         self.metrics.checkpoint_written(commit.block.round, self.now() - since)
+
+    async def _save_last(self) -> None:
+        """Save the newest model, if it is of the chain and no checkpoint of it was written yet."""
+        newest, follower, saved = self.state.newest, self.follower, self.state.checkpoint
+        if newest is None or follower.model is None:
+            return  # before it began, or a model that counts no more
+        round_, model = newest
+        commit = self.chain.commit(round_)
+        if commit is not None and (saved is None or saved.name != name_of(round_)):
+            val_round, val_loss = self.leader.validation
+            await self.save(commit, model, val_loss if val_round == round_ else None)
 
     # -- what others send and ask
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dugnad.configs.recipe import OuterSettings, Recipe
 from dugnad.coordinator import sync
 from dugnad.coordinator.chain import Chain
-from dugnad.coordinator.checkpoint import Checkpoint, CheckpointMeta, round_of
+from dugnad.coordinator.checkpoint import CheckpointMeta, round_of
 from dugnad.coordinator.checkpoints import Checkpoints
 from dugnad.coordinator.damage import CheckpointError, Damage
 from dugnad.coordinator.follower import REPLAY_ROUNDS
@@ -152,13 +152,11 @@ class State:
         if saved.meta.run != self._charter.run.hex() or block is None or saved.meta.block != block.hex():
             log.warning("%s is of another run, or of a round that this chain does not hold; it is left alone", path)
             return None
-        return saved.round, self._model_of(saved)
-
-    def _model_of(self, saved: Checkpoint) -> Model:
         try:
-            return self._numerics.model_of(saved.weights, saved.momentum)
+            return saved.round, self._numerics.model_of(saved.weights, saved.momentum)
         except ValueError as error:
-            raise CheckpointError(f"{saved.path} does not fit this run's recipe: {error}") from error
+            log.warning("%s does not fit this run's recipe (%s); going on without it", path, error)
+            return None
 
     def offer(self, chain: Chain, leader: Leader) -> StateOffer | None:
         """The newest model that others can know for true, with the proof if they need one."""

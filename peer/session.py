@@ -133,7 +133,7 @@ class Session(Shell):
                 self.spawn(self._deliver(plan, to, parts))
             case Leave(reason):
                 self.left_because = reason
-                self.done.set()
+                self.finish()
             case _:
                 super().perform_role(effect)
 

@@ -666,10 +666,8 @@ class Node:
         self.perform(self.machine.synced(round_, model, since, now=self.world.now))
 
     def sync_failed(self) -> None:
-        """Nobody could give the model; the machine or we try again."""
+        """Nobody could give the model; the machine asks again."""
         self.perform(self.machine.sync_failed("nobody has the model", now=self.world.now))
-        if isinstance(self.machine, Keeper):
-            self.world.after(2.0, lambda: self.do(lambda node: node.sync()))
 
     def _check_vote(self, vote: Vote) -> None:
         promises = self.disk.promises

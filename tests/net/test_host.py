@@ -32,6 +32,7 @@ from dugnad.dht.transport import (
 from dugnad.dht.wire import WireError
 from dugnad.peer import roles
 from dugnad.peer.errors import sentence_of
+from dugnad.peer.folder import Folder
 from tests.net.hosts import ignore, owner_of
 
 pytestmark = pytest.mark.net
@@ -402,7 +403,7 @@ async def test_a_role_whose_daemon_is_killed_ends_with_a_sentence(tmp_path: Path
         async with host(tmp_path) as entered, asyncio.timeout(10):
             asyncio.get_running_loop().call_later(0.1, os.kill, entered.daemon_pid, signal.SIGKILL)
             place = roles.Place(entered._identity, entered, anything, anything, "")
-            await roles._until_done(anything, place, lambda: None, "")
+            await roles._until_done(anything, place, Folder(tmp_path), lambda: None, "")
 
     with pytest.raises(ExceptionGroup) as raised:
         await serve()

@@ -45,6 +45,7 @@ def meta_of(tensors: Tensors) -> CheckpointMeta:
         run="ab" * 32,
         recipe="tiny",
         recipe_json="{}",
+        block="cd" * 32,
         model_digest=blake3(manifest_of(tensors).encode()).hexdigest(),
         global_step=600,
         val_loss=None,

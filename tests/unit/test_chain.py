@@ -57,7 +57,7 @@ WRITES: dict[str, Callable[[Chain], object]] = {
     "remember": lambda chain: chain.remember(PROMISES),
     "incarnation": lambda chain: chain.incarnation(),
 }
-CHANGES = WRITES | {"rewind": lambda chain: chain.rewind(1)}
+CHANGES = WRITES | {"epoch": lambda chain: chain.append(EPOCH, at_s=200.0)}
 
 
 def everything(chain: Chain) -> list[object]:
@@ -221,43 +221,44 @@ def test_no_two_files_have_one_incarnation(tmp_path: Path) -> None:
 # -- epochs
 
 
-def test_a_rewind_forgets_what_came_after_and_what_was_said_of_it(chain: Chain, opened: Callable[[], Chain]) -> None:
+def test_an_epoch_takes_the_place_of_what_came_after_and_of_what_was_said_of_it(
+    chain: Chain, opened: Callable[[], Chain]
+) -> None:
     peer = COMMITS[0].block.entries[0].peer
     for round_ in (1, 2, 3):
         chain.applied(peer, applied("a", round_))
         chain.validated(round_, 2.0 / round_)
-    chain.rewind(1)
-    assert everything(opened()) == everything(chain)
-    assert list(chain.commits()) == COMMITS[:1]
-    assert (chain.head_round(), list(chain.applieds()), list(chain.validation())) == (1, [1], [1])
     chain.append(EPOCH, at_s=200.0)
+    assert everything(opened()) == everything(chain)
     assert list(chain.commits()) == [COMMITS[0], EPOCH]
+    assert (chain.head_round(), list(chain.applieds()), list(chain.validation())) == (2, [1], [1])
     assert chain.epoch_begins(after_epoch=0) == 2
     assert chain.epoch_begins(after_epoch=1) is None
 
 
-def test_a_rewind_past_everything_or_nothing_is_harmless(chain: Chain) -> None:
-    before = everything(chain)
-    chain.rewind(3)
-    assert everything(chain) == before
-    chain.rewind(0)
-    assert (list(chain.commits()), chain.genesis()) == ([], GENESIS)
+def test_an_epoch_that_begins_on_the_head_takes_the_place_of_nothing(chain: Chain) -> None:
+    peer = COMMITS[0].block.entries[0].peer
+    chain.applied(peer, applied("a", 3))
+    chain.applied(peer, applied("a", 4))  # of a round that its commit follows to this disk
+    chain.append(an_epoch(ledger_of(COMMITS[:3]).head, "a"), at_s=200.0)
+    assert list(chain.commits())[:3] == COMMITS[:3]
+    assert list(chain.applieds()) == [3, 4]
 
 
-def test_a_rewind_that_fails_half_way_changes_nothing_and_what_is_written_then_is_durable(
+def test_an_epoch_that_fails_half_way_changes_nothing_and_what_is_written_then_is_durable(
     chain: Chain, opened: Callable[[], Chain]
 ) -> None:
     chain.validated(3, 1.5)
     chain._db.execute("CREATE TRIGGER full BEFORE DELETE ON validation BEGIN SELECT RAISE(FAIL, 'disk full'); END")
     before = everything(chain)
     with pytest.raises(ChainError, match=r"chain\.sqlite: disk full"):
-        chain.rewind(1)
+        chain.append(EPOCH, at_s=200.0)
     assert everything(chain) == everything(opened()) == before
     chain.append(COMMITS[3], at_s=104.0)
     assert list(opened().commits()) == COMMITS
     chain._db.execute("DROP TRIGGER full")
-    chain.rewind(1)
-    assert list(opened().commits()) == COMMITS[:1]
+    chain.append(EPOCH, at_s=200.0)
+    assert list(opened().commits()) == [COMMITS[0], EPOCH]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from dugnad.coordinator.checkpoints import Checkpoints
 from dugnad.coordinator.damage import CheckpointError, Damage
 from dugnad.coordinator.durable import NewFile, in_thread
 from dugnad.coordinator.tensorfile import MOMENTUM, WEIGHTS, files_of
+from dugnad.dht.budget import Budget
 from dugnad.dht.bulk import OnBlob, fetch_all, serve_blobs
 from dugnad.dht.identity import PeerId
 from dugnad.dht.manifest import CHUNK_BYTES
@@ -212,8 +213,12 @@ async def asking_two(ann: Checkpoints) -> AsyncIterator[repair.Fetch]:
     """A `Fetch` from Ann, and from Eve, who gives other bytes."""
     async with network() as net:
         me = net.join(BOB.peer_id)
-        await serve_blobs(net.join(ANN.peer_id), ann.lookup)
-        await serve_blobs(net.join(EVE), lambda digest: bytes(len(found)) if (found := ann.lookup(digest)) else None)
+        await serve_blobs(net.join(ANN.peer_id), ann.lookup, budget=Budget.of_mbit(10_000))
+
+        def lie(digest: bytes) -> bytes | None:
+            return bytes(len(found)) if (found := ann.lookup(digest)) else None
+
+        await serve_blobs(net.join(EVE), lie, budget=Budget.of_mbit(10_000))
 
         async def fetch(wanted: Mapping[bytes, int], on_blob: OnBlob) -> None:
             await fetch_all(me, [EVE, ANN.peer_id], wanted, kind="checkpoint", timeout_s=60.0, on_blob=on_blob)
