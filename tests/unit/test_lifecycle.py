@@ -157,10 +157,10 @@ def a_volunteer(*commits: Commit, total_steps: int = 600, promises: Promises | N
     rounds = dataclasses.replace(RECIPE.rounds, total_steps=total_steps)
     leader = Leader(
         follower, signer, dataclasses.replace(RECIPE, rounds=rounds), 3, assign_parts,
-        started=1000, known_plan=lambda: volunteer.plan,
+        started=1000, known_plan=lambda: made.plan,
     )  # fmt: skip
-    volunteer = Volunteer(ME, leader, Abilities(("here",), True, 5e6), num_parts=3, report_s=REPORT_S)
-    return volunteer
+    made = Volunteer(ME, leader, Abilities(("here",), True, 5e6), num_parts=3, report_s=REPORT_S)
+    return made
 
 
 def said(effects: Iterable[Effect], kind: type[M], *, to: PeerId = FOUNDER) -> list[M]:
