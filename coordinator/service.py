@@ -111,7 +111,7 @@ class Coordinator(Shell):
             self._phase = (phase, now)
         if plan is not None and plan.order > self._order:
             if plan.order[:2] == self._order[:2]:
-                self.metrics.view_failed()
+                self.metrics.attempt_failed()
             self._order = plan.order
 
     def on_applied(self, commit: Commit, model: Model, cost: Cost) -> None:

@@ -127,7 +127,7 @@ class Clock:
         return 0.0 if self._began_at_s is None else at_s - self._began_at_s
 
     def _estimate(self, at_s: float) -> Correction:
-        ours = _Voice(0.0, self.correction.offset_s, self._age_s(at_s), self._me)
+        ours = _Voice(0.0, self.correction.offset_s, int(self._age_s(at_s)), self._me)  # whole, as others hear it
         voices = [ours]
         for peer, said in self._samples.items():
             best = min(said, key=lambda one: one.round_trip_s)
@@ -146,20 +146,25 @@ class _Voice:
     age_s: float
     peer: PeerId
 
-    def is_elder(self, other: "_Voice") -> bool:
-        """Whether its word counts before another's; both sides must find the same, though ages are known roughly."""
-        if abs(self.age_s - other.age_s) < SAME_AGE_S:
-            return self.peer < other.peer
-        return self.age_s > other.age_s
-
 
 def _median(voices: list[_Voice]) -> float:
-    """The median of the raw clocks; where two in the middle differ, what the eldest of those two holds for right."""
+    """The median of the raw clocks; where two in the middle differ, what the eldest of those who say either holds."""
     ordered = sorted(voices, key=lambda voice: voice.raw_s)
     low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
     if high.raw_s - low.raw_s < NEGLIGIBLE_S:
         return (low.raw_s + high.raw_s) / 2
-    return (low if low.is_elder(high) else high).corrected_s
+    # not only the two in the middle: who of several equal clocks stands there, each of us would see otherwise
+    either = [v for v in voices if min(abs(v.raw_s - low.raw_s), abs(v.raw_s - high.raw_s)) < NEGLIGIBLE_S]
+    return _eldest(either).corrected_s
+
+
+def _eldest(voices: list[_Voice]) -> _Voice:
+    """The one of the lowest id among those about as old as the oldest: all must find the same, with ages known roughly.
+
+    Two by two they could not be compared: of three, each might be a little older than the next.
+    """
+    oldest_s = max(voice.age_s for voice in voices)
+    return min((voice for voice in voices if oldest_s - voice.age_s < SAME_AGE_S), key=lambda voice: voice.peer)
 
 
 def _shifted(sample: Sample, by_s: float) -> Sample:

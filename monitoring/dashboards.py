@@ -161,10 +161,30 @@ def _trouble() -> list[Json]:
         ),
         _graph(
             "Attempts at a round", [
-                (f"sum({_of_run(_increase('dugnad_views_total'))})", "failed"),
+                (f"sum({_of_run(_increase('dugnad_failed_attempts_total'))})", "failed"),
                 (f"max({_of_run(_increase('dugnad_rounds_committed_total'))})", "committed"),
             ],
             help_="Failed ones of all roles; committed ones of the role that saw most.",
+        ),
+        _graph(
+            "Who leads", [(f"{_of_run('dugnad_leads')} > 0", _WHO)],
+            help_="The coordinator while it answers, else a volunteer. Two at once: one of them is cut off.",
+        ),
+        _graph(
+            "View of the round", [(_of_run("dugnad_view"), _WHO)],
+            help_="How many leaders of the round under way were given up; who stands lower has not heard of it.",
+        ),
+        _graph(
+            "Coordinator silent", [(_of_run("dugnad_coordinator_silent_seconds"), _WHO)], unit="s",
+            help_="Since it was last heard, as each role sees it.",
+        ),
+        _graph(
+            "Clock offset", [(_of_run("dugnad_clock_offset_seconds"), _WHO)], unit="s",
+            help_="How far the run's time is ahead of each machine's clock; it is corrected, never required.",
+        ),
+        _graph(
+            "Quarantined peers", [(_of_run("dugnad_quarantined_peers"), _WHO)],
+            help_="They are proven to have signed two contradicting things, and count no more.",
         ),
     ]  # fmt: skip
 

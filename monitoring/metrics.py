@@ -62,9 +62,9 @@ _TRAFFIC = Label("kind", ("message", "upload", "result", "follow", "fetch", "sta
 _MESSAGE = Label(
     "kind",
     (
-        "delegation", "plan", "contribution", "have", "freeze", "proposal", "vote", "commit", "applied", "report",
-        "standing", "welcome?", "welcome", "commits?", "commits", "state?", "state", "summary", "want", "push",
-        "buckets", OTHER,
+        "delegation", "plan", "contribution", "have", "freeze", "proposal", "vote", "lock", "view-change", "new-view",
+        "commit", "applied", "report", "standing", "welcome?", "welcome", "commits?", "commits", "state?", "state",
+        "summary", "want", "push", "buckets", OTHER,
     ),
 )  # fmt: skip
 _BAD_MESSAGE = Label(
@@ -72,8 +72,9 @@ _BAD_MESSAGE = Label(
     (
         "malformed", "version", "unknown kind", "too large", "foreign run", "bad signature", "not the sender",
         "wrong answer", "not a member", "not leader", "misdirected", "delegation", "foreign chain", "two proposals",
-        "invalid plan", "invalid freeze", "invalid block", "invalid commit", "no seat", "from the future", "lifetime",
-        "unknown key", "full", "no evidence", OTHER,
+        "two locks", "not locked", "invalid plan", "invalid freeze", "invalid block", "invalid lock", "invalid pledge",
+        "invalid view", "invalid commit", "no seat", "from the future", "lifetime", "unknown key", "full",
+        "no evidence", OTHER,
     ),
 )  # fmt: skip
 _BAD_CONTRIBUTION = Label(
@@ -118,7 +119,11 @@ REJECTED_MESSAGES = Declared(
     labels=(_BAD_MESSAGE,),
 )  # fmt: skip
 ROUNDS_COMMITTED = Declared("dugnad_rounds_committed_total", "counter", "Rounds committed while this role ran.")
-VIEWS = Declared("dugnad_views_total", "counter", "Failed attempts at committing a round.")
+FAILED_ATTEMPTS = Declared(
+    "dugnad_failed_attempts_total", "counter", "Attempts at a round that this role led and had to plan again."
+)
+VIEW = Declared("dugnad_view", "gauge", "How many leaders of the round under way were given up.")
+LEADS = Declared("dugnad_leads", "gauge", "1 while this role leads the round under way, else 0.")
 COORDINATOR_SILENT = Declared(
     "dugnad_coordinator_silent_seconds", "gauge", "Since the coordinator was last heard; 0 while it is there.",
     "seconds",
@@ -126,6 +131,7 @@ COORDINATOR_SILENT = Declared(
 CLOCK_OFFSET = Declared(
     "dugnad_clock_offset_seconds", "gauge", "What is added to this machine's clock to get the run's time.", "seconds"
 )
+QUARANTINED = Declared("dugnad_quarantined_peers", "gauge", "Peers that are proven to have said two things.", "peers")
 CHECKPOINT_ROUND = Declared("dugnad_checkpoint_round", "gauge", "The round of the last checkpoint on disk.")
 CHECKPOINT_DURATION = Declared(
     "dugnad_checkpoint_duration_seconds", "histogram", "Wall time of writing one checkpoint.", "seconds",
@@ -134,8 +140,8 @@ CHECKPOINT_DURATION = Declared(
 
 DECLARED = (
     RUN_INFO, ROUND, GLOBAL_STEP, TRAIN_LOSS, VALIDATION_LOSS, TOKENS, SPEED, ROUND_DURATION, PHASE_DURATION, PEERS,
-    BYTES, MESSAGES, UTILIZATION, REJECTED_CONTRIBUTIONS, REJECTED_MESSAGES, ROUNDS_COMMITTED, VIEWS,
-    COORDINATOR_SILENT, CLOCK_OFFSET, CHECKPOINT_ROUND, CHECKPOINT_DURATION,
+    BYTES, MESSAGES, UTILIZATION, REJECTED_CONTRIBUTIONS, REJECTED_MESSAGES, ROUNDS_COMMITTED, FAILED_ATTEMPTS, VIEW,
+    LEADS, COORDINATOR_SILENT, CLOCK_OFFSET, QUARANTINED, CHECKPOINT_ROUND, CHECKPOINT_DURATION,
 )  # fmt: skip
 """The table: all that a role can say."""
 
@@ -166,9 +172,14 @@ class Metrics:
         self._set(ROUND, round_)
         self._set(GLOBAL_STEP, global_step)
 
-    def view_failed(self) -> None:
+    def attempt_failed(self) -> None:
         """An attempt at committing a round came to nothing."""
-        self._add(VIEWS, 1)
+        self._add(FAILED_ATTEMPTS, 1)
+
+    def led(self, view: int, *, by_us: bool) -> None:
+        """The round under way is in that view, and whether we lead it."""
+        self._set(VIEW, view)
+        self._set(LEADS, by_us)
 
     def phase_took(self, phase: Phase, seconds: float) -> None:
         """A phase of a round is over, after `seconds`."""
@@ -193,6 +204,10 @@ class Metrics:
     def clock_corrected(self, offset_s: float) -> None:
         """The run's time is `offset_s` seconds ahead of this machine's clock; 0 while that is right."""
         self._set(CLOCK_OFFSET, offset_s)
+
+    def quarantined(self, num_peers: int) -> None:
+        """So many peers are proven to have signed two contradicting things."""
+        self._set(QUARANTINED, num_peers)
 
     # -- the model
 

@@ -36,6 +36,7 @@ class Face:
             "reason": printable(str(said["reason"])),  # a stranger may have written it, in refusing us
             "clock_offset_s": correction.offset_s,
             "clock_warning": correction.warning,
+            "quarantined": len(self.swarm.quarantined()),
             "invite": self.invite,
         }
 
@@ -57,9 +58,16 @@ class Face:
     async def keep_looking(self) -> None:
         """Keep those metrics fresh that nobody counts as they happen."""
         while True:
-            said = self.status()
-            if said:
-                self.metrics.peers_seen(Counter(str(peer["state"]) for peer in said["peers"]))
-                self.metrics.coordinator_silent(said["coordinator"]["gone_s"])
-                self.metrics.clock_corrected(said["clock_offset_s"])
+            self.look()
             await asyncio.sleep(_LOOK_S)
+
+    def look(self) -> None:
+        """Set those metrics to what is so now."""
+        said = self.status()
+        if not said:
+            return
+        self.metrics.peers_seen(Counter(str(peer["state"]) for peer in said["peers"]))
+        self.metrics.led(said["view"], by_us=said["leads"])
+        self.metrics.coordinator_silent(said["coordinator"]["gone_s"])
+        self.metrics.clock_corrected(said["clock_offset_s"])
+        self.metrics.quarantined(said["quarantined"])

@@ -90,8 +90,8 @@ def test_the_status_says_the_validation_loss_in_the_unit_of_the_demo() -> None:
     said = {
         "role": "volunteer", "run": "ab" * 32, "name": "quick", "nickname": "calm-otter", "pid": 1, "round": 3,
         "global_step": 30, "total_steps": 60, "state": "idle", "reason": "waiting", "val_loss": 2.5, "val_round": 3,
-        "model_digest": None, "model_round": 3, "coordinator": {"alive": True, "silent_s": 0.0}, "bytes_sent": {},
-        "bytes_received": {}, "peers": [],
+        "model_digest": None, "model_round": 3, "coordinator": {"alive": True, "gone_s": 0.0}, "leader": "b",
+        "leads": False, "view": 0, "bytes_sent": {}, "bytes_received": {}, "peers": [],
     }  # fmt: skip
     assert "2.5000 nats per byte after round 3" in report.text(said)
     assert "validation   not yet" in report.text(said | {"val_loss": None})

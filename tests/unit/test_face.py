@@ -1,24 +1,57 @@
 """What the outside sees of a role, whatever a stranger made it say."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from dugnad.dht.identity import PeerId
 from dugnad.monitoring.metrics import Metrics
 from dugnad.peer import report
 from dugnad.peer.face import Face
+
+
+def a_face(monkeypatch: pytest.MonkeyPatch, **said: object) -> Face:
+    """The face of a volunteer that says so."""
+    whole = {"model_digest": None, "state": "idle", "reason": "", "round": 0, **said}
+    monkeypatch.setattr(report, "of_volunteer", lambda role, swarm: whole)
+    face = Face(Metrics("volunteer", "ab" * 4, nickname="calm-otter"))
+    correction = SimpleNamespace(offset_s=-1.5, warning="slow")
+    swarm: Any = SimpleNamespace(
+        clock=SimpleNamespace(correction=correction), quarantined=lambda: frozenset({PeerId("eve")})
+    )
+    role: Any = object()
+    face.role, face.swarm = role, swarm
+    return face
 
 
 @pytest.mark.parametrize("reason", ["no\nway", "\x1b[2J", "\udce4", "\x00" * 500, "no " * 500])
 def test_a_strangers_words_neither_end_a_volunteer_nor_steer_a_terminal(
     monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:
-    said = {"model_digest": None, "state": "idle", "reason": f"refused: {reason}", "round": 0}
-    monkeypatch.setattr(report, "of_volunteer", lambda role, swarm: said)
-    face = Face(Metrics("volunteer", "ab" * 4, nickname="calm-otter"))
-    anything: Any = object()
-    face.role = face.swarm = anything
+    face = a_face(monkeypatch, reason=f"refused: {reason}")
     assert face.status()["reason"].isprintable()
     progress = face.progress()
     assert progress is not None
     assert progress.reason.startswith("refused: ")
+
+
+def test_before_there_is_a_role_nothing_is_said_or_counted() -> None:
+    face = Face(Metrics("volunteer", "ab" * 4))
+    face.look()
+    assert (face.status(), face.progress(), face.line()) == ({}, None, "looking for the run")
+    assert face.metrics.registry.get_sample_value("dugnad_view") is None
+
+
+def test_a_look_shows_who_leads_who_is_silent_and_what_is_wrong_with_the_clock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    peers = [{"state": "training"}, {"state": "training"}, {"state": "lost"}]
+    face = a_face(monkeypatch, peers=peers, view=2, leads=True, coordinator={"gone_s": 14.0})
+    face.look()
+    shown = face.metrics.registry.get_sample_value
+    assert shown("dugnad_peers", {"state": "training"}) == 2
+    assert (shown("dugnad_view"), shown("dugnad_leads")) == (2, 1)
+    assert shown("dugnad_coordinator_silent_seconds") == 14.0
+    assert shown("dugnad_clock_offset_seconds") == -1.5
+    assert shown("dugnad_quarantined_peers") == 1

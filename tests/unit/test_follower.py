@@ -415,7 +415,7 @@ def test_a_commit_is_stored_before_anything_else_and_then_applied_and_said() -> 
     assert follower.at_head
     assert isinstance(sent, Send)
     assert isinstance(sent.message, Applied)
-    assert sent.to == (FOUNDER,)
+    assert sent.to == (ME, FOUNDER), "its own word is kept on its own disk too"
     payload = applied_payload(RUN, 2, CHAIN[1].block.hash, model_after(2))
     assert FakeSigner(ME).verify(ME, payload, sent.message.signature)
 
@@ -692,7 +692,7 @@ def test_what_it_applied_is_said_to_the_leader_and_to_the_coordinator() -> None:
     follower = a_follower()
     (sent,) = entered(follower, 1)
     assert isinstance(sent, Send)
-    assert sent.to == tuple(sorted({FOUNDER, head_after(1).leader(1)}))
+    assert sent.to == tuple(sorted({ME, FOUNDER, head_after(1).leader(1)}))
     assert isinstance(sent.message, Applied)
 
 

@@ -1,3 +1,6 @@
+"""A volunteer: from its first model to its goodbye, as one that follows and as the one that leads."""
+
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -5,10 +8,27 @@ from typing import TypeVar
 import msgspec
 import pytest
 
-from dugnad.coordinator.follower import RETRY_S, Apply, CatchUp, Follower, Refused, Resync, Send, Store
+from dugnad.configs.recipe import load
+from dugnad.coordinator import ranges
+from dugnad.coordinator.follower import (
+    RETRY_S,
+    Apply,
+    CatchUp,
+    Fetch,
+    Follower,
+    Patience,
+    Promises,
+    Refused,
+    Remember,
+    Resync,
+    Send,
+    Store,
+)
 from dugnad.coordinator.ledger import Ledger
 from dugnad.coordinator.membership import Stage
 from dugnad.coordinator.messages import (
+    PRECOMMIT,
+    PREVOTE,
     Applied,
     Block,
     Commit,
@@ -17,35 +37,66 @@ from dugnad.coordinator.messages import (
     Entry,
     Freeze,
     Have,
+    Lock,
     Message,
     Plan,
     Proposal,
     Report,
     Seat,
     Standing,
+    ViewChange,
     Vote,
-    delegation_payload,
 )
+from dugnad.coordinator.rounds import SETTLE_S, Leader, Phase
 from dugnad.dht.identity import PeerId
+from dugnad.optim.plan import assign_parts
 from dugnad.optim.reduce import Deliver, Fold, Upload, Weighed
-from dugnad.peer.lifecycle import Abilities, Effect, Leave, Reduce, State, StopTraining, Train, Volunteer, Work
+from dugnad.peer.lifecycle import (
+    GOODBYE_S,
+    Abilities,
+    Effect,
+    Leave,
+    Reduce,
+    State,
+    StopTraining,
+    Train,
+    Volunteer,
+    Work,
+)
 from tests.unit.chains import (
+    CHARTER,
     FOUNDER,
-    GENESIS,
     NO_COST,
     RUN,
+    SEAT,
     FakeSigner,
     a_block,
+    a_ledger,
     an_entry,
     certify,
+    delegation,
     digest,
+    disk_of,
+    extend,
+    ledger_of,
+    locked,
     model_after,
+    new_view,
+    pledged,
 )
 
 ME, ANN, BOB, EVE = PeerId("a"), PeerId("b"), PeerId("c"), PeerId("eve")
 REPORT_S, SILENCE_S, TRAIN_S = 2.0, 10.0, 60.0
+PATIENCE = Patience(silence_s=SILENCE_S, round_s=300.0, vote_s=100.0)
 WORK = Work(digest("root a"), 10, 70, 2.0)
 OWNERS = (ME, ANN, ME)
+TINY = load("tiny-books")
+RECIPE = dataclasses.replace(
+    TINY,
+    rounds=dataclasses.replace(TINY.rounds, min_peers=2, silence_s=SILENCE_S, report_s=REPORT_S),
+    model=dataclasses.replace(TINY.model, context=7),
+)
+replace = msgspec.structs.replace
 M = TypeVar("M", bound=Message)
 
 
@@ -53,48 +104,41 @@ M = TypeVar("M", bound=Message)
 class FakeLeader:
     """Says what a leader would: every seat does ten samples, and every round counts all who have one."""
 
-    term: int = 1
-    ledger: Ledger = field(default_factory=lambda: Ledger(RUN, FOUNDER))
+    ledger: Ledger = field(default_factory=a_ledger)
+    seat: Delegation | None = SEAT
 
-    def delegation(self, leader: PeerId = FOUNDER) -> Delegation:
-        signed = FakeSigner(GENESIS.organizer).sign(delegation_payload(RUN, leader, self.term))
-        return Delegation(leader, self.term, signed)
-
-    def plan(self, *members: PeerId, owners: tuple[PeerId, ...] = OWNERS, view: int = 0) -> Plan:
+    def plan(self, *members: PeerId, owners: tuple[PeerId, ...] = OWNERS, view: int = 0, attempt: int = 1) -> Plan:
         head = self.ledger.head
         seats = tuple(
             Seat(peer, 5, ((head.cursor + 10 * k, head.cursor + 10 * k + 10),), ()) for k, peer in enumerate(members)
         )
         return Plan(
-            head.epoch, head.round + 1, self.term, view, head.hash, head.global_step,
-            tuple(sorted(seats, key=lambda seat: seat.peer)), owners, TRAIN_S, 30.0,
+            head.epoch, head.round + 1, view, attempt, head.hash, head.global_step,
+            tuple(sorted(seats, key=lambda seat: seat.peer)), owners, owners[1:] + owners[:1], TRAIN_S, 30.0,
         )  # fmt: skip
 
     def entries(self, plan: Plan) -> tuple[Entry, ...]:
         return tuple(an_entry(seat.peer, *seat.ranges) for seat in plan.seats)
 
     def freeze(self, plan: Plan, *entries: Entry) -> Freeze:
-        return Freeze(plan.round, plan.term, plan.view, entries or self.entries(plan))
+        return Freeze(*plan.order, entries or self.entries(plan))
 
     def block(self, plan: Plan) -> Block:
-        block = a_block(self.ledger.head, *self.entries(plan))
-        parts = tuple(averages(plan).values())
-        return msgspec.structs.replace(block, parts=parts, term=plan.term, view=plan.view)
+        block = a_block(self.ledger.head, *self.entries(plan), seat=self.seat)
+        return replace(block, parts=tuple(averages(plan).values()))
 
     def commit(self, plan: Plan) -> Commit:
-        commit = certify(self.block(plan), (voter.peer for voter in self.ledger.head.committee))
+        commit = certify(self.block(plan), self.ledger.head.voters)
         self.ledger.append(commit)
         return commit
 
     def departures(self) -> Commit:
         """A block that lets everyone go."""
-        commit = certify(a_block(self.ledger.head), (voter.peer for voter in self.ledger.head.committee))
-        self.ledger.append(commit)
-        return commit
+        return extend(self.ledger)
 
-    def standing(self, *, finished: bool = False) -> Standing:
+    def standing(self, phase: str = "idle", *, finished: bool = False, view: int = 0) -> Standing:
         head = self.ledger.head
-        return Standing(self.term, head.round, head.hash, "idle", "", finished, 0, None)
+        return Standing(head.epoch, head.round, head.hash, view, phase, "", finished, 0, None)
 
 
 def averages(plan: Plan) -> dict[int, bytes]:
@@ -105,22 +149,36 @@ def mine(plan: Plan) -> dict[int, bytes]:
     return {part: average for part, average in averages(plan).items() if plan.owners[part] == ME}
 
 
-def a_volunteer() -> Volunteer:
-    follower = Follower(FakeSigner(ME), Ledger(RUN, FOUNDER), GENESIS.organizer)
-    return Volunteer(ME, follower, Abilities(("here",), True, 5e6), num_parts=3, report_s=REPORT_S, silence_s=SILENCE_S)
+def a_volunteer(*commits: Commit, total_steps: int = 600, promises: Promises | None = None) -> Volunteer:
+    """One that has just started, with these commits on its disk."""
+    signer = FakeSigner(ME)
+    follower = Follower(signer, Ledger(CHARTER, signer), PATIENCE, disk_of(ME))
+    follower.restore(commits, (), promises)
+    rounds = dataclasses.replace(RECIPE.rounds, total_steps=total_steps)
+    leader = Leader(
+        follower, signer, dataclasses.replace(RECIPE, rounds=rounds), 3, assign_parts,
+        started=1000, known_plan=lambda: made.plan,
+    )  # fmt: skip
+    made = Volunteer(ME, leader, Abilities(("here",), True, 5e6), num_parts=3, report_s=REPORT_S)
+    return made
 
 
 def said(effects: Iterable[Effect], kind: type[M], *, to: PeerId = FOUNDER) -> list[M]:
-    """The messages of one kind that are sent to the leader."""
+    """The messages of one kind that are sent to that peer alone: the leader, unless told."""
     return [e.message for e in effects if isinstance(e, Send) and e.to == (to,) and isinstance(e.message, kind)]
 
 
-def stage_of(volunteer: Volunteer) -> Stage:
-    return volunteer.stage
+def sent(effects: Iterable[Effect], kind: type[M]) -> list[M]:
+    """The messages of one kind, whoever gets them."""
+    return [e.message for e in effects if isinstance(e, Send) and isinstance(e.message, kind)]
 
 
 def without_reports(effects: Iterable[Effect]) -> list[Effect]:
     return [e for e in effects if not (isinstance(e, Send) and isinstance(e.message, Report))]
+
+
+def stage_of(volunteer: Volunteer) -> Stage:
+    return volunteer.stage
 
 
 def reduced(effects: Iterable[Effect]) -> list[object]:
@@ -133,12 +191,16 @@ def leader() -> FakeLeader:
 
 
 @pytest.fixture
-def volunteer(leader: FakeLeader) -> Volunteer:
+def volunteer() -> Volunteer:
     """One in sync with round 0, waiting for a plan."""
-    volunteer = a_volunteer()
-    volunteer.receive(FOUNDER, leader.delegation(), now=0.0)
+    return in_sync(a_volunteer())
+
+
+def in_sync(volunteer: Volunteer) -> Volunteer:
+    """It has asked for the model of the head, and got it."""
     volunteer.tick(now=0.0)
-    volunteer.synced(0, model_after(0), (), now=0.0)
+    round_ = volunteer.follower.ledger.head.round
+    volunteer.synced(round_, model_after(round_), (), now=0.0)
     return volunteer
 
 
@@ -162,23 +224,23 @@ def round_done(volunteer: Volunteer, leader: FakeLeader, plan: Plan) -> Commit:
 # -- joining
 
 
-def test_it_asks_for_the_model_once_it_knows_who_leads_and_waits_once_it_has_it(leader: FakeLeader) -> None:
+def test_it_asks_for_the_model_at_once_and_waits_once_it_has_it() -> None:
     volunteer = a_volunteer()
-    assert volunteer.tick(now=0.0) == []
-    (report,) = said(volunteer.receive(FOUNDER, leader.delegation(), now=0.0), Report)
-    assert report.stage == Stage.SYNCING
     assert volunteer.wake_at() <= 0.0
-    assert [effect for effect in volunteer.tick(now=0.0) if isinstance(effect, Resync)] != []
-    assert [effect for effect in volunteer.tick(now=60.0) if isinstance(effect, Resync)] == []
-    (report,) = said(volunteer.synced(0, model_after(0), (), now=61.0), Report)
-    assert (report.stage, report.term, report.head) == (Stage.WAITING, 1, RUN)
+    effects = volunteer.tick(now=0.0)
+    assert [effect for effect in effects if isinstance(effect, Resync)] != []
+    (report,) = said(effects, Report)
+    assert report.stage == Stage.SYNCING
+    assert [effect for effect in volunteer.tick(now=4.0) if isinstance(effect, Resync)] == [], "one is under way"
+    (report,) = said(volunteer.synced(0, model_after(0), (), now=5.0), Report)
+    assert (report.stage, report.in_view, report.head) == (Stage.WAITING, 0, RUN)
     assert (report.addresses, report.accepts, report.uplink) == (("here",), True, 5e6)
+    assert (report.trains, report.incarnation) == (True, disk_of(ME))
     assert volunteer.state is State.WAIT
 
 
-def test_a_model_that_could_not_be_had_is_asked_for_again_after_a_while(leader: FakeLeader) -> None:
+def test_a_model_that_could_not_be_had_is_asked_for_again_after_a_while() -> None:
     volunteer = a_volunteer()
-    volunteer.receive(FOUNDER, leader.delegation(), now=0.0)
     volunteer.tick(now=0.0)
     volunteer.sync_failed("nobody answers", now=5.0)
     assert not any(isinstance(effect, Resync) for effect in volunteer.tick(now=5.0 + RETRY_S - 0.1))
@@ -187,7 +249,6 @@ def test_a_model_that_could_not_be_had_is_asked_for_again_after_a_while(leader: 
 
 def test_before_it_has_the_model_it_takes_no_work(leader: FakeLeader) -> None:
     volunteer = a_volunteer()
-    volunteer.receive(FOUNDER, leader.delegation(), now=0.0)
     assert without_reports(volunteer.receive(FOUNDER, leader.plan(ME, ANN), now=0.0)) == []
     assert volunteer.state is State.SYNC
 
@@ -195,8 +256,9 @@ def test_before_it_has_the_model_it_takes_no_work(leader: FakeLeader) -> None:
 def test_it_reports_at_every_change_and_each_report_s_otherwise(volunteer: Volunteer, leader: FakeLeader) -> None:
     assert said(volunteer.tick(now=REPORT_S - 0.1), Report) == []
     assert len(said(volunteer.tick(now=REPORT_S), Report)) == 1
-    (report,) = said(volunteer.receive(FOUNDER, leader.plan(ME, ANN, view=3), now=REPORT_S + 0.1), Report)
-    assert (report.stage, report.round, report.view, report.of_steps) == (Stage.TRAINING, 1, 3, 5)
+    (report,) = said(volunteer.receive(FOUNDER, leader.plan(ME, ANN, attempt=3), now=REPORT_S + 0.1), Report)
+    assert (report.stage, report.of_steps) == (Stage.TRAINING, 5)
+    assert (report.round, report.view, report.attempt) == (1, 0, 3)
 
 
 # -- a whole round
@@ -211,11 +273,11 @@ def test_a_round_from_the_plan_to_the_applied_commit(volunteer: Volunteer, leade
     promise = Contribution(0, 1, RUN, WORK.root, plan.seats[0].ranges, 70, 2.0)
     assert said(effects, Contribution)[0] == promise
     assert reduced(effects) == [Upload(ANN, WORK.root, (1,))]
-    assert said(effects, Have) == [Have(1, 1, 0, ME, WORK.root)]
+    assert said(effects, Have) == [Have(1, 0, 1, ((ME, WORK.root),))]
     assert stage_of(volunteer) is Stage.CONTRIBUTED
 
     effects = volunteer.received(ANN, digest("root b"), (0, 2), now=3.0)
-    assert said(effects, Have) == [Have(1, 1, 0, ANN, digest("root b"))]
+    assert said(effects, Have) == [Have(1, 0, 1, ((ANN, digest("root b")),))]
 
     effects = volunteer.receive(FOUNDER, leader.freeze(plan), now=4.0)
     assert reduced(effects) == [Fold((0, 2), (Weighed(ME, WORK.root, 70), Weighed(ANN, digest("root b"), 70)))]
@@ -225,18 +287,29 @@ def test_a_round_from_the_plan_to_the_applied_commit(volunteer: Volunteer, leade
     assert reduced(effects) == [Deliver(ANN, mine(plan)), Deliver(FOUNDER, mine(plan))]
 
     commit = leader.commit(plan)
-    volunteer.receive(FOUNDER, Proposal(commit.block), now=6.0)
+    volunteer.receive(FOUNDER, Proposal(0, commit.block), now=6.0)
     assert without_reports(volunteer.holds((averages(plan)[1],), now=6.0)) == [], "round 1 is its founder's to vote on"
     assert without_reports(volunteer.receive(FOUNDER, commit, now=7.0)) == [Store(commit), Apply(commit)]
     effects = volunteer.applied(1, model_after(1), NO_COST, now=8.0)
     assert [message.model for message in said(effects, Applied)] == [model_after(1)]
     assert stage_of(volunteer) is Stage.WAITING
 
+
+def test_its_vote_in_both_phases_is_remembered_before_it_is_said(volunteer: Volunteer, leader: FakeLeader) -> None:
+    first = leader.plan(ME, ANN)
+    contributed(volunteer, first)
+    round_done(volunteer, leader, first)
     plan = leader.plan(ME, ANN)
     contributed(volunteer, plan)
-    volunteer.receive(FOUNDER, Proposal(leader.block(plan)), now=9.0)
-    (vote,) = said(volunteer.holds(tuple(averages(plan).values()), now=9.0), Vote)
-    assert vote.block == leader.block(plan).hash
+    block = leader.block(plan)
+    assert sent(volunteer.receive(FOUNDER, Proposal(0, block), now=4.0), Vote) == [], "its bytes are not all here"
+    kept, vote, *_ = volunteer.holds(block.parts, now=4.0)
+    assert kept == Remember(Promises(0, 2, 0, Proposal(0, block)))
+    assert [(v.phase, v.block) for v in said([vote], Vote)] == [(PREVOTE, block.hash)]
+    lock = locked(block, [ME, ANN])
+    kept, vote, *_ = volunteer.receive(FOUNDER, lock, now=5.0)
+    assert kept == Remember(Promises(0, 2, 0, Proposal(0, block), lock))
+    assert [(v.phase, v.block) for v in said([vote], Vote)] == [(PRECOMMIT, block.hash)]
 
 
 def test_effects_of_a_commit_begin_with_its_storing_even_when_training_is_cut_short(
@@ -256,9 +329,9 @@ def test_effects_of_a_commit_begin_with_its_storing_even_when_training_is_cut_sh
 def test_the_promise_is_said_again_with_each_report_until_the_freeze(volunteer: Volunteer, leader: FakeLeader) -> None:
     plan = leader.plan(ME, ANN)
     contributed(volunteer, plan)
-    assert len(said(volunteer.tick(now=10.0), Contribution)) == 1
-    volunteer.receive(FOUNDER, leader.freeze(plan), now=10.0)
-    assert said(volunteer.tick(now=20.0), Contribution) == []
+    assert len(said(volunteer.tick(now=6.0), Contribution)) == 1
+    volunteer.receive(FOUNDER, leader.freeze(plan), now=6.0)
+    assert said(volunteer.tick(now=9.0), Contribution) == []
 
 
 def test_who_comes_too_late_still_folds_for_the_others(volunteer: Volunteer, leader: FakeLeader) -> None:
@@ -285,6 +358,21 @@ def test_broken_uploads_and_deliveries_are_tried_again(volunteer: Volunteer, lea
     assert reduced(volunteer.tick(now=9.0)) == [Deliver(FOUNDER, mine(plan))]
 
 
+def test_damage_found_in_applying_brings_the_part_from_others_and_the_round_is_applied(
+    volunteer: Volunteer, leader: FakeLeader
+) -> None:
+    plan = leader.plan(ME, ANN)
+    contributed(volunteer, plan)
+    commit = leader.commit(plan)
+    volunteer.holds(commit.block.parts, now=3.0)
+    assert Apply(commit) in volunteer.receive(FOUNDER, commit, now=3.0)
+    (fetch,) = [effect for effect in volunteer.damaged(commit.block.parts[:1], now=4.0) if isinstance(effect, Fetch)]
+    assert fetch.wanted == ((0, commit.block.parts[0]),)
+    assert Apply(commit) in volunteer.holds(commit.block.parts[:1], now=5.0)
+    volunteer.applied(1, model_after(1), NO_COST, now=6.0)
+    assert volunteer.follower.at_head
+
+
 # -- training that ends otherwise
 
 
@@ -296,7 +384,7 @@ def test_a_straggler_stops_at_train_s_and_keeps_what_it_did(volunteer: Volunteer
     assert StopTraining(keep=True) in volunteer.tick(now=1.0 + TRAIN_S)
     assert not any(isinstance(effect, StopTraining) for effect in volunteer.tick(now=3 * TRAIN_S))
     part = Work(digest("root of six"), 6, 42, 2.5)
-    (promise, *_) = said(volunteer.trained(plan, part, now=70.0), Contribution)
+    (promise, *_) = said(volunteer.trained(plan, part, now=3 * TRAIN_S), Contribution)
     assert (promise.ranges, promise.tokens, promise.root) == (((0, 6),), 42, digest("root of six"))
 
 
@@ -306,10 +394,10 @@ def test_who_finished_in_time_is_not_told_to_stop(volunteer: Volunteer, leader: 
 
 
 def test_nothing_to_contribute_is_reported_as_waiting_under_that_plan(volunteer: Volunteer, leader: FakeLeader) -> None:
-    plan = leader.plan(ME, ANN, view=2)
+    plan = leader.plan(ME, ANN, attempt=2)
     volunteer.receive(FOUNDER, plan, now=1.0)
     (report,) = said(volunteer.not_trained(plan, "non-finite values", now=2.0), Report)
-    assert (report.stage, report.round, report.view) == (Stage.WAITING, 1, 2)
+    assert (report.stage, report.round, report.attempt) == (Stage.WAITING, 1, 2)
     assert volunteer.reason == "non-finite values"
     assert volunteer.trained(plan, WORK, now=3.0) == []
     assert StopTraining(keep=True) not in volunteer.tick(now=2 * TRAIN_S)
@@ -328,78 +416,77 @@ def test_who_has_nothing_to_contribute_still_folds_and_takes_the_result(
     assert volunteer.follower.at_head
 
 
-def test_work_on_samples_that_a_new_leader_gave_to_another_is_not_contributed(
-    volunteer: Volunteer, leader: FakeLeader
-) -> None:
-    old = leader.plan(ME, ANN)
-    volunteer.receive(FOUNDER, old, now=1.0)
-    leader.term = 2
-    new = leader.plan(ANN, ME)
-    volunteer.receive(FOUNDER, leader.delegation(), now=2.0)
-    seat = new.seat_of(ME)
-    assert seat is not None
-    assert seat != old.seat_of(ME)
-    assert Train(new, seat) in volunteer.receive(FOUNDER, new, now=2.0)
-    assert volunteer.trained(old, WORK, now=3.0) == []
-    volunteer.not_trained(old, "stopped", now=3.0)
-    assert stage_of(volunteer) is Stage.TRAINING
-    assert said(volunteer.trained(new, WORK, now=4.0), Contribution) != []
-
-
 # -- plans
 
 
-def test_a_plan_from_one_who_does_not_lead_is_refused(volunteer: Volunteer, leader: FakeLeader) -> None:
-    for said_ in (leader.plan(ME, ANN), leader.freeze(leader.plan(ME, ANN)), leader.standing(finished=True)):
+def test_a_plan_or_a_freeze_from_one_who_does_not_lead_is_refused(volunteer: Volunteer, leader: FakeLeader) -> None:
+    for said_ in (leader.plan(ME, ANN), leader.freeze(leader.plan(ME, ANN))):
         (refused,) = volunteer.receive(EVE, said_, now=1.0)
         assert isinstance(refused, Refused)
         assert (refused.sender, refused.reason) == (EVE, "not leader")
     assert volunteer.state is State.WAIT
 
 
+def test_who_does_not_lead_is_not_believed_that_the_run_is_finished(volunteer: Volunteer, leader: FakeLeader) -> None:
+    volunteer.receive(EVE, leader.standing(finished=True), now=1.0)
+    assert volunteer.standing is None
+    volunteer.receive(FOUNDER, leader.standing(), now=1.0)
+    assert volunteer.standing == leader.standing()
+
+
 @pytest.mark.parametrize(
-    "message", [Have(1, 1, 0, ANN, bytes(32)), Contribution(0, 1, RUN, bytes(32), ((0, 1),), 1, 1.0)]
+    ("change", "why"),
+    [
+        ({"owners": (ME, ANN)}, "it has owners for 2 of 3 parts"),
+        ({"owners": (ME, ANN, EVE)}, "someone owns a part without a seat"),
+        ({"seats": "backwards"}, "its seats are not in peer-id order"),
+        ({"seats": "doubled"}, "its seats are not in peer-id order"),
+    ],
 )
-def test_what_is_said_to_leaders_is_refused(volunteer: Volunteer, message: Message) -> None:
-    (refused,) = volunteer.receive(FOUNDER, message, now=1.0)
+def test_a_plan_that_nobody_could_follow_is_refused_and_says_why(
+    volunteer: Volunteer, leader: FakeLeader, change: dict[str, object], why: str
+) -> None:
+    plan = leader.plan(ME, ANN)
+    orders = {"backwards": plan.seats[::-1], "doubled": (plan.seats[0], *plan.seats)}
+    changed = {key: orders.get(value, value) if isinstance(value, str) else value for key, value in change.items()}
+    (refused,) = volunteer.receive(FOUNDER, replace(plan, **changed), now=1.0)
     assert isinstance(refused, Refused)
+    assert (refused.reason, refused.detail) == ("invalid plan", why)
+    assert volunteer.plan is None
 
 
-def test_plans_of_another_term_or_chain_or_that_are_older_change_nothing(
+def test_plans_of_another_view_or_chain_or_that_are_older_change_nothing(
     volunteer: Volunteer, leader: FakeLeader
 ) -> None:
-    replace = msgspec.structs.replace
-    plan = leader.plan(ME, ANN, view=1)
+    plan = leader.plan(ME, ANN, attempt=3)
     foreign = volunteer.receive(FOUNDER, replace(plan, head=digest("another chain")), now=1.0)
     assert [effect.reason for effect in foreign if isinstance(effect, Refused)] == ["foreign chain"]
-    for other in (replace(plan, term=0), replace(plan, term=2)):
-        assert without_reports(volunteer.receive(FOUNDER, other, now=1.0)) == []
+    assert without_reports(volunteer.receive(FOUNDER, replace(plan, view=1), now=1.0)) == []
     volunteer.receive(FOUNDER, plan, now=1.0)
-    for other in (plan, replace(plan, view=0, owners=(ANN,) * 3)):
+    for other in (plan, replace(plan, attempt=2, owners=(ANN,) * 3)):
         assert without_reports(volunteer.receive(FOUNDER, other, now=1.0)) == []
     assert volunteer.plan == plan
 
 
 def test_a_plan_from_ahead_makes_it_catch_up(volunteer: Volunteer, leader: FakeLeader) -> None:
-    plan = msgspec.structs.replace(leader.plan(ME, ANN), round=5)
-    assert CatchUp(FOUNDER, 0) in volunteer.receive(FOUNDER, plan, now=1.0)
+    assert CatchUp(FOUNDER, (0, 0)) in volunteer.receive(FOUNDER, replace(leader.plan(ME, ANN), round=5), now=1.0)
     assert volunteer.state is State.WAIT
 
 
-def test_a_new_view_with_the_same_seat_keeps_the_training(volunteer: Volunteer, leader: FakeLeader) -> None:
+def test_another_attempt_with_the_same_seat_keeps_the_training(volunteer: Volunteer, leader: FakeLeader) -> None:
     volunteer.receive(FOUNDER, leader.plan(ME, ANN), now=1.0)
-    again = leader.plan(ME, ANN, owners=(ANN, ANN, ANN), view=1)
+    again = leader.plan(ME, ANN, owners=(ANN, ANN, ANN), attempt=2)
     assert without_reports(volunteer.receive(FOUNDER, again, now=2.0)) == []
     assert stage_of(volunteer) is Stage.TRAINING
     effects = volunteer.trained(leader.plan(ME, ANN), WORK, now=3.0)
     assert reduced(effects) == [Upload(ANN, WORK.root, (0, 1, 2))]
 
 
-def test_a_new_view_with_the_same_seat_keeps_the_work_and_sends_what_new_owners_lack(
+def test_another_attempt_with_the_same_seat_keeps_the_work_and_sends_what_new_owners_lack(
     volunteer: Volunteer, leader: FakeLeader
 ) -> None:
     contributed(volunteer, leader.plan(ME, ANN, BOB))
-    again = leader.plan(ME, ANN, BOB, owners=(BOB, ANN, ANN), view=1)
+    again = leader.plan(ME, ANN, BOB, owners=(BOB, ANN, ANN), attempt=2)
     effects = volunteer.receive(FOUNDER, again, now=3.0)
     assert not any(isinstance(effect, Train) for effect in effects)
     assert reduced(effects) == [Upload(ANN, WORK.root, (2,)), Upload(BOB, WORK.root, (0,))]
@@ -407,12 +494,19 @@ def test_a_new_view_with_the_same_seat_keeps_the_work_and_sends_what_new_owners_
     assert stage_of(volunteer) is Stage.CONTRIBUTED
 
 
-def test_a_freeze_or_a_fold_of_an_older_view_changes_nothing(volunteer: Volunteer, leader: FakeLeader) -> None:
+def test_who_missed_an_attempt_offers_all_of_its_work_again(volunteer: Volunteer, leader: FakeLeader) -> None:
+    contributed(volunteer, leader.plan(ME, ANN))
+    assert reduced(volunteer.receive(FOUNDER, leader.plan(ME, ANN, attempt=2), now=3.0)) == []
+    effects = volunteer.receive(FOUNDER, leader.plan(ME, ANN, attempt=4), now=4.0)
+    assert reduced(effects) == [Upload(ANN, WORK.root, (1,))], "its owner may have come and gone in the third"
+
+
+def test_a_freeze_or_a_fold_of_an_older_attempt_changes_nothing(volunteer: Volunteer, leader: FakeLeader) -> None:
     old = leader.plan(ME, ANN)
     contributed(volunteer, old)
     volunteer.received(ANN, digest("root b"), (0, 2), now=3.0)
     volunteer.receive(FOUNDER, leader.freeze(old), now=3.0)
-    new = leader.plan(ME, ANN, view=1)
+    new = leader.plan(ME, ANN, attempt=2)
     volunteer.receive(FOUNDER, new, now=4.0)
     assert volunteer.folded(old, mine(old), now=4.0) == []
     assert reduced(volunteer.receive(FOUNDER, leader.freeze(old), now=4.0)) == []
@@ -420,9 +514,17 @@ def test_a_freeze_or_a_fold_of_an_older_view_changes_nothing(volunteer: Voluntee
     assert len(reduced(volunteer.receive(FOUNDER, leader.freeze(new), now=5.0))) == 1
 
 
+def test_a_frozen_set_out_of_order_is_refused_since_sums_would_differ(volunteer: Volunteer, leader: FakeLeader) -> None:
+    plan = leader.plan(ME, ANN)
+    contributed(volunteer, plan)
+    effects = volunteer.receive(FOUNDER, leader.freeze(plan, *leader.entries(plan)[::-1]), now=3.0)
+    assert [effect.reason for effect in effects if isinstance(effect, Refused)] == ["invalid freeze"]
+    assert stage_of(volunteer) is Stage.CONTRIBUTED
+
+
 def test_a_plan_without_a_seat_for_it_ends_its_training(volunteer: Volunteer, leader: FakeLeader) -> None:
     volunteer.receive(FOUNDER, leader.plan(ME, ANN), now=1.0)
-    without = leader.plan(ANN, owners=(ANN,) * 3, view=1)
+    without = leader.plan(ANN, owners=(ANN,) * 3, attempt=2)
     assert StopTraining(keep=False) in volunteer.receive(FOUNDER, without, now=2.0)
     assert stage_of(volunteer) is Stage.WAITING
 
@@ -432,15 +534,177 @@ def test_a_model_that_is_of_no_use_stops_everything_until_another_is_here(
 ) -> None:
     plan = leader.plan(ME, ANN)
     contributed(volunteer, plan)
-    block = msgspec.structs.replace(leader.block(plan), model_before=digest("the model of all others"))
+    block = replace(leader.block(plan), model_before=digest("the model of all others"))
     volunteer.holds(block.parts, now=3.0)
-    effects = volunteer.receive(FOUNDER, Proposal(block), now=3.0)
+    effects = volunteer.receive(FOUNDER, Proposal(0, block), now=3.0)
     assert any(isinstance(effect, Resync) for effect in effects)
     assert said(effects, Report)[-1].stage == Stage.SYNCING
     assert not any(isinstance(effect, Resync) for effect in volunteer.tick(now=60.0)), "one is under way"
 
 
+# -- what is wanted of others
+
+
+def test_part_bytes_are_taken_only_of_those_with_a_seat_in_the_round_under_way(
+    volunteer: Volunteer, leader: FakeLeader
+) -> None:
+    root = digest("root b")
+    assert not volunteer.takes(ANN, 1, root), "no round is under way"
+    volunteer.receive(FOUNDER, leader.plan(ME, ANN), now=1.0)
+    assert volunteer.takes(ANN, 1, root)
+    assert not volunteer.takes(ANN, 2, root)
+    assert not volunteer.takes(EVE, 1, root)
+    volunteer.received(ANN, root, (0,), now=1.0)
+    volunteer.received(ANN, digest("another"), (0,), now=1.0)
+    assert not volunteer.takes(ANN, 1, digest("a third")), "a stranger can't fill our disk"
+
+
+# -- another leader
+
+
+def voters() -> tuple[list[Commit], list[PeerId]]:
+    """A round after which the founder, who leads, and a, b, c vote; and who leads the next, view by view."""
+    commit = extend(a_ledger(), *(an_entry(peer, (10 * k, 10 * k + 10)) for k, peer in enumerate("abc")))
+    head = ledger_of([commit]).head
+    return [commit], [head.leader(view) for view in range(4)]
+
+
+FIRST, ORDER = voters()
+HEAD = ledger_of(FIRST).head
+MY_VIEW = ORDER.index(ME)
+
+
+def a_new_view(view: int, lock: Lock | None = None) -> Message:
+    """The proof, by all but the coordinator, that a view has begun."""
+    others = [peer for peer in ORDER if peer != FOUNDER]
+    return new_view(pledged(peer, HEAD, view, lock) for peer in others)
+
+
+def waiting(view: int = 0) -> Volunteer:
+    """A voter in sync with round 1, in that view."""
+    volunteer = in_sync(a_volunteer(*FIRST))
+    if view:
+        volunteer.receive(ORDER[view], a_new_view(view), now=0.0)
+    return volunteer
+
+
+def test_a_silent_leader_is_given_up_and_work_under_way_goes_on() -> None:
+    volunteer, leader = waiting(), FakeLeader(ledger_of(FIRST))
+    plan = leader.plan(ME, ANN)
+    volunteer.receive(FOUNDER, plan, now=0.0)
+    effects = [effect for second in range(1, 11) for effect in volunteer.tick(now=float(second))]
+    assert [change.view for change in sent(effects, ViewChange)] == [1]
+    assert not any(isinstance(effect, StopTraining) for effect in effects)
+    assert "coasting" in volunteer.why(now=11.0)
+    assert sent(volunteer.trained(plan, WORK, now=11.0), Contribution) != []
+    assert "work is kept" in volunteer.why(now=11.0)
+    assert volunteer.follower.model == model_after(1), "the shared model stays where it is"
+
+
+def test_work_is_kept_for_the_next_leader_who_gives_the_same_seat_and_is_promised_to_it() -> None:
+    view = 1 if ORDER[1] != ME else 2
+    volunteer, leader = waiting(), FakeLeader(ledger_of(FIRST))
+    contributed(volunteer, leader.plan(ME, ANN))
+    volunteer.receive(ORDER[view], a_new_view(view), now=3.0)
+    effects = volunteer.receive(ORDER[view], leader.plan(ME, ANN, view=view, attempt=9), now=4.0)
+    assert not any(isinstance(effect, Train) for effect in effects)
+    assert said(effects, Contribution, to=ORDER[view])[0].root == WORK.root
+    assert reduced(effects)[0] == Upload(ANN, WORK.root, (1,)), "who takes over knows of no bytes that came before"
+
+
+def test_work_on_samples_that_a_new_leader_gave_to_another_is_not_contributed() -> None:
+    view = 1 if ORDER[1] != ME else 2
+    volunteer, leader = waiting(), FakeLeader(ledger_of(FIRST))
+    old, new = leader.plan(ME, ANN), leader.plan(ANN, ME, view=view)
+    volunteer.receive(FOUNDER, old, now=1.0)
+    volunteer.receive(ORDER[view], a_new_view(view), now=2.0)
+    seat = new.seat_of(ME)
+    assert seat is not None
+    assert seat != old.seat_of(ME)
+    assert Train(new, seat) in volunteer.receive(ORDER[view], new, now=2.0)
+    assert volunteer.trained(old, WORK, now=3.0) == []
+    volunteer.not_trained(old, "stopped", now=3.0)
+    assert stage_of(volunteer) is Stage.TRAINING
+    assert sent(volunteer.trained(new, WORK, now=4.0), Contribution) != []
+
+
+def others_ready(volunteer: Volunteer, *peers: PeerId, now: float, **changed: object) -> list[Effect]:
+    """These peers report to it that they stand at its head and wait."""
+    follower = volunteer.follower
+    head, out = follower.ledger.head, list[Effect]()
+    for peer in peers:
+        report = Report(
+            epoch=head.epoch, head_round=head.round, head=head.hash, in_view=follower.view, incarnation=disk_of(peer),
+            trains=True, stage=Stage.WAITING, round=0, view=0, attempt=0, step=0, of_steps=0, leaving=False,
+            accepts=True, uplink=5e6, addresses=(),
+        )  # fmt: skip
+        out += volunteer.receive(peer, replace(report, **changed), now=now)
+    return out
+
+
+def leading() -> tuple[Volunteer, Plan, list[Effect]]:
+    """It leads in its view, and has planned the round for itself and b."""
+    volunteer = waiting(MY_VIEW)
+    effects = others_ready(volunteer, ANN, now=0.0)
+    for second in range(1, int(SETTLE_S) + 2):
+        effects += volunteer.tick(now=float(second))
+        effects += others_ready(volunteer, ANN, now=float(second))
+    plan = volunteer.leader.plan
+    assert plan is not None
+    return volunteer, plan, effects
+
+
+def test_when_it_is_its_turn_it_leads_and_works_and_what_it_says_to_itself_stays_here() -> None:
+    volunteer, plan, effects = leading()
+    now = SETTLE_S + 2
+    assert plan.members == (ME, ANN)
+    assert volunteer.plan == plan
+    assert Train(plan, plan.seats[0]) in effects
+    samples = ranges.count(plan.seats[0].ranges)
+    effects += volunteer.trained(plan, Work(digest("root a"), samples, 7 * samples, 2.0), now=now)
+    theirs, seat = digest("root b"), plan.seats[1]
+    promise = Contribution(0, 2, HEAD.hash, theirs, seat.ranges, 7 * ranges.count(seat.ranges), 2.0)
+    effects += volunteer.receive(ANN, promise, now=now)
+    effects += volunteer.received(ANN, theirs, tuple(k for k, who in enumerate(plan.owners) if who == ME), now=now)
+    effects += volunteer.receive(ANN, Have(*plan.order, ((ME, digest("root a")), (ANN, theirs))), now=now)
+    assert volunteer.leader.phase is Phase.REDUCE
+    assert any(isinstance(effect, Fold) for effect in reduced(effects)), "it folds its own parts of its own freeze"
+    effects += volunteer.folded(plan, mine(plan), now=now)
+    rest = {part: average for part, average in averages(plan).items() if plan.owners[part] == ANN}
+    effects += volunteer.result(ANN, plan.order, rest, now=now)
+    (proposal, *_) = sent(effects, Proposal)
+    assert proposal.block.parts == tuple(averages(plan).values())
+    assert any(isinstance(e, Remember) and e.promises.prevoted == proposal for e in effects), "its own prevote"
+    assert all(ME not in effect.to for effect in effects if isinstance(effect, Send))
+
+
+def test_a_lost_lead_is_laid_down_and_it_follows() -> None:
+    volunteer, _, _ = leading()
+    later = next(view for view in range(MY_VIEW + 1, 8) if ORDER[view % 4] not in (ME, FOUNDER))
+    volunteer.receive(ORDER[later % 4], a_new_view(later), now=9.0)
+    assert volunteer.leader.phase is Phase.FOLLOWING
+    assert volunteer.stage is Stage.TRAINING, "its interval goes on: the next leader may keep the seat"
+
+
+def test_while_the_coordinator_is_away_it_says_for_how_long() -> None:
+    volunteer = waiting()
+    volunteer.receive(FOUNDER, FakeLeader(ledger_of(FIRST)).standing(), now=1.0)
+    assert volunteer.coordinator_gone_s(now=5.0) is None
+    assert volunteer.coordinator_gone_s(now=1.0 + SILENCE_S) == SILENCE_S
+    without = replace(a_block(HEAD, an_entry("a", (30, 40)), seat=None), model_before=model_after(1))
+    commit = certify(without, HEAD.voters)
+    volunteer.holds(commit.block.parts, now=20.0)
+    volunteer.receive(ANN, commit, now=20.0)
+    assert volunteer.coordinator_gone_s(now=30.0) == 29.0
+    volunteer.receive(FOUNDER, delegation(FOUNDER, 2), now=40.0)
+    assert volunteer.coordinator_gone_s(now=40.0) == 0.0, "it is back, and not named yet"
+
+
 # -- leaving
+
+
+def left(effects: Iterable[Effect]) -> list[str]:
+    return [effect.reason for effect in effects if isinstance(effect, Leave)]
 
 
 def test_who_has_no_vote_and_no_work_leaves_at_once(volunteer: Volunteer) -> None:
@@ -449,6 +713,7 @@ def test_who_has_no_vote_and_no_work_leaves_at_once(volunteer: Volunteer) -> Non
     assert said(effects, Report)[-1].leaving
     assert volunteer.state is State.LEFT
     assert volunteer.tick(now=2.0) == [], "who has left says nothing more"
+    assert volunteer.wake_at() == float("inf")
 
 
 def test_leaving_while_training_finishes_the_round_and_waits_until_nobody_counts_on_its_vote(
@@ -469,31 +734,92 @@ def test_leaving_while_training_finishes_the_round_and_waits_until_nobody_counts
     assert said(effects, Applied) != [], "what it applied is said before it goes"
 
 
-def test_when_the_coordinator_is_silent_one_leaves_without_a_goodbye(volunteer: Volunteer, leader: FakeLeader) -> None:
-    plan = leader.plan(ME, ANN)
-    volunteer.receive(FOUNDER, plan, now=1.0)
+def test_who_has_no_vote_does_not_wait_for_a_leader_that_is_silent(volunteer: Volunteer, leader: FakeLeader) -> None:
+    volunteer.receive(FOUNDER, leader.plan(ME, ANN), now=1.0)
     volunteer.leave(now=2.0)
-    assert volunteer.coordinator_silent_s(now=10.0) is None
-    assert not any(isinstance(effect, Leave) for effect in volunteer.tick(now=10.0))
-    assert volunteer.coordinator_silent_s(now=11.5) == 10.5
-    effects = volunteer.tick(now=11.5)
-    assert StopTraining(keep=False) in effects
-    assert isinstance(effects[-1], Leave)
+    for second in range(2, 11):
+        assert left(volunteer.tick(now=float(second))) == []
+    effects = volunteer.tick(now=11.0)
+    assert effects[-2:] == [StopTraining(keep=False), Leave("left in order")]
 
 
-def test_a_silent_coordinator_alone_makes_nobody_leave(volunteer: Volunteer) -> None:
-    assert not any(isinstance(effect, Leave) for effect in volunteer.tick(now=3600.0))
+def test_a_voter_goes_without_a_goodbye_only_when_nobody_has_led_for_long() -> None:
+    volunteer = waiting()
+    volunteer.leave(now=0.0)
+    gone = [second for second in range(1, 60) if left(volunteer.tick(now=float(second)))]
+    assert gone == [3 * GOODBYE_S]
+
+
+def test_a_voter_that_asks_to_go_in_the_midst_of_a_silence_waits_for_a_leader_a_while() -> None:
+    volunteer = waiting()
+    for second in range(1, 100):
+        volunteer.tick(now=float(second))
+    volunteer.leave(now=100.0)
+    assert [second for second in range(101, 130) if left(volunteer.tick(now=float(second)))] == [100 + GOODBYE_S]
+
+
+def test_a_voter_without_a_model_has_nothing_to_stay_for_once_nobody_leads() -> None:
+    volunteer = a_volunteer(*FIRST)
+    volunteer.leave(now=0.0)
+    gone = [second for second in range(1, 60) if left(volunteer.tick(now=float(second)))]
+    assert gone == [SILENCE_S]
+
+
+def test_silence_alone_makes_nobody_leave(volunteer: Volunteer) -> None:
+    assert not any(left(volunteer.tick(now=float(second))) for second in range(1, 3600, 4))
     assert volunteer.state is State.WAIT
 
 
-def test_a_finished_run_is_left_once_its_last_round_is_applied(volunteer: Volunteer, leader: FakeLeader) -> None:
+def test_who_leads_does_not_go_in_the_midst_of_a_round() -> None:
+    volunteer, plan, _ = leading()
+    assert left(volunteer.leave(now=7.0)) == []
+    assert volunteer.leader.plan == plan
+
+
+def test_who_leads_and_has_seen_all_others_go_leaves_as_the_last() -> None:
+    volunteer = waiting(MY_VIEW)
+    others_ready(volunteer, *(peer for peer in ORDER if peer != ME), now=0.0, stage=Stage.SYNCING)
+    for second in range(1, 11):
+        assert left(volunteer.tick(now=float(second))) == []
+    assert left(volunteer.leave(now=10.0)) == ["left as the last: the run goes on from this folder"]
+
+
+def test_who_leads_and_leaves_between_two_rounds_is_let_out_by_the_others() -> None:
+    volunteer = waiting(MY_VIEW)
+    others = [peer for peer in ORDER if peer != ME]
+    others_ready(volunteer, *others, now=0.0, stage=Stage.SYNCING)
+    (proposal,) = sent(volunteer.leave(now=1.0), Proposal)
+    assert ME not in {voter.peer for voter in proposal.block.committee}
+    assert volunteer.state is State.WAIT, "until that is committed its vote counts"
+    commit = certify(proposal.block, others, view=MY_VIEW)
+    volunteer.receive(ANN, commit, now=2.0)
+    assert left(volunteer.applied(2, model_after(1), NO_COST, now=2.0)) == ["left in order"]
+
+
+def test_a_finished_run_is_left_once_its_last_round_is_applied(leader: FakeLeader) -> None:
+    volunteer = in_sync(a_volunteer(total_steps=10))
     plan = leader.plan(ME, ANN)
     contributed(volunteer, plan)
     commit = leader.commit(plan)
     volunteer.holds(commit.block.parts, now=3.0)
     volunteer.receive(FOUNDER, commit, now=3.0)
-    effects = volunteer.receive(FOUNDER, leader.standing(finished=True), now=3.0)
-    assert not any(isinstance(effect, Leave) for effect in effects)
+    assert left(volunteer.receive(FOUNDER, leader.standing("finished", finished=True), now=3.0)) == []
     effects = volunteer.applied(1, model_after(1), NO_COST, now=4.0)
     assert effects[-1] == Leave("the run is finished")
     assert said(effects, Applied) != []
+
+
+def test_who_leads_a_finished_run_stays_until_the_others_have_seen_it_or_a_while() -> None:
+    def finished() -> Volunteer:
+        volunteer = in_sync(a_volunteer(*FIRST, total_steps=10))
+        volunteer.receive(ORDER[MY_VIEW], a_new_view(MY_VIEW), now=0.0)
+        assert volunteer.leader.phase is Phase.FINISHED
+        return volunteer
+
+    seen = finished()
+    others = [peer for peer in ORDER if peer != ME]
+    effects = others_ready(seen, *others[:2], now=1.0, leaving=True)
+    assert left(effects) == []
+    assert left(others_ready(seen, others[2], now=1.0, leaving=True)) == ["the run is finished"]
+    alone = finished()
+    assert [s for s in range(1, 20) if left(alone.tick(now=float(s)))] == [GOODBYE_S]

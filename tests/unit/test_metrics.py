@@ -34,11 +34,14 @@ def shown(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 def say_everything(metrics: Metrics) -> None:
     metrics.round_committed(3, 60, 12.5)
-    metrics.view_failed()
+    metrics.attempt_failed()
+    metrics.led(2, by_us=True)
     metrics.phase_took("train", 9.0)
     metrics.utilized(0.75)
     metrics.peers_seen({"training": 2})
     metrics.coordinator_silent(14.0)
+    metrics.clock_corrected(-0.5)
+    metrics.quarantined(1)
     metrics.trained(4096, 2.5, 1000.0)
     metrics.validated(2.25)
     metrics.checkpoint_written(2, 0.5)
@@ -55,11 +58,15 @@ def test_everything_that_is_said_is_shown(metrics: Metrics) -> None:
     assert shown(metrics, "dugnad_global_step") == 60
     assert shown(metrics, "dugnad_rounds_committed_total") == 1
     assert shown(metrics, "dugnad_round_duration_seconds_sum") == 12.5
-    assert shown(metrics, "dugnad_views_total") == 1
+    assert shown(metrics, "dugnad_failed_attempts_total") == 1
+    assert shown(metrics, "dugnad_view") == 2
+    assert shown(metrics, "dugnad_leads") == 1
     assert shown(metrics, "dugnad_phase_duration_seconds_sum", phase="train") == 9.0
     assert shown(metrics, "dugnad_utilization_ratio") == 0.75
     assert shown(metrics, "dugnad_peers", state="training") == 2
     assert shown(metrics, "dugnad_coordinator_silent_seconds") == 14.0
+    assert shown(metrics, "dugnad_clock_offset_seconds") == -0.5
+    assert shown(metrics, "dugnad_quarantined_peers") == 1
     assert shown(metrics, "dugnad_tokens_total") == 4096
     assert shown(metrics, "dugnad_train_loss_nats") == 2.5
     assert shown(metrics, "dugnad_tokens_per_second") == 1000.0
@@ -98,7 +105,7 @@ def test_no_name_is_declared_twice() -> None:
 def test_what_is_not_known_yet_is_absent_and_what_is_counted_stands_at_zero(metrics: Metrics) -> None:
     assert shown(metrics, "dugnad_train_loss_nats") is None
     assert shown(metrics, "dugnad_round") is None
-    assert shown(metrics, "dugnad_views_total") == 0
+    assert shown(metrics, "dugnad_failed_attempts_total") == 0
     assert shown(metrics, "dugnad_rejected_messages_total", reason="bad signature") == 0
 
 
@@ -153,8 +160,8 @@ def test_a_loss_that_is_not_a_number_is_shown_as_such(metrics: Metrics) -> None:
 
 def test_two_roles_in_one_process_share_nothing(metrics: Metrics) -> None:
     other = Metrics("coordinator", "ab12cd34")
-    metrics.view_failed()
-    assert shown(other, "dugnad_views_total") == 0
+    metrics.attempt_failed()
+    assert shown(other, "dugnad_failed_attempts_total") == 0
     assert not [family for family in REGISTRY.collect() if family.name.startswith("dugnad")]
 
 
@@ -205,6 +212,7 @@ def words(function: str, position: int) -> dict[str, str]:
         (REJECTED_MESSAGES, 0, "WireError", 0),
         (REJECTED_MESSAGES, 0, "Refused", 1),
         (REJECTED_CONTRIBUTIONS, 0, "rejected_contribution", 0),
+        (REJECTED_CONTRIBUTIONS, 0, "LeftOut", 1),
         (MESSAGES, 1, "Kind", 0),
     ],
 )

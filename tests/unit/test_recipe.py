@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from dugnad.configs import recipe as module
 from dugnad.configs.recipe import (
     MAX_RECIPE_BYTES,
+    AdmissionSettings,
     CheckpointSettings,
     CodecSettings,
     DataSettings,
@@ -121,6 +122,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         codec=CodecSettings(kind="int8", block_elements=block, part_elements=block * draw(st.integers(1, 4096))),
         evaluation=EvaluationSettings(every_rounds=draw(st.integers(1, 10**6)), sequences=sequences),
         checkpoints=CheckpointSettings(every_rounds=draw(st.integers(1, 16)), keep=draw(st.integers(1, 1000))),
+        admission=AdmissionSettings(kind=draw(st.sampled_from(["invited", "open"]))),
     )
 
 

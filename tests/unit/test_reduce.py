@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dugnad.dht.identity import PeerId
-from dugnad.optim.reduce import RETRY_S, Deliver, Drop, Effect, Fold, Holds, Reducer, Upload, Weighed
+from dugnad.optim.reduce import FEW_VECTORS, RETRY_S, Deliver, Drop, Effect, Fold, Holds, Reducer, Upload, Weighed
 
 ME, ANN, BOB, EVE = PEERS = tuple(PeerId(name) for name in ("me", "ann", "bob", "eve"))
 LEADER = PeerId("leader")
@@ -15,6 +15,11 @@ ROOTS = {peer: peer.encode().ljust(32, b".") for peer in PEERS}
 OTHER = b"other work".ljust(32)
 SET = (Weighed(ANN, ROOTS[ANN], 5), Weighed(ME, ROOTS[ME], 7))
 RESULTS = {0: b"a" * 32, 2: b"c" * 32}
+
+
+def holds(*peers: PeerId) -> Holds:
+    """All our parts of the vectors of these peers are here."""
+    return Holds(tuple((peer, ROOTS[peer]) for peer in sorted(peers)))
 
 
 def planned() -> Reducer:
@@ -39,7 +44,7 @@ def test_own_work_goes_to_each_owner_in_one_upload_and_is_held_by_ourselves() ->
     reducer = planned()
     assert not reducer.contributed
     effects = reducer.contribute(ROOTS[ME], now=0.0)
-    assert effects == [Upload(ANN, ROOTS[ME], (1, 4)), Upload(BOB, ROOTS[ME], (3,)), Holds(ME, ROOTS[ME])]
+    assert effects == [Upload(ANN, ROOTS[ME], (1, 4)), Upload(BOB, ROOTS[ME], (3,)), holds(ME)]
     assert reducer.contributed
     assert reducer.own_parts == (0, 2)
 
@@ -75,7 +80,7 @@ def test_a_new_view_uploads_only_what_its_owners_lack() -> None:
     reducer.uploaded(ANN, ROOTS[ME], (1, 4), now=0.1)
     reducer.uploaded(BOB, ROOTS[ME], (3,), now=0.1)
     effects = reducer.plan((ME, ANN, ANN, ANN, ANN), PEERS, now=1.0)
-    assert effects == [Upload(ANN, ROOTS[ME], (2, 3)), Holds(ME, ROOTS[ME])]
+    assert effects == [Upload(ANN, ROOTS[ME], (2, 3)), holds(ME)]
 
 
 def test_an_owner_that_was_gone_for_a_view_gets_everything_again() -> None:
@@ -103,7 +108,7 @@ def test_work_that_is_void_leaves_no_trace_in_what_is_uploaded_of_the_other_work
     reducer.contribute(ROOTS[ME], now=0.0)
     reducer.received(ANN, ROOTS[ANN], (0, 2), now=0.0)
     reducer.restart()
-    assert reducer.plan(OWNERS, PEERS, now=1.0) == [Drop(ME, ROOTS[ME]), Holds(ANN, ROOTS[ANN])]
+    assert reducer.plan(OWNERS, PEERS, now=1.0) == [Drop(ME, ROOTS[ME]), holds(ANN)]
     assert not reducer.contributed
     assert reducer.uploaded(ANN, ROOTS[ME], (1, 4), now=1.1) == []
     effects = reducer.contribute(OTHER, now=2.0)
@@ -159,18 +164,14 @@ def test_a_new_view_keeps_of_each_peer_the_vector_that_was_last_added_to() -> No
     for root, part in ((ROOTS[ANN], 0), (OTHER, 0), (ROOTS[ANN], 2)):
         reducer.received(ANN, root, (part,), now=0.0)
     reducer.received(BOB, ROOTS[BOB], (0, 2), now=0.0)
-    assert reducer.plan(OWNERS, PEERS, now=1.0) == [
-        Drop(ANN, OTHER),
-        Holds(ANN, ROOTS[ANN]),
-        Holds(BOB, ROOTS[BOB]),
-    ]
+    assert reducer.plan(OWNERS, PEERS, now=1.0) == [Drop(ANN, OTHER), holds(ANN, BOB)]
     assert reducer.takes(ANN, b"a third".ljust(32))
 
 
 def test_a_contribution_is_held_once_all_our_parts_of_it_are_here() -> None:
     reducer = planned()
     assert reducer.received(ANN, ROOTS[ANN], (0,), now=0.0) == []
-    assert reducer.received(ANN, ROOTS[ANN], (2,), now=0.0) == [Holds(ANN, ROOTS[ANN])]
+    assert reducer.received(ANN, ROOTS[ANN], (2,), now=0.0) == [holds(ANN)]
     assert reducer.received(ANN, ROOTS[ANN], (0, 2), now=0.0) == []
 
 
@@ -184,19 +185,36 @@ def test_what_is_held_is_said_again_until_the_set_is_frozen() -> None:
     reducer = planned()
     reducer.received(ANN, ROOTS[ANN], (0, 2), now=0.0)
     assert reducer.wake_at() == RETRY_S
-    assert reducer.tick(now=RETRY_S) == [Holds(ANN, ROOTS[ANN])]
-    assert reducer.tick(now=2 * RETRY_S) == [Holds(ANN, ROOTS[ANN])]
+    assert reducer.tick(now=RETRY_S) == [holds(ANN)]
+    assert reducer.tick(now=2 * RETRY_S) == [holds(ANN)]
     reducer.freeze(SET, now=2.5)
     assert reducer.wake_at() == float("inf")
     assert reducer.tick(now=60.0) == []
+
+
+def test_in_a_crowd_what_came_since_is_said_together_and_all_of_it_only_now_and_then() -> None:
+    reducer = planned()
+    crowd = [PeerId(f"p{k:03}") for k in range(FEW_VECTORS + 2)]
+    said: list[Effect] = []
+    for peer in crowd:
+        said += reducer.received(peer, OTHER, (0, 2), now=0.0)
+    assert said == [Holds(((peer, OTHER),)) for peer in crowd[:FEW_VECTORS]]
+    assert reducer.wake_at() == RETRY_S
+    everything = Holds(tuple((peer, OTHER) for peer in crowd))
+    assert reducer.tick(now=RETRY_S) == [everything], "the first time all of it is due"
+    reducer.received(PeerId("p999"), OTHER, (0, 2), now=RETRY_S)
+    assert reducer.tick(now=2 * RETRY_S) == [Holds(((PeerId("p999"), OTHER),))]
+    assert reducer.tick(now=3 * RETRY_S) == [], "what was said is not said again at once"
+    again = [effect for k in range(4, 7) for effect in reducer.tick(now=k * RETRY_S)]
+    assert again == [Holds((*everything.vectors, (PeerId("p999"), OTHER)))]
 
 
 def test_what_is_held_stays_held_in_a_new_view() -> None:
     reducer = planned()
     reducer.received(ANN, ROOTS[ANN], (0, 2), now=0.0)
     assert reducer.plan((BOB, ME, ME, BOB, BOB), PEERS, now=1.0) == []
-    assert reducer.received(ANN, ROOTS[ANN], (1,), now=1.1) == [Holds(ANN, ROOTS[ANN])]
-    assert reducer.plan(OWNERS, PEERS, now=2.0) == [Holds(ANN, ROOTS[ANN])]
+    assert reducer.received(ANN, ROOTS[ANN], (1,), now=1.1) == [holds(ANN)]
+    assert reducer.plan(OWNERS, PEERS, now=2.0) == [holds(ANN)]
 
 
 def test_who_owns_no_part_holds_and_folds_nothing() -> None:
@@ -217,12 +235,12 @@ def test_the_fold_waits_for_the_last_part_of_the_frozen_set_and_happens_once() -
     assert reducer.freeze(SET, now=0.0) == []
     assert reducer.frozen
     assert reducer.received(ANN, ROOTS[ANN], (0,), now=0.0) == []
-    assert reducer.received(ANN, ROOTS[ANN], (2,), now=0.0) == [Holds(ANN, ROOTS[ANN]), Fold((0, 2), SET)]
+    assert reducer.received(ANN, ROOTS[ANN], (2,), now=0.0) == [Fold((0, 2), SET)]
     assert reducer.received(ANN, ROOTS[ANN], (0, 2), now=0.0) == []
     assert reducer.freeze(SET, now=0.0) == []
     reducer.folded(RESULTS, now=0.0)
     assert reducer.freeze(SET, now=0.0) == []
-    assert reducer.received(BOB, ROOTS[BOB], (0, 2), now=0.0) == [Holds(BOB, ROOTS[BOB])]
+    assert reducer.received(BOB, ROOTS[BOB], (0, 2), now=0.0) == [], "the set is known: nobody asks any more"
 
 
 def test_the_first_frozen_set_of_a_view_stands() -> None:
@@ -230,12 +248,12 @@ def test_the_first_frozen_set_of_a_view_stands() -> None:
     reducer.freeze(SET, now=0.0)
     other = (Weighed(BOB, ROOTS[BOB], 1),)
     assert reducer.freeze(other, now=0.0) == []
-    assert reducer.received(BOB, ROOTS[BOB], (0, 2), now=0.0) == [Holds(BOB, ROOTS[BOB])]
+    assert reducer.received(BOB, ROOTS[BOB], (0, 2), now=0.0) == []
 
 
 def test_a_contribution_that_is_not_in_the_set_is_not_waited_for() -> None:
     reducer = planned()
-    assert reducer.received(ANN, ROOTS[ANN], (0, 2), now=0.0) == [Holds(ANN, ROOTS[ANN])]
+    assert reducer.received(ANN, ROOTS[ANN], (0, 2), now=0.0) == [holds(ANN)]
     assert reducer.freeze(SET[:1], now=0.0) == [Fold((0, 2), SET[:1])]
 
 
@@ -328,10 +346,12 @@ class Reducing(RuleBasedStateMachine):
                 case Upload(owner, root, parts):
                     assert root == ROOTS[ME]
                     self.check_upload(owner, parts)
-                case Holds(peer, root):
-                    assert root == ROOTS[peer]
-                    assert self.whole(peer), "only what is here whole is said to be held"
-                    self.said_held.add(peer)
+                case Holds(vectors):
+                    assert self.frozen is None, "once the set is known nobody asks what is held"
+                    for peer, root in vectors:
+                        assert root == ROOTS[peer]
+                        assert self.whole(peer), "only what is here whole is said to be held"
+                        self.said_held.add(peer)
                 case Fold(parts, entries):
                     self.check_fold(parts, entries)
                 case Deliver(to, parts):

@@ -452,7 +452,7 @@ def test_a_proof_is_good_from_whoever_it_comes_and_moves_every_voter_with_what_i
     (sent,) = follower.receive(EVE, new_view(pledged(peer, HEAD, 1) for peer in VOTERS[:3]), now=0.0)
     assert (follower.view, follower.leader) == (1, NEXT)
     assert isinstance(sent, Send)
-    assert sent.to == tuple(sorted({FOUNDER, NEXT})), "the new leader hears what we applied"
+    assert sent.to == tuple(sorted({FOURTH, FOUNDER, NEXT})), "the new leader hears what we applied"
 
 
 def proofs() -> dict[str, NewView]:

@@ -43,9 +43,11 @@ def values_of(type_: inspect.Type) -> st.SearchStrategy[Any]:
         case inspect.BytesType(min_length=least, max_length=most):
             size = {"min_size": least, "max_size": most} if least else {"max_size": 20}
             return st.binary(**size)
-        case inspect.IntType(ge=least, lt=end):
-            edges = [edge for edge in (0, 1, 127, 128, 255, 256, 2**16, 2**32, 2**53 - 1) if edge >= (least or 0)]
-            return st.sampled_from(edges) | st.integers(least, None if end is None else end - 1)
+        case inspect.IntType(ge=least, lt=end, le=most):
+            last = most if end is None else end - 1
+            edges = (0, 1, 127, 128, 255, 256, 2**16, 2**32, 2**53 - 1)
+            allowed = [edge for edge in edges if edge >= (least or 0) and (last is None or edge <= last)]
+            return st.sampled_from(allowed) | st.integers(least, last)
         case inspect.FloatType(ge=least, le=most):
             return st.floats(least, most)
         case inspect.BoolType():
@@ -94,8 +96,8 @@ def _filled(type_: inspect.Type) -> Any:
             return bytes(range(least or 5))
         case inspect.StrType():
             return "words"
-        case inspect.IntType():
-            return 70_000
+        case inspect.IntType(le=most):
+            return 70_000 if most is None else most
         case inspect.FloatType():
             return 1.25
         case inspect.BoolType():
@@ -447,7 +449,7 @@ def test_an_envelope_with_a_wrong_field_is_refused_for_that(changed: dict[str, A
 
 def test_a_round_codec_does_not_know_the_words_of_the_sync() -> None:
     rounds, sync = Codec(ROUND_KINDS), Codec(SYNC_KINDS)
-    assert refused(seal(ME, RUN, sync, Commits(0, ())), codec=rounds) == "unknown kind"
+    assert refused(seal(ME, RUN, sync, Commits(0, 0, ())), codec=rounds) == "unknown kind"
     assert refused(seal(ME, RUN, rounds, SAID), codec=sync) == "unknown kind"
 
 
