@@ -36,6 +36,7 @@ from dugnad.coordinator.messages import (
     epoch_payload,
 )
 from dugnad.coordinator.rounds import Keep, Leader, LeftOut, Phase
+from dugnad.coordinator.state import SHORT_REPLAY_ROUNDS
 from dugnad.coordinator.votes import QuorumRule
 from dugnad.dht.identity import PeerId
 from dugnad.optim import reduce as reducing
@@ -617,6 +618,9 @@ class Node:
             return
         donor = max(donors, key=lambda peer: world.nodes[peer].follower.ledger.head.place)
         self.catch_up(donor)
+        if self.follower.ledger.head.round <= SHORT_REPLAY_ROUNDS and self.disk.model is None:
+            self.synced(0, FIRST_MODEL)  # computed here, as the recipe says
+            return
         theirs, chain = world.disks[donor], self.disk.commits
         place = chain[theirs.model_round - 1].block.hash if 0 < theirs.model_round <= len(chain) else RUN
         if theirs.model is None or world.models.get(place) != theirs.model:
