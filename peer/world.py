@@ -711,6 +711,8 @@ class VolunteerNode(Node):
         self.step_s = world.network.step_s * (1 + world.network.step_spread * world.rng.random())
         self.born_at = world.now
         """Training is not repeatable: after a restart the same samples give other work."""
+        self.uploads = 0
+        """How many are under way."""
         self._training: tuple[Train, float] | None = None
         self._trained_s = 0.0
         self._parts: dict[tuple[PeerId, bytes], set[int]] = defaultdict(set)
@@ -785,9 +787,11 @@ class VolunteerNode(Node):
             return None
 
         def done(error: str | None) -> None:
+            self.uploads -= 1
             ended = self.machine.uploaded if error is None else self.machine.upload_failed
             self.perform(ended(owner, root, parts, now=self.world.now))
 
+        self.uploads += 1
         nbytes = sum(self.world.part_bytes[part] for part in parts)
         self.world.transfer(self, owner, nbytes, "upload", arrived, done)
 
