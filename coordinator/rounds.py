@@ -333,7 +333,7 @@ class Leader:
             if self._led is not None:
                 self.membership.heard(sender, said, now=now)
             if now < self._passed_on_by and place == (head.epoch, head.round - 1):
-                return behind
+                return [*behind]
             return [*behind, *self.follower.put_right(sender, place, said.in_view, now=now)]
         if not self.membership.heard(sender, said, now=now):
             return [Refused(sender, "full", f"{MAX_PEERS} peers are here already")]

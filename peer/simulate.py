@@ -5,7 +5,6 @@ The machines of production in `world`, with lines that share bandwidth and messa
 every `LOOK_S`, and that moment stands for the time since the last.
 """
 
-import dataclasses
 import json
 import math
 import os
@@ -16,7 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,6 @@ from dugnad.configs.recipe import Recipe
 from dugnad.coordinator.messages import MAX_PEERS
 from dugnad.coordinator.rounds import Phase
 from dugnad.coordinator.votes import QuorumRule
-from dugnad.dht.gossip import GOSSIP_KINDS
 from dugnad.dht.identity import PeerId
 from dugnad.peer.lifecycle import State
 from dugnad.peer.simulate_gossip import simulate_gossip
@@ -263,7 +261,7 @@ class Simulation:
 
     def _found(self, broken: str) -> Found:
         world, traffic = self.world, self.world.traffic
-        up_s, training_s = Counter(traffic.up_s), Counter(traffic.training_s)
+        up_s, training_s = defaultdict(float, traffic.up_s), defaultdict(float, traffic.training_s)
         for peer, node in world.nodes.items():
             up_s[peer] += world.now - node.up_since
             training_s[peer] += node.training_s()
@@ -298,7 +296,7 @@ class Simulation:
 class _Waits:
     """What volunteers were seen to wait for."""
 
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _training: tuple[PeerId, ...] = ()
     """Who trained when somebody was last seen to, in this round."""
     _last: Counter[PeerId] = field(default_factory=Counter)
@@ -365,7 +363,7 @@ def simulate(recipe: Recipe, asked: Asked, json_file: Path | None) -> int:
 
 
 class _Progress:
-    """One line that changes on a terminal, a line now and then elsewhere; on stderr, for stdout is the same each time."""
+    """One line that changes on a terminal, a line now and then elsewhere; on stderr: stdout is the same each time."""
 
     def __init__(self) -> None:
         self._live = sys.stderr.isatty()
@@ -376,9 +374,7 @@ class _Progress:
         now = time.monotonic()
         if now >= self._next:
             self._next = now + TELL_S[not self._live]
-            print(
-                f"\r\x1b[K{line}" if self._live else line, end="" if self._live else "\n", file=sys.stderr, flush=True
-            )
+            print(f"\r\x1b[K{line}" if self._live else f"{line}\n", end="", file=sys.stderr, flush=True)
 
     def end(self) -> None:
         """Leave nothing behind on a terminal."""
