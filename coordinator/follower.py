@@ -25,6 +25,7 @@ from dugnad.coordinator import equivocation
 from dugnad.coordinator.ledger import Ledger, LedgerError
 from dugnad.coordinator.membership import stretch
 from dugnad.coordinator.messages import (
+    MAX_VOTERS,
     PRECOMMIT,
     PREVOTE,
     Applied,
@@ -549,16 +550,35 @@ class Follower:
         except LedgerError as error:
             return [Refused(sender, "invalid commit", str(error))]
         out = self._rewind(block) if block.parent != head.hash else []
+        told = block.parent == head.hash and sender == head.leader(said.view)  # not when we catch up
+        others = self.passes_on(self._signer.peer_id, said) if told else ()
         self.ledger.append(said)
         self.delegation = block.coordinator or self.delegation
         # in the midst of a round its parts are still on their way here: fetching at once would move them twice
-        grace_s = FETCH_AFTER_S if self._proposal is not None else 0.0
+        arriving = self._proposal is not None or not self._held.isdisjoint(block.parts)
+        grace_s = FETCH_AFTER_S if arriving else 0.0
         self._begin_round(now)
         self._unapplied.append(said)
         self._catching_up_until = 0.0
         if self._applying is None:
             self._act_at = now + grace_s
-        return [*out, Store(said), *self._advance(now)]
+        passed_on: list[Effect] = [Send(others, said)] if others else []
+        return [*out, Store(said), *passed_on, *self._advance(now)]
+
+    def passes_on(self, voter: PeerId, commit: Commit) -> tuple[PeerId, ...]:
+        """Whom `voter` tells of `commit`, which follows the head: in a large swarm the leader tells only the voters.
+
+        Each tells some of the contributors without a vote; who is forgotten so, since that voter is gone, is told by
+        the leader upon its next report.
+        """
+        entries, head = commit.block.entries, self.ledger.head
+        if len(entries) <= MAX_VOTERS:
+            return ()
+        telling = sorted(head.voters - {head.leader(commit.view)})
+        if voter not in telling:
+            return ()
+        hearing = [entry.peer for entry in entries if head.voter(entry.peer) is None]
+        return tuple(hearing[telling.index(voter) :: len(telling)])
 
     # -- views
 

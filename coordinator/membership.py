@@ -58,13 +58,20 @@ class Membership:
 
     def heard(self, peer: PeerId, report: Report, *, now: float) -> bool:
         """`peer` said `report`; whether there is room for it."""
-        if peer not in self._peers and len(self._peers) >= MAX_PEERS:
+        if peer not in self._peers and len(self._peers) >= MAX_PEERS and not self._forget_lost():
             return False
         before = self._peers.pop(peer, None)  # they stand in the order in which they were last heard
         if before is None or before.lost is not None or before.report != report:
             self.changes += 1
         self._peers[peer] = _Presence(report, now)
         return True
+
+    def _forget_lost(self) -> bool:
+        """Forget the lost peer that has been silent longest, if there is one: newcomers need its place."""
+        lost = next((peer for peer, presence in self._peers.items() if presence.lost is not None), None)
+        if lost is not None:
+            del self._peers[lost]
+        return lost is not None
 
     def resize(self, contributors: int) -> None:
         """The swarm is that large now: silences are judged by it."""

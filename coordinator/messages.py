@@ -76,7 +76,8 @@ class Plan(Message, frozen=True):
 
     `owners[k]` reduces part k; when that owner is lost, `backups[k]` takes the part over, or else any survivor. A
     higher (view, attempt) replaces a lower one of the same round: a view has one leader, who may attempt it again. A
-    member whose seat is unchanged by it keeps its work. Durations count from receipt.
+    member whose seat is unchanged by it keeps its work. Durations count from receipt. In a large swarm a member that
+    neither owns nor votes is shown the seats of the owners and its own alone.
     """
 
     epoch: Count

@@ -12,6 +12,9 @@ that is still held whole counts. Nothing is undone by a failed attempt, since no
 commits alone. In one view a leader proposes one block at most; where a lock says which, it proposes that one.
 
 Reports say what each member last saw, so what was lost on the way is said again; Standing does the same for the leader.
+In a swarm of more than MAX_VOTERS a leader would spend its uplink on repeating long lists. There the whole plan goes to
+voters and owners, and to others what concerns them; the Freeze to owners; the Proposal to voters; and voters pass the
+Commit on.
 Every voter carries this machine, and the follower says when it is its turn.
 """
 
@@ -32,6 +35,7 @@ from dugnad.coordinator.ledger import Head
 from dugnad.coordinator.membership import Membership, Stage, stretch
 from dugnad.coordinator.messages import (
     MAX_PEERS,
+    MAX_VOTERS,
     PRECOMMIT,
     PREVOTE,
     Applied,
@@ -68,6 +72,8 @@ SETTLE_S = 5.0
 
 Who says that it is getting there is awaited for as long as an exchange may take.
 """
+PASS_ON_S = 3.0
+"""How long voters may take to pass a commit on, before a member that lacks it is told by the leader."""
 SHOWN_ROUNDS = 8
 """Of how many rounds the signed model digests are kept to show to joiners."""
 
@@ -189,6 +195,7 @@ class Leader:
         self._awaited: tuple[PeerId, ...] = ()
         self._settle_until = 0.0
         self._settle_limit = 0.0
+        self._passed_on_by = 0.0
         self._stand_at = 0.0
         self._told_at: dict[PeerId, float] = {}
         self._handlers: dict[type[Message], Callable[..., list[Effect]]] = {
@@ -338,11 +345,14 @@ class Leader:
         if self._led is None or place != head.place or said.in_view < self.follower.view:
             if self._led is not None:
                 self.membership.heard(sender, said, now=now)
+            if now < self._passed_on_by and place == (head.epoch, head.round - 1):
+                return [*behind]
             return [*behind, *self.follower.put_right(sender, place, said.in_view, now=now)]
         if not self.membership.heard(sender, said, now=now):
             return [Refused(sender, "full", f"{MAX_PEERS} peers are here already")]
         out = self._outbid(said, now)
-        if out or now < self._told_at.get(sender, -1e9) + self._recipe.rounds.report_s:
+        again_s = self._recipe.rounds.report_s * stretch(head.contributors)
+        if out or now < self._told_at.get(sender, -1e9) + again_s:
             return out
         again = self._unheard(sender, said)
         return self._tell((sender,), again, now) if again is not None else []
@@ -369,7 +379,9 @@ class Leader:
                 return work.lock if peer not in work.ballots[PRECOMMIT] else None
             return work.proposal if peer not in work.ballots[PREVOTE] else None
         if (said.round, said.view, said.attempt) != work.plan.order:
-            return work.plan if work.plan.seat_of(peer) else None
+            return self._plan_for(work, peer) if work.plan.seat_of(peer) else None
+        if peer not in self._folding(work):
+            return None
         return work.freeze if said.stage in (Stage.TRAINING, Stage.CONTRIBUTED) else None
 
     def _on_contribution(self, sender: PeerId, said: Contribution, now: float) -> list[Effect]:
@@ -627,7 +639,31 @@ class Leader:
         work.results.clear()
         self.phase = Phase.GATHER
         self.reason = f"round {work.plan.round}: {len(seats)} peers work, {len(work.owners)} reduce"
-        return self._tell(work.plan.members, work.plan, now)
+        return self._tell_plan(work, now)
+
+    def _tell_plan(self, work: _Round, now: float) -> list[Effect]:
+        whole = tuple(peer for peer in work.plan.members if self._needs_all(work, peer))
+        out = self._tell(whole, work.plan, now)
+        for peer in work.plan.members:
+            if not self._needs_all(work, peer):
+                out += self._tell((peer,), self._plan_for(work, peer), now)
+        return out
+
+    def _plan_for(self, work: _Round, peer: PeerId) -> Plan:
+        """The plan, without the seats that are nothing to `peer`: it sends its work to the owners, and no further."""
+        if self._needs_all(work, peer):
+            return work.plan
+        seats = [seat for other in (*work.owners, peer) if (seat := work.plan.seat_of(other)) is not None]
+        return msgspec.structs.replace(work.plan, seats=tuple(sorted(seats, key=lambda seat: seat.peer)))
+
+    def _needs_all(self, work: _Round, peer: PeerId) -> bool:
+        """Whether `peer` needs every seat: owners send to all members, and a voter may have to lead this round."""
+        few = len(work.plan.seats) <= MAX_VOTERS
+        return few or peer in work.owners or peer in self.follower.ledger.head.voters
+
+    def _folding(self, work: _Round) -> tuple[PeerId, ...]:
+        """Who is told of the frozen set: owners fold it; others, as long as they are few, see how far the round is."""
+        return work.plan.members if len(work.plan.seats) <= MAX_VOTERS else work.owners
 
     def _able(self, work: _Round, members: tuple[PeerId, ...]) -> dict[PeerId, float]:
         """Who of `members` may own parts, with its uplink."""
@@ -738,7 +774,7 @@ class Leader:
             LeftOut(peer, "late", f"not all of its bytes were there when round {work.plan.round} was frozen")
             for peer in sorted(work.contributions.keys() - counted)
         ]
-        return [*late, *self._tell(work.plan.members, work.freeze, now)]
+        return [*late, *self._tell(self._folding(work), work.freeze, now)]
 
     def _reduce(self, now: float) -> list[Effect]:
         work = self._round
@@ -833,8 +869,9 @@ class Leader:
         work.proposal = Proposal(self.follower.view, block)
         work.deadline = float("inf")
         self.phase = Phase.VOTE
-        # members without a vote get it too: they hold its parts and may apply it without asking for them
-        to = tuple(sorted(self.follower.ledger.head.voters | set(work.plan.members) | {self._signer.peer_id}))
+        # members without a vote, if few, get it too: they hold its parts and may apply it without asking for them
+        members = set(work.plan.members) if len(work.plan.seats) <= MAX_VOTERS else set()
+        to = tuple(sorted(self.follower.ledger.head.voters | members | {self._signer.peer_id}))
         return self._tell(to, work.proposal, now)
 
     def _count_votes(self, now: float) -> list[Effect]:
@@ -856,7 +893,9 @@ class Leader:
             work.lock = Lock(work.proposal.view, work.proposal.block, ballots)
             return self._tell(tuple(sorted(head.voters)), work.lock, now)
         commit = Commit(work.proposal.block, work.proposal.view, ballots)
-        hearers = self._hearers()
+        passed_on = {peer for voter in head.voters for peer in self.follower.passes_on(voter, commit)}
+        hearers = tuple(peer for peer in self._hearers() if peer not in passed_on)
+        self._passed_on_by = now + PASS_ON_S if passed_on else 0.0
         self._round, self.phase = None, Phase.IDLE
         self._awaited = tuple(p for p in self.membership.ready(head) if p != self._signer.peer_id)
         self._settle_until, self._settle_limit = now + SETTLE_S, now + self._recipe.rounds.exchange_s

@@ -11,7 +11,8 @@ from dugnad.dht.wire import Codec
 
 SEAL_BYTES = 137
 """What a seal adds to a body, besides the tag: version, run, sender's key, signature, and the heads of all these."""
-MESSAGE = "message"
+BULK = frozenset({"upload", "result", "follow", "fetch", "state"})
+"""Kinds of transfers: work, averages, models; all else is messages."""
 CODEC = Codec(ROUND_KINDS)
 
 Later = Callable[[float, Callable[[], None]], None]

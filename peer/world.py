@@ -36,6 +36,7 @@ from dugnad.coordinator.messages import (
     epoch_payload,
 )
 from dugnad.coordinator.rounds import Keep, Leader, LeftOut, Phase
+from dugnad.coordinator.state import SHORT_REPLAY_ROUNDS
 from dugnad.coordinator.votes import QuorumRule
 from dugnad.dht.identity import PeerId
 from dugnad.optim import reduce as reducing
@@ -633,6 +634,9 @@ class Node:
             return
         donor = max(donors, key=lambda peer: world.nodes[peer].follower.ledger.head.place)
         self.catch_up(donor)
+        if self.follower.ledger.head.round <= SHORT_REPLAY_ROUNDS and self.disk.model is None:
+            self.synced(0, FIRST_MODEL)  # computed here, as the recipe says
+            return
         theirs, chain = world.disks[donor], self.disk.commits
         place = chain[theirs.model_round - 1].block.hash if 0 < theirs.model_round <= len(chain) else RUN
         if theirs.model is None or world.models.get(place) != theirs.model:
@@ -721,6 +725,8 @@ class VolunteerNode(Node):
         self.step_s = world.network.step_s * (1 + world.network.step_spread * world.rng.random())
         self.born_at = world.now
         """Training is not repeatable: after a restart the same samples give other work."""
+        self.uploads = 0
+        """How many are under way."""
         self._training: tuple[Train, float] | None = None
         self._trained_s = 0.0
         self._parts: dict[tuple[PeerId, bytes], set[int]] = defaultdict(set)
@@ -795,9 +801,11 @@ class VolunteerNode(Node):
             return None
 
         def done(error: str | None) -> None:
+            self.uploads -= 1
             ended = self.machine.uploaded if error is None else self.machine.upload_failed
             self.perform(ended(owner, root, parts, now=self.world.now))
 
+        self.uploads += 1
         nbytes = sum(self.world.part_bytes[part] for part in parts)
         self.world.transfer(self, owner, nbytes, "upload", arrived, done)
 
