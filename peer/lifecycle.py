@@ -411,6 +411,7 @@ class Volunteer:
         if self.plan is not None and self.plan.head != head.hash:
             out += self._round_is_over()
         if any(isinstance(effect, Resync) for effect in out):
+            out += self._work_is_void()
             self.state, self._resync_at = State.SYNC, float("inf")
         reason = self._may_leave(now)
         self.leaving = self.leaving or reason is not None
@@ -439,12 +440,16 @@ class Volunteer:
 
     def _round_is_over(self) -> list[Effect]:
         """The round of our plan is committed: what we still did for it is of no use."""
-        was, self.plan, self._promise = self.state, None, None
-        self._reducer = Reducer(self._me)
-        self._train_until = float("inf")
+        self.plan, self._reducer = None, Reducer(self._me)
+        stopped = self._work_is_void()
         if self._working:
             self._turn(State.WAIT, "the round is committed")
-        return [StopTraining(keep=False)] if was is State.TRAIN else []
+        return stopped
+
+    def _work_is_void(self) -> list[Effect]:
+        """Our work of this round, or the model that it began from, is of no use: it is not gone on with or promised."""
+        self._promise, self._train_until = None, float("inf")
+        return [StopTraining(keep=False)] if self.state is State.TRAIN else []
 
     def _report(self, now: float) -> list[Effect]:
         follower, plan = self.follower, self.plan
