@@ -331,14 +331,11 @@ class Volunteer:
         if seat is None:
             return self._without_seat(plan, now)
         receivers = tuple(dict.fromkeys((*plan.members, sender)))
-        if before is not None and before.round == plan.round and before.seat_of(self._me) == seat and self._working:
+        if before is not None and before.seat_of(self._me) == seat and self._working:
             if (plan.view, plan.attempt) != (before.view, before.attempt + 1):
                 self._reducer.doubt()  # we missed an attempt, in which an owner may have been replaced and come back
             return [*self._promised(), *self._reduced(self._reducer.plan(plan.owners, receivers, now=now))]
-        if before is not None and before.round == plan.round:
-            self._reducer.restart()
-        else:
-            self._reducer = Reducer(self._me)
+        self._reducer.restart()
         self._promise = None
         held = self._reduced(self._reducer.plan(plan.owners, receivers, now=now))
         self._turn(State.TRAIN, f"round {plan.round}: training {seat.steps} steps with {len(plan.seats)} peers")

@@ -520,6 +520,31 @@ def test_a_freeze_or_a_fold_of_an_older_attempt_changes_nothing(volunteer: Volun
     assert len(reduced(volunteer.receive(FOUNDER, leader.freeze(new), now=5.0))) == 1
 
 
+def test_averages_of_an_older_attempt_are_not_delivered_as_those_of_the_new_one(
+    volunteer: Volunteer, leader: FakeLeader
+) -> None:
+    old, new = leader.plan(ME, ANN), leader.plan(ME, ANN, attempt=2)
+    contributed(volunteer, old)
+    volunteer.received(ANN, digest("root b"), (0, 2), now=3.0)
+    for plan in (old, new):
+        volunteer.receive(FOUNDER, plan, now=3.0)
+        assert any(isinstance(e, Fold) for e in reduced(volunteer.receive(FOUNDER, leader.freeze(plan), now=3.0)))
+    assert volunteer.folded(old, mine(old), now=4.0) == [], "another set may have been frozen since"
+    assert reduced(volunteer.folded(new, mine(new), now=5.0))[0] == Deliver(ANN, mine(new))
+
+
+def test_work_on_other_samples_than_those_of_the_new_seat_is_forgotten_everywhere(
+    volunteer: Volunteer, leader: FakeLeader
+) -> None:
+    contributed(volunteer, leader.plan(ME, ANN))
+    volunteer.received(ANN, digest("root b"), (0, 2), now=2.0)
+    again = leader.plan(ANN, ME, attempt=2)
+    effects = volunteer.receive(FOUNDER, again, now=3.0)
+    assert reduced(effects) == [Drop(ME, WORK.root)]
+    assert said(effects, Have) == [Have(*again.order, ((ANN, digest("root b")),))], "what others sent stays"
+    assert said(effects, Contribution) == []
+
+
 def test_a_frozen_set_out_of_order_is_refused_since_sums_would_differ(volunteer: Volunteer, leader: FakeLeader) -> None:
     plan = leader.plan(ME, ANN)
     contributed(volunteer, plan)
@@ -831,6 +856,7 @@ def test_a_finished_run_is_left_once_its_last_round_is_applied(leader: FakeLeade
     effects = volunteer.applied(1, model_after(1), NO_COST, now=4.0)
     assert effects[-1] == Leave("the run is finished")
     assert said(effects, Applied) != []
+    assert said(effects, Report)[-1].leaving, "whoever leads need not wait for it"
 
 
 def test_who_leads_a_finished_run_stays_until_the_others_have_seen_it_or_a_while() -> None:
@@ -910,7 +936,7 @@ class Living(RuleBasedStateMachine):
         self.work: dict[bytes, tuple[int, ranges.Ranges]] = {}
         """root -> (round, samples) of what was trained."""
         self.promised: Contribution | None = None
-        self.folding: tuple[Plan, Fold] | None = None
+        self.folding: list[Plan] = []
         self.folded: dict[tuple[int, int, int], dict[int, bytes]] = {}
         self.take(self.volunteer.tick(now=self.now))
 
@@ -982,7 +1008,7 @@ class Living(RuleBasedStateMachine):
                         (e.peer, e.root, e.tokens) for e in frozen.entries
                     ], "exactly the frozen set is folded"
                 assert all(self.bytes[entry.peer, entry.root].issuperset(parts) for entry in entries), "of bytes here"
-                self.folding = (plan, effect)
+                self.folding.append(plan)
             case Deliver(to, results):
                 assert to != ME
                 assert results == self.folded[plan.order], "everyone gets the same bytes, those on disk"
@@ -1162,11 +1188,10 @@ class Living(RuleBasedStateMachine):
             self.bytes.setdefault((ANN, root), set()).update(parts)
             self.take(self.volunteer.received(ANN, root, tuple(sorted(parts)), now=self.now))
 
-    @precondition(lambda self: self.folding is not None and not self.left)
-    @rule()
-    def a_fold_ends(self) -> None:
-        assert self.folding is not None
-        (plan, _), self.folding = self.folding, None
+    @precondition(lambda self: self.folding and not self.left)
+    @rule(newest=st.booleans())
+    def a_fold_ends(self, newest: bool) -> None:
+        plan = self.folding.pop(-1 if newest else 0)
         results = mine(plan)
         if self.volunteer.plan is not None and self.volunteer.plan.order == plan.order:
             self.held.update(results.values())
@@ -1244,8 +1269,8 @@ class Living(RuleBasedStateMachine):
             self.a_leader_plans((ME, ANN), (ME, ANN, ME), arrives=True)
         elif self.training is not None:
             self.training_ends(samples=10)
-        elif self.folding is not None:
-            self.a_fold_ends()
+        elif self.folding:
+            self.a_fold_ends(newest=False)
         elif self.given is not None and self.given.order not in self.frozen:
             self.bytes_come("root b", {0, 1, 2})
             self.a_leader_freezes(counted=True, arrives=True)
