@@ -331,14 +331,11 @@ class Volunteer:
         if seat is None:
             return self._without_seat(plan, now)
         receivers = tuple(dict.fromkeys((*plan.members, sender)))
-        if before is not None and before.round == plan.round and before.seat_of(self._me) == seat and self._working:
+        if before is not None and before.seat_of(self._me) == seat and self._working:
             if (plan.view, plan.attempt) != (before.view, before.attempt + 1):
                 self._reducer.doubt()  # we missed an attempt, in which an owner may have been replaced and come back
             return [*self._promised(), *self._reduced(self._reducer.plan(plan.owners, receivers, now=now))]
-        if before is not None and before.round == plan.round:
-            self._reducer.restart()
-        else:
-            self._reducer = Reducer(self._me)
+        self._reducer.restart()
         self._promise = None
         held = self._reduced(self._reducer.plan(plan.owners, receivers, now=now))
         self._turn(State.TRAIN, f"round {plan.round}: training {seat.steps} steps with {len(plan.seats)} peers")
@@ -411,6 +408,7 @@ class Volunteer:
         if self.plan is not None and self.plan.head != head.hash:
             out += self._round_is_over()
         if any(isinstance(effect, Resync) for effect in out):
+            out += self._work_is_void()
             self.state, self._resync_at = State.SYNC, float("inf")
         reason = self._may_leave(now)
         self.leaving = self.leaving or reason is not None
@@ -439,12 +437,16 @@ class Volunteer:
 
     def _round_is_over(self) -> list[Effect]:
         """The round of our plan is committed: what we still did for it is of no use."""
-        was, self.plan, self._promise = self.state, None, None
-        self._reducer = Reducer(self._me)
-        self._train_until = float("inf")
+        self.plan, self._reducer = None, Reducer(self._me)
+        stopped = self._work_is_void()
         if self._working:
             self._turn(State.WAIT, "the round is committed")
-        return [StopTraining(keep=False)] if was is State.TRAIN else []
+        return stopped
+
+    def _work_is_void(self) -> list[Effect]:
+        """Our work of this round, or the model that it began from, is of no use: it is not gone on with or promised."""
+        self._promise, self._train_until = None, float("inf")
+        return [StopTraining(keep=False)] if self.state is State.TRAIN else []
 
     def _report(self, now: float) -> list[Effect]:
         follower, plan = self.follower, self.plan

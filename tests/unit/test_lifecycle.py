@@ -7,6 +7,9 @@ from typing import TypeVar
 
 import msgspec
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dugnad.configs.recipe import load
 from dugnad.coordinator import ranges
@@ -21,10 +24,11 @@ from dugnad.coordinator.follower import (
     Refused,
     Remember,
     Resync,
+    Rewind,
     Send,
     Store,
 )
-from dugnad.coordinator.ledger import Ledger
+from dugnad.coordinator.ledger import Head, Ledger
 from dugnad.coordinator.membership import Stage
 from dugnad.coordinator.messages import (
     PRECOMMIT,
@@ -50,7 +54,7 @@ from dugnad.coordinator.messages import (
 from dugnad.coordinator.rounds import SETTLE_S, Leader, Phase
 from dugnad.dht.identity import PeerId
 from dugnad.optim.plan import assign_parts
-from dugnad.optim.reduce import Deliver, Fold, Upload, Weighed
+from dugnad.optim.reduce import Deliver, Drop, Fold, Upload, Weighed
 from dugnad.peer.lifecycle import (
     GOODBYE_S,
     Abilities,
@@ -142,18 +146,20 @@ class FakeLeader:
 
 
 def averages(plan: Plan) -> dict[int, bytes]:
-    return {part: digest(f"average {part} of round {plan.round}") for part in range(len(plan.owners))}
+    return {part: digest(f"average {part} of {plan.order}") for part in range(len(plan.owners))}
 
 
 def mine(plan: Plan) -> dict[int, bytes]:
     return {part: average for part, average in averages(plan).items() if plan.owners[part] == ME}
 
 
-def a_volunteer(*commits: Commit, total_steps: int = 600, promises: Promises | None = None) -> Volunteer:
-    """One that has just started, with these commits on its disk."""
+def a_volunteer(
+    *commits: Commit, total_steps: int = 600, promises: Promises | None = None, held: Iterable[bytes] = ()
+) -> Volunteer:
+    """One that has just started, with these commits, promises and blobs on its disk."""
     signer = FakeSigner(ME)
     follower = Follower(signer, Ledger(CHARTER, signer), PATIENCE, disk_of(ME))
-    follower.restore(commits, (), promises)
+    follower.restore(commits, held, promises)
     rounds = dataclasses.replace(RECIPE.rounds, total_steps=total_steps)
     leader = Leader(
         follower, signer, dataclasses.replace(RECIPE, rounds=rounds), 3, assign_parts,
@@ -514,6 +520,31 @@ def test_a_freeze_or_a_fold_of_an_older_attempt_changes_nothing(volunteer: Volun
     assert len(reduced(volunteer.receive(FOUNDER, leader.freeze(new), now=5.0))) == 1
 
 
+def test_averages_of_an_older_attempt_are_not_delivered_as_those_of_the_new_one(
+    volunteer: Volunteer, leader: FakeLeader
+) -> None:
+    old, new = leader.plan(ME, ANN), leader.plan(ME, ANN, attempt=2)
+    contributed(volunteer, old)
+    volunteer.received(ANN, digest("root b"), (0, 2), now=3.0)
+    for plan in (old, new):
+        volunteer.receive(FOUNDER, plan, now=3.0)
+        assert any(isinstance(e, Fold) for e in reduced(volunteer.receive(FOUNDER, leader.freeze(plan), now=3.0)))
+    assert volunteer.folded(old, mine(old), now=4.0) == [], "another set may have been frozen since"
+    assert reduced(volunteer.folded(new, mine(new), now=5.0))[0] == Deliver(ANN, mine(new))
+
+
+def test_work_on_other_samples_than_those_of_the_new_seat_is_forgotten_everywhere(
+    volunteer: Volunteer, leader: FakeLeader
+) -> None:
+    contributed(volunteer, leader.plan(ME, ANN))
+    volunteer.received(ANN, digest("root b"), (0, 2), now=2.0)
+    again = leader.plan(ANN, ME, attempt=2)
+    effects = volunteer.receive(FOUNDER, again, now=3.0)
+    assert reduced(effects) == [Drop(ME, WORK.root)]
+    assert said(effects, Have) == [Have(*again.order, ((ANN, digest("root b")),))], "what others sent stays"
+    assert said(effects, Contribution) == []
+
+
 def test_a_frozen_set_out_of_order_is_refused_since_sums_would_differ(volunteer: Volunteer, leader: FakeLeader) -> None:
     plan = leader.plan(ME, ANN)
     contributed(volunteer, plan)
@@ -540,6 +571,24 @@ def test_a_model_that_is_of_no_use_stops_everything_until_another_is_here(
     assert any(isinstance(effect, Resync) for effect in effects)
     assert said(effects, Report)[-1].stage == Stage.SYNCING
     assert not any(isinstance(effect, Resync) for effect in volunteer.tick(now=60.0)), "one is under way"
+
+
+def test_with_the_model_goes_the_training_that_began_from_it(volunteer: Volunteer, leader: FakeLeader) -> None:
+    plan = leader.plan(ME, ANN)
+    volunteer.receive(FOUNDER, plan, now=1.0)
+    block = replace(leader.block(plan), model_before=digest("the model of all others"))
+    volunteer.holds(block.parts, now=3.0)
+    assert StopTraining(keep=False) in volunteer.receive(FOUNDER, Proposal(0, block), now=3.0)
+    assert volunteer.trained(plan, WORK, now=4.0) == []
+
+
+def test_what_was_promised_of_a_model_of_no_use_is_said_no_more(volunteer: Volunteer, leader: FakeLeader) -> None:
+    plan = leader.plan(ME, ANN)
+    contributed(volunteer, plan)
+    block = replace(leader.block(plan), model_before=digest("the model of all others"))
+    volunteer.holds(block.parts, now=3.0)
+    assert said(volunteer.receive(FOUNDER, Proposal(0, block), now=3.0), Contribution) == []
+    assert said(volunteer.tick(now=6.0), Contribution) == []
 
 
 # -- what is wanted of others
@@ -807,6 +856,7 @@ def test_a_finished_run_is_left_once_its_last_round_is_applied(leader: FakeLeade
     effects = volunteer.applied(1, model_after(1), NO_COST, now=4.0)
     assert effects[-1] == Leave("the run is finished")
     assert said(effects, Applied) != []
+    assert said(effects, Report)[-1].leaving, "whoever leads need not wait for it"
 
 
 def test_who_leads_a_finished_run_stays_until_the_others_have_seen_it_or_a_while() -> None:
@@ -823,3 +873,467 @@ def test_who_leads_a_finished_run_stays_until_the_others_have_seen_it_or_a_while
     assert left(others_ready(seen, others[2], now=1.0, leaving=True)) == ["the run is finished"]
     alone = finished()
     assert [s for s in range(1, 20) if left(alone.tick(now=float(s)))] == [GOODBYE_S]
+
+
+# -- every order of everything
+
+
+def two_work() -> Commit:
+    """After it three vote, with one vote each: the founder, who leads, a and b."""
+    return extend(a_ledger(), an_entry("a", (0, 10)), an_entry("b", (10, 20)))
+
+
+BEGUN = two_work()
+OTHERS = (ANN, FOUNDER)
+"""A quorum without us."""
+
+
+class Living(RuleBasedStateMachine):
+    """One volunteer, to whom leaders say what they may, in any order, late, twice or never; it restarts and leaves.
+
+    The shell that does its effects is played here, and holds it to its word: what is said is durable, what it does is
+    what its plan says, nothing is done twice. Left in peace it comes to the head of the chain, and away if it wants to.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.swarm = FakeLeader(ledger_of([BEGUN]))
+        self.chain = [BEGUN]
+        """All that was ever committed."""
+        self.models: dict[int, bytes] = {}
+        """round -> digest of everyone's model after it, where that is not what ours would be."""
+        self.posted: list[tuple[PeerId, Message]] = []
+        """(from, what): all that was ever said to it."""
+        # of the round under way, as the others see it
+        self.view, self.attempt = 0, 0
+        self.proof: Message | None = None
+        self.given: Plan | None = None
+        self.frozen: dict[tuple[int, int, int], Freeze] = {}
+        self.proposed: Block | None = None
+        self.lock: Lock | None = None
+        # its disk
+        self.stored: list[Commit] = [BEGUN]
+        self.held: set[bytes] = set()
+        self.promises: Promises | None = None
+        self.restarts = self.leaves = False
+        self.start()
+
+    @initialize(restarts=st.booleans(), leaves=st.booleans())
+    def begin(self, restarts: bool, leaves: bool) -> None:
+        """Whether it does these at all: who does them all the time gets nowhere."""
+        self.restarts, self.leaves = restarts, leaves
+
+    def start(self) -> None:
+        """Its process begins, with what its disk kept."""
+        self.volunteer = a_volunteer(*self.stored, promises=self.promises, held=self.held)
+        self.left = self.syncing = self.catching_up = False
+        self.training: Train | None = None
+        self.applying: Commit | None = None
+        self.fetching: tuple[tuple[int, bytes], ...] = ()
+        self.uploads: list[Upload] = []
+        self.bytes: dict[tuple[PeerId, bytes], set[int]] = {}
+        self.work: dict[bytes, tuple[int, ranges.Ranges]] = {}
+        """root -> (round, samples) of what was trained."""
+        self.promised: Contribution | None = None
+        self.folding: list[Plan] = []
+        self.folded: dict[tuple[int, int, int], dict[int, bytes]] = {}
+        self.take(self.volunteer.tick(now=self.now))
+
+    @property
+    def head(self) -> Head:
+        return self.swarm.ledger.head
+
+    @property
+    def who_leads(self) -> PeerId:
+        return self.head.leader(self.view)
+
+    # -- the shell
+
+    def take(self, effects: Iterable[Effect]) -> None:
+        for effect in effects:
+            assert not self.left, "who has left does nothing more"
+            match effect:
+                case Send(to, message):
+                    assert ME not in to, "what it says to itself stays inside"
+                    self.check_said(message)
+                case Store(commit):
+                    assert commit.block.parent == self.stored[-1].block.hash, "commits are stored one by one, in order"
+                    self.stored.append(commit)
+                case Remember(promises):
+                    self.check_promises(promises)
+                    self.promises = promises
+                case Fetch(wanted, _):
+                    assert not {digest_ for _, digest_ in wanted} & self.held, "what is here is not fetched"
+                    self.fetching = wanted
+                case Apply(commit):
+                    assert self.applying is None, "one at a time"
+                    assert commit in self.stored, "what is applied is on disk"
+                    assert commit.block.round == self.volunteer.follower.model_round + 1, "no round is left out"
+                    assert self.held.issuperset(commit.block.parts), "and none without all of its bytes"
+                    self.applying = commit
+                case CatchUp():
+                    self.catching_up = True
+                case Resync():
+                    assert not self.syncing, "one at a time"
+                    self.syncing = True
+                case Train(plan, seat):
+                    assert seat == plan.seat_of(ME)
+                    assert plan.head == self.stored[-1].block.hash, "it trains from the head, which is on disk"
+                    assert self.volunteer.follower.at_head, "and from the model of it"
+                    self.training = effect
+                case StopTraining(keep):
+                    self.training = self.training if keep else None
+                case Reduce(plan, effect):
+                    self.reduce(plan, effect)
+                case Leave():
+                    self.left = True
+                case Rewind():
+                    raise AssertionError("nobody began another epoch")
+                case _:
+                    pass
+
+    def reduce(self, plan: Plan, effect: Upload | Fold | Deliver | Drop) -> None:
+        match effect:
+            case Upload(owner, root, parts):
+                assert owner != ME
+                assert self.work[root][0] == plan.round, "only work of this round is sent"
+                assert all(plan.owners[part] == owner for part in parts), "and only to its owners"
+                self.uploads.append(effect)
+            case Fold(parts, entries):
+                assert set(parts) == {part for part, owner in enumerate(plan.owners) if owner == ME}
+                frozen = self.frozen.get(plan.order)
+                if frozen is not None:
+                    assert [(e.peer, e.root, e.tokens) for e in entries] == [
+                        (e.peer, e.root, e.tokens) for e in frozen.entries
+                    ], "exactly the frozen set is folded"
+                assert all(self.bytes[entry.peer, entry.root].issuperset(parts) for entry in entries), "of bytes here"
+                self.folding.append(plan)
+            case Deliver(to, results):
+                assert to != ME
+                assert results == self.folded[plan.order], "everyone gets the same bytes, those on disk"
+            case Drop(contributor, root):
+                del self.bytes[contributor, root]
+
+    def check_said(self, message: Message) -> None:
+        plan, chain = self.volunteer.plan, [RUN, *(commit.block.hash for commit in self.stored)]
+        match message:
+            case Report(head=head):
+                assert head == chain[-1], "it stands where its disk stands"
+            case Contribution(round=round_, root=root, ranges=samples):
+                assert plan is not None
+                assert (round_, samples) == self.work[root] == (plan.round, samples), "it promises what it has trained"
+                seat = plan.seat_of(ME)
+                assert seat is not None
+                assert samples == ranges.take(seat.ranges, ranges.count(samples))[0], "of the samples of its seat"
+                self.promised = message
+            case Have(vectors=vectors):
+                assert plan is not None
+                assert message.order == plan.order
+                mine_ = {part for part, owner in enumerate(plan.owners) if owner == ME}
+                assert all(self.bytes[vector].issuperset(mine_) for vector in vectors), "it holds what it says it holds"
+            case Vote(phase=phase, view=view, block=block):
+                assert self.promises is not None
+                assert view >= self.promises.pledged, "it votes in no view that it has given up"
+                kept = self.promises.prevoted if phase == PREVOTE else self.promises.lock
+                assert kept is not None
+                assert (kept.view, kept.block.hash) == (view, block), "a vote is on disk before it is said"
+                assert phase == PRECOMMIT or self.held.issuperset(kept.block.parts), "and its bytes are"
+            case ViewChange(view=view):
+                assert self.promises is not None
+                assert self.promises.pledged == view, "so is a pledge"
+            case Applied(round=round_):
+                assert round_ <= self.stored[-1].block.round
+            case _:
+                pass
+
+    def check_promises(self, new: Promises) -> None:
+        old = self.promises
+        assert new.round == self.stored[-1].block.round + 1
+        if old is None or old.round != new.round:
+            return
+        assert new.pledged >= old.pledged, "a pledge is never taken back"
+        if old.prevoted is not None:
+            assert new.prevoted is not None
+            assert new.prevoted.view > old.prevoted.view or new.prevoted == old.prevoted, "one block in each view"
+        if old.lock is not None:
+            assert new.lock is not None
+            assert new.lock.view > old.lock.view or new.lock == old.lock, "a lock moves only to that of a higher view"
+
+    def say(self, message: Message, *, arrives: bool = True, sender: PeerId | None = None) -> None:
+        posted = (self.who_leads if sender is None else sender, message)
+        self.posted.append(posted)
+        if arrives and not self.left:
+            self.take(self.volunteer.receive(*posted, now=self.now))
+
+    # -- what the others say
+
+    @precondition(lambda self: self.who_leads != ME and not self.left)
+    @rule(
+        members=st.sampled_from([(ME, ANN), (ME, ANN), (ANN, ME), (ANN,)]),
+        owners=st.tuples(*[st.sampled_from([ME, ANN])] * 3),
+        arrives=st.booleans(),
+    )
+    def a_leader_plans(self, members: tuple[PeerId, ...], owners: tuple[PeerId, ...], arrives: bool) -> None:
+        """Seats may change, owners do; who has no seat owns nothing."""
+        self.attempt += 1
+        allowed = tuple(owner if owner in members else ANN for owner in owners)
+        self.given = self.swarm.plan(*members, owners=allowed, view=self.view, attempt=self.attempt)
+        self.say(self.given, arrives=arrives)
+
+    @precondition(lambda self: self.given is not None and not self.left)
+    @rule(counted=st.booleans(), arrives=st.booleans())
+    def a_leader_freezes(self, counted: bool, arrives: bool) -> None:
+        assert self.given is not None
+        entries = [an_entry(ANN, (20, 30))]
+        if counted and self.promised is not None and self.promised.round == self.given.round:
+            mine_ = self.promised
+            entries.insert(0, Entry(ME, mine_.root, mine_.tokens, mine_.loss, mine_.ranges))
+        frozen = self.frozen.setdefault(self.given.order, self.swarm.freeze(self.given, *entries))
+        self.say(frozen, arrives=arrives)
+
+    @precondition(lambda self: (self.given or self.lock) and not self.left)
+    @rule(drifted=st.sampled_from([False, False, False, True]), arrives=st.booleans())
+    def a_leader_proposes(self, drifted: bool, arrives: bool) -> None:
+        """What the highest lock names, if there is one; `drifted`: the models of all others are not ours."""
+        if self.proposed is None and self.lock is not None:
+            self.proposed = self.lock.block
+        elif self.proposed is None:
+            assert self.given is not None
+            self.proposed = self.swarm.block(self.given)
+            if drifted:
+                self.models[self.head.round] = digest(f"their model after round {self.head.round}")
+            theirs = self.models.get(self.head.round, model_after(self.head.round))
+            self.proposed = replace(self.proposed, model_before=theirs)
+        self.say(Proposal(self.view, self.proposed), arrives=arrives)
+
+    @precondition(lambda self: self.proposed is not None and not self.left)
+    @rule(arrives=st.booleans())
+    def the_others_lock(self, arrives: bool) -> None:
+        assert self.proposed is not None
+        self.lock = locked(self.proposed, OTHERS, view=self.view)
+        self.say(self.lock, arrives=arrives)
+
+    @precondition(lambda self: self.lock and self.lock.view == self.view and not self.left)
+    @rule(arrives=st.booleans())
+    def the_others_commit(self, arrives: bool) -> None:
+        assert self.lock is not None
+        sender = self.who_leads
+        commit = certify(self.lock.block, self.head.voters & set(OTHERS), view=self.view)
+        self.swarm.ledger.check_commit(commit)
+        self.commit(commit)
+        self.say(commit, arrives=arrives, sender=sender)
+
+    def commit(self, commit: Commit) -> None:
+        self.swarm.ledger.append(commit)
+        self.chain.append(commit)
+        self.view, self.attempt, self.proof = 0, 0, None
+        self.given = self.proposed = self.lock = None
+
+    @precondition(lambda self: not self.left)
+    @rule(arrives=st.booleans())
+    def a_view_begins(self, arrives: bool) -> None:
+        self.view, self.given, self.proposed = self.view + 1, None, None
+        self.proof = new_view(pledged(peer, self.head, self.view, self.lock) for peer in OTHERS)
+        self.say(self.proof, arrives=arrives, sender=ANN)
+
+    @precondition(lambda self: not self.left)
+    @rule(phase=st.sampled_from(["idle", "gather", "vote"]))
+    def a_leader_stands(self, phase: str) -> None:
+        self.say(self.swarm.standing(phase, view=self.view))
+
+    @precondition(lambda self: not self.left)
+    @rule(stage=st.sampled_from([Stage.WAITING, Stage.SYNCING]))
+    def the_others_report(self, stage: Stage) -> None:
+        """To us, as to one who leads; if we do, that is enough to be given work."""
+        for peer, trains in ((ANN, True), (FOUNDER, False)):
+            if not self.left:
+                self.take(others_ready(self.volunteer, peer, now=self.now, stage=stage, trains=trains))
+
+    @precondition(lambda self: self.posted and not self.left)
+    @rule(data=st.data())
+    def something_old_comes_again(self, data: st.DataObject) -> None:
+        at = data.draw(st.integers(0, min(30, len(self.posted) - 1)))
+        self.take(self.volunteer.receive(*self.posted[-1 - at], now=self.now))
+
+    # -- what comes of what it does
+
+    @precondition(lambda self: self.training is not None and not self.left)
+    @rule(samples=st.integers(0, 10))
+    def training_ends(self, samples: int) -> None:
+        assert self.training is not None
+        plan, seat, self.training = self.training.plan, self.training.seat, None
+        if samples == 0:
+            self.take(self.volunteer.not_trained(plan, "nothing finite", now=self.now))
+            return
+        done, _ = ranges.take(seat.ranges, min(samples, ranges.count(seat.ranges)))
+        root = digest(f"{plan.round} {done} {self.now} {len(self.work)}")
+        self.work[root] = (plan.round, done)
+        self.bytes[ME, root] = {0, 1, 2}
+        work = Work(root, ranges.count(done), 7 * ranges.count(done), 2.0)
+        self.take(self.volunteer.trained(plan, work, now=self.now))
+
+    @precondition(lambda self: self.uploads and not self.left)
+    @rule(arrives=st.booleans())
+    def an_upload_ends(self, arrives: bool) -> None:
+        upload = self.uploads.pop(0)
+        ended = self.volunteer.uploaded if arrives else self.volunteer.upload_failed
+        self.take(ended(upload.owner, upload.root, upload.parts, now=self.now))
+
+    @precondition(lambda self: not self.left)
+    @rule(name=st.sampled_from(["root b", "root b", "other work"]), parts=st.sets(st.integers(0, 2), min_size=1))
+    def bytes_come(self, name: str, parts: set[int]) -> None:
+        root = digest(name)
+        if self.volunteer.takes(ANN, self.head.round + 1, root):
+            self.bytes.setdefault((ANN, root), set()).update(parts)
+            self.take(self.volunteer.received(ANN, root, tuple(sorted(parts)), now=self.now))
+
+    @precondition(lambda self: self.folding and not self.left)
+    @rule(newest=st.booleans())
+    def a_fold_ends(self, newest: bool) -> None:
+        plan = self.folding.pop(-1 if newest else 0)
+        results = mine(plan)
+        if self.volunteer.plan is not None and self.volunteer.plan.order == plan.order:
+            self.held.update(results.values())
+        self.folded[plan.order] = results
+        self.take(self.volunteer.folded(plan, results, now=self.now))
+
+    @precondition(lambda self: self.proposed is not None and not self.left)
+    @rule(parts=st.sets(st.integers(0, 2), min_size=1))
+    def averages_come(self, parts: set[int]) -> None:
+        assert self.proposed is not None
+        digests = tuple(self.proposed.parts[part] for part in sorted(parts))
+        self.held.update(digests)
+        self.take(self.volunteer.holds(digests, now=self.now))
+
+    @precondition(lambda self: self.applying is not None and not self.left)
+    @rule(damaged=st.sampled_from([False, False, True]))
+    def applying_ends(self, damaged: bool) -> None:
+        assert self.applying is not None
+        commit, self.applying = self.applying, None
+        if damaged and commit.block.parts:
+            self.held.discard(commit.block.parts[0])
+            self.take(self.volunteer.damaged(commit.block.parts[:1], now=self.now))
+        else:
+            self.take(
+                self.volunteer.applied(commit.block.round, model_after(commit.block.round), NO_COST, now=self.now)
+            )
+
+    @precondition(lambda self: self.fetching and not self.left)
+    @rule()
+    def a_fetch_ends(self) -> None:
+        digests, self.fetching = tuple(digest_ for _, digest_ in self.fetching), ()
+        self.held.update(digests)
+        self.take(self.volunteer.holds(digests, now=self.now))
+
+    @precondition(lambda self: self.syncing and not self.left)
+    @rule(found=st.booleans())
+    def a_sync_ends(self, found: bool) -> None:
+        self.syncing = False
+        if found:
+            round_ = self.stored[-1].block.round
+            model = self.models.get(round_, model_after(round_))
+            self.take(self.volunteer.synced(round_, model, (), now=self.now))
+        else:
+            self.take(self.volunteer.sync_failed("nobody answers", now=self.now))
+
+    @precondition(lambda self: self.catching_up and not self.left)
+    @rule()
+    def it_catches_up(self) -> None:
+        self.catching_up = False
+        for commit in self.chain[len(self.stored) :]:
+            if not self.left:
+                self.take(self.volunteer.receive(FOUNDER, commit, now=self.now))
+
+    @precondition(lambda self: not self.left)
+    @rule(steps=st.integers(1, 8))
+    def it_goes_well(self, steps: int) -> None:
+        """As on most days: else chance alone would rarely come to the end of a round."""
+        for _ in range(steps):
+            if not self.left:
+                self.go_on()
+
+    def go_on(self) -> None:
+        """The next thing happens that brings the round on."""
+        if self.syncing:
+            self.a_sync_ends(found=True)
+        elif len(self.stored) < len(self.chain):
+            self.it_catches_up()
+        elif self.fetching:
+            self.a_fetch_ends()
+        elif self.applying is not None:
+            self.applying_ends(damaged=False)
+        elif self.who_leads == ME:
+            self.a_view_begins(arrives=True)
+        elif self.given is None and self.lock is None:
+            self.a_leader_plans((ME, ANN), (ME, ANN, ME), arrives=True)
+        elif self.training is not None:
+            self.training_ends(samples=10)
+        elif self.folding:
+            self.a_fold_ends(newest=False)
+        elif self.given is not None and self.given.order not in self.frozen:
+            self.bytes_come("root b", {0, 1, 2})
+            self.a_leader_freezes(counted=True, arrives=True)
+        elif self.proposed is None:
+            self.a_leader_proposes(drifted=False, arrives=True)
+        elif not self.held.issuperset(self.proposed.parts):
+            self.averages_come({0, 1, 2})
+        elif self.lock is None or self.lock.view != self.view:
+            self.the_others_lock(arrives=True)
+        else:
+            self.the_others_commit(arrives=True)
+
+    # -- what happens to it
+
+    @precondition(lambda self: not self.left)
+    @rule(seconds=st.integers(1, 12))
+    def time_passes(self, seconds: int) -> None:
+        for _ in range(seconds):
+            self.now += 1.0
+            if not self.left:
+                self.take(self.volunteer.tick(now=self.now))
+                assert self.left or self.volunteer.wake_at() > self.now, "what is due was done"
+
+    @precondition(lambda self: self.left or self.restarts)
+    @rule()
+    def it_restarts(self) -> None:
+        self.start()
+
+    @precondition(lambda self: self.leaves and not self.left)
+    @rule()
+    def it_wants_to_leave(self) -> None:
+        self.take(self.volunteer.leave(now=self.now))
+
+    # -- what always holds
+
+    @invariant()
+    def it_trains_exactly_while_it_says_so(self) -> None:
+        if not self.left and self.volunteer.follower.at_head:
+            assert (self.volunteer.stage is Stage.TRAINING) == (self.training is not None)
+
+    @invariant()
+    def its_disk_is_a_beginning_of_the_chain_and_its_model_one_of_its_rounds(self) -> None:
+        assert self.stored == self.chain[: len(self.stored)]
+        assert self.volunteer.follower.model_round <= self.stored[-1].block.round
+
+    def teardown(self) -> None:
+        """A round later, in which all that is said arrives, it is at the head; and away, if it wants to be."""
+        rounds = len(self.chain)
+        for _ in range(60):
+            if self.left:
+                return
+            if len(self.chain) > rounds and self.volunteer.follower.at_head:
+                break
+            self.go_on()
+            self.time_passes(1)
+        assert self.volunteer.follower.ledger.head == self.head
+        assert self.volunteer.follower.at_head
+        if self.volunteer.leaving:
+            self.commit(certify(a_block(self.head), self.head.voters))
+            self.say(self.chain[-1], sender=FOUNDER)
+            self.go_on()
+            assert self.left, "nobody counts on it any more"
+
+
+Living.TestCase.settings = settings(max_examples=150, stateful_step_count=50)
+TestLiving = Living.TestCase
