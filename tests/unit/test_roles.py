@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dugnad.coordinator import sync
-from dugnad.coordinator.messages import Delegation, Genesis, Welcome, delegation_payload
+from dugnad.coordinator.messages import Genesis, Welcome
 from dugnad.coordinator.sync import CHANNEL, CODEC, SyncError
 from dugnad.dht.budget import GIVE_MBIT, Budget
 from dugnad.dht.identity import Identity, PeerId
@@ -19,10 +19,9 @@ from dugnad.peer import cli, roles
 from tests.unit.memory_transport import Net, network
 
 ME, FOUNDER, ORGANIZER, OTHER = (Identity.from_seed(bytes([k]) * 32) for k in range(1, 5))
-GENESIS = Genesis(b"{}", ORGANIZER.peer_id, FOUNDER.peer_id, bytes(32))
+GENESIS = Genesis(b"{}", ORGANIZER.peer_id, FOUNDER.peer_id, bytes(8), bytes(32))
 RUN = GENESIS.run
-SIGNATURE = ORGANIZER.sign(delegation_payload(RUN, FOUNDER.peer_id, 1))
-WELCOME = Welcome(GENESIS, Delegation(FOUNDER.peer_id, 1, SIGNATURE))
+WELCOME = Welcome(GENESIS)
 INVITE = Invite(RUN, ORGANIZER.public_key, (f"/ip4/127.0.0.1/tcp/1/p2p/{FOUNDER.peer_id}",), "tiny", 0)
 STRANGERS = [Identity.from_seed(bytes([k]) * 32).peer_id for k in range(100, 100 + 5 * sync.ASKED_AT_ONCE)]
 
