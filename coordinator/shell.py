@@ -532,7 +532,7 @@ class Shell:
         newest = self.chain.commits(after_round=head - following.REPLAY_ROUNDS - 1)
         blocks = {commit.block.round: commit.block.hash for commit in newest}
         found = await asyncio.to_thread(self.state.take_up, head, blocks)
-        if found is None:
+        if found is None or self._block_at(found[0]) != blocks.get(found[0]):  # an epoch may have undone it meanwhile
             self._resync("there is none on this disk from which the chain's head can be reached")
         else:
             await self._go_on_from(*found)
@@ -547,6 +547,11 @@ class Shell:
         self._syncing = False
         since = self.chain.commits(after_round=round_)
         self.perform(self.machine.synced(round_, digest, since, now=self.now()))
+
+    def _block_at(self, round_: int) -> bytes | None:
+        """The hash of a round's block in our chain."""
+        commit = self.chain.commit(round_)
+        return None if commit is None else commit.block.hash
 
     def _resync(self, reason: str) -> None:
         if not self._syncing:
@@ -583,9 +588,9 @@ class Shell:
         offer = await self.asker.state(donor, self.charter, self.genesis.first_model, self.chain.commit, self.signer)
         if self.follower.ledger.head.round - offer.round > following.REPLAY_ROUNDS:
             raise sync.SyncError(f"{donor} offers the model after round {offer.round}, which is too old to replay from")
-        known = self.chain.commit(offer.round)
+        known = self._block_at(offer.round)
         model = await self._download(offer.manifest, donor)
-        if self.chain.commit(offer.round) != known:
+        if self._block_at(offer.round) != known:
             raise sync.SyncError(f"an epoch began before round {offer.round} while its model came")
         log.info("the model after round %d is here, verified", offer.round)
         return offer.round, model

@@ -1,6 +1,7 @@
 """The model that a role holds: taken up from its disk, offered to joiners, taken from peers, saved now and then.
 
-Every role keeps what it needs to start again: its checkpoints, and the averages of the rounds after them.
+Every role keeps what it needs to start again: its checkpoints, the last of them written when it ends, and the averages
+of the rounds after them.
 """
 
 import logging

@@ -86,8 +86,8 @@ def launch(
 ) -> None:
     """Begin a run, or go on with one, as its organizer: prints the invite that volunteers join with.
 
-    Ctrl+C once: finish the round, write a checkpoint, leave. Twice: leave now. Nothing is lost either way, and while
-    no coordinator is there the volunteers lead each other.
+    Ctrl+C once: finish the round, write a checkpoint, leave. Twice: leave now. Nothing is lost either way: while no
+    coordinator is there the volunteers lead each other, and each of them keeps chain and checkpoints too.
 
     On another machine, with nothing but the run's key in DIR: dugnad launch --resume DIR --invite INVITE, where the
     invite is of a peer that is there (dugnad invite --dir ITS_FOLDER). Chain and model come from the peers.
@@ -129,7 +129,7 @@ def join(
 ) -> None:
     """Take part in a run: trains on this machine, averages with the others, until the run ends or you leave.
 
-    Ctrl+C once: finish the round and leave. Twice: leave now; only this round's work is lost.
+    Ctrl+C once: finish the round, write a checkpoint, leave. Twice: leave now; only this round's work is lost.
     """
     with _told_errors():
         from dugnad.dht.invite import parse_invite
@@ -235,7 +235,7 @@ def checkpoints(
 
 @app.command()
 def sample(
-    source: Annotated[Path, typer.Argument(help="A checkpoint's folder, or a coordinator's folder (its newest one).")],
+    source: Annotated[Path, typer.Argument(help="A checkpoint's folder, or any role's folder (its newest one).")],
     prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "\n",
     length: Annotated[int, typer.Option(help="How many bytes to write.", min=1, max=100_000)] = 400,
     temperature: Annotated[float, typer.Option(help="Below 1: safer; above: wilder.", min=0.01, max=10.0)] = 0.8,

@@ -1,11 +1,12 @@
 """What a role keeps, in one folder, and who lives there now.
 
-identity.key   this peer's key        run.key       the organizer's key, with whom the run was launched
-chain.sqlite   the chain              blobs/        bytes of recent rounds
-checkpoints/   of a coordinator       incoming/     chunks of a model that is on its way here
-log.txt        everything that was said
-role.json      while a process lives here: its pid, and where to ask it      address   where a coordinator listens
+identity.key   this peer's key          run.key       the organizer's key, where the run was launched or goes on with it
+chain.sqlite   the chain, and promises  blobs/        bytes of recent rounds
+checkpoints/   the model now and then   incoming/     chunks of a model that is on its way here
+peers.json     where others were        address       where a coordinator listens
+role.json      while a process lives here: its pid, and where to ask it
 lock           held while a process lives here
+log.txt        everything that was said
 """
 
 import contextlib

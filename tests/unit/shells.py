@@ -88,15 +88,15 @@ class Run:
     incarnation: of the founder's disk; by default the one that `disk_of` names, which no folder has.
     """
 
-    def __init__(self, *workers: Identity, incarnation: bytes | None = None) -> None:
-        self.workers = workers
+    def __init__(self, *workers: Identity, organizer: Identity = ORGANIZER, incarnation: bytes | None = None) -> None:
+        self.workers, self.organizer = workers, organizer
         founder = workers[0].peer_id
         self.disks = {peer.peer_id: disk_of(peer.peer_id) for peer in workers}
         self.disks[founder] = incarnation or self.disks[founder]
         self.models = [SmallNumerics().first_model()]
         """After each round."""
         self.genesis = Genesis(
-            recipe.encode(RECIPE), ORGANIZER.peer_id, founder, self.disks[founder], self.models[0].digest()
+            recipe.encode(RECIPE), organizer.peer_id, founder, self.disks[founder], self.models[0].digest()
         )
         self.ledger = Ledger(Charter.of(self.genesis, open_to_all=False), KeySigner(workers[0]))
         self.commits: list[Commit] = []
@@ -156,7 +156,8 @@ class Run:
             model_before=self.models[-1].digest(),
             committee=self.ledger.rule.weigh(self.disks, None, {}),
         )
-        ballot = Ballot(ORGANIZER.peer_id, ORGANIZER.sign(epoch_payload(self.genesis.run, block.hash)))
+        signature = self.organizer.sign(epoch_payload(self.genesis.run, block.hash))
+        ballot = Ballot(self.organizer.peer_id, signature)
         commit = Commit(block, 0, (ballot,))
         self._append(commit, [], self.models[-1])
         return commit

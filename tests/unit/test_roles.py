@@ -1,14 +1,20 @@
 """How a role finds its run, whoever else says that he is there."""
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
+from dugnad.configs.recipe import encode, load
 from dugnad.coordinator import sync
-from dugnad.coordinator.messages import Delegation, Genesis, Welcome, delegation_payload
+from dugnad.coordinator.chain import Chain
+from dugnad.coordinator.messages import Genesis, Welcome
 from dugnad.coordinator.sync import CHANNEL, CODEC, SyncError
 from dugnad.dht.budget import GIVE_MBIT, Budget
 from dugnad.dht.identity import Identity, PeerId
@@ -16,13 +22,13 @@ from dugnad.dht.invite import Invite, encode_invite
 from dugnad.dht.transport import NetworkDown
 from dugnad.dht.wire import seal
 from dugnad.peer import cli, roles
+from dugnad.peer.folder import Folder, FolderError
 from tests.unit.memory_transport import Net, network
 
 ME, FOUNDER, ORGANIZER, OTHER = (Identity.from_seed(bytes([k]) * 32) for k in range(1, 5))
-GENESIS = Genesis(b"{}", ORGANIZER.peer_id, FOUNDER.peer_id, bytes(32))
+GENESIS = Genesis(b"{}", ORGANIZER.peer_id, FOUNDER.peer_id, bytes(8), bytes(32))
 RUN = GENESIS.run
-SIGNATURE = ORGANIZER.sign(delegation_payload(RUN, FOUNDER.peer_id, 1))
-WELCOME = Welcome(GENESIS, Delegation(FOUNDER.peer_id, 1, SIGNATURE))
+WELCOME = Welcome(GENESIS)
 INVITE = Invite(RUN, ORGANIZER.public_key, (f"/ip4/127.0.0.1/tcp/1/p2p/{FOUNDER.peer_id}",), "tiny", 0)
 STRANGERS = [Identity.from_seed(bytes([k]) * 32).peer_id for k in range(100, 100 + 5 * sync.ASKED_AT_ONCE)]
 
@@ -112,3 +118,97 @@ def test_a_daemon_that_names_no_address_is_told_as_that() -> None:
     host: Any = SimpleNamespace(addresses=lambda: ())
     with pytest.raises(NetworkDown, match="names no address"):
         roles._tcp_port(host)
+
+
+# -- going on with a run
+
+
+def led(folder: Folder, *, key: bool = True) -> Genesis:
+    """A run that was launched in this folder, by whoever has its key."""
+    genesis = msgspec.structs.replace(GENESIS, organizer=folder.organizer().peer_id)
+    with contextlib.closing(Chain(folder.chain)) as chain:
+        chain.found(genesis)
+    if not key:
+        (folder.path / "run.key").unlink()
+    return genesis
+
+
+def empty(folder: Folder) -> None:
+    folder.create()
+
+
+def with_a_key_alone(folder: Folder) -> None:
+    folder.organizer()
+
+
+def launched(folder: Folder) -> None:
+    led(folder)
+
+
+def without_its_key(folder: Folder) -> None:
+    led(folder, key=False)
+
+
+def killed_while_launching(folder: Folder) -> None:
+    folder.organizer()
+    Chain(folder.chain).close()
+
+
+REFUSED: dict[str, tuple[Callable[[Folder], None], Invite | None, str]] = {
+    "nothing there": (empty, None, "there is no run.key here"),
+    "nothing there but an invite": (empty, INVITE, "there is no run.key here"),
+    "a volunteer's folder": (without_its_key, None, "there is no run.key here"),
+    "a key alone, and nobody to ask": (with_a_key_alone, None, "add --invite with an invite"),
+    "a launch that was killed, and nobody to ask": (killed_while_launching, None, "add --invite with an invite"),
+    "an invite to another run": (launched, INVITE, "another run than the invite"),
+}
+
+
+@pytest.mark.parametrize(("make_ready", "invite", "why"), REFUSED.values(), ids=REFUSED)
+async def test_a_folder_that_no_coordinator_can_go_on_from_is_refused_in_words(
+    tmp_path: Path, make_ready: Callable[[Folder], None], invite: Invite | None, why: str
+) -> None:
+    folder = Folder(tmp_path / "role")
+    folder.create()
+    make_ready(folder)
+    with pytest.raises(FolderError, match=why):
+        await roles.resume(folder, roles.Network(), invite=invite, told=lambda *_: None)
+
+
+@contextlib.asynccontextmanager
+async def in_memory(net: Net) -> AsyncIterator[None]:
+    """Have roles find their place in `net`, as ME."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        @contextlib.asynccontextmanager
+        async def placed(*_: object) -> AsyncIterator[Any]:
+            yield place(net, {})
+
+        patch.setattr(roles, "_coordinator_placed", placed)
+        yield
+
+
+async def test_a_key_alone_goes_on_with_the_run_of_the_invite_and_only_with_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, foreign = Folder(tmp_path / "own"), Folder(tmp_path / "foreign")
+    for folder in (own, foreign):
+        folder.create()
+        folder.organizer()
+    genesis = msgspec.structs.replace(GENESIS, recipe=encode(load("tiny-books")), organizer=own.organizer().peer_id)
+    invite = Invite(genesis.run, own.organizer().public_key, INVITE.addresses, "tiny", 0)
+    went_on: list[tuple[Genesis, Path]] = []
+
+    async def coordinate(genesis: Genesis, numerics: object, where: object, folder: Folder, *_: object) -> None:
+        went_on.append((genesis, folder.path))
+
+    async def answer(sender: PeerId, raw: bytes) -> bytes:
+        return seal(FOUNDER, genesis.run, CODEC, Welcome(genesis))
+
+    monkeypatch.setattr(roles, "_coordinate", coordinate)
+    async with network() as net, asyncio.timeout(10), in_memory(net):
+        await net.join(FOUNDER.peer_id).serve(CHANNEL, answer)
+        await roles.resume(own, roles.Network(), invite=invite, told=lambda *_: None)
+        with pytest.raises(FolderError, match=r"run\.key is not the key of this run"):
+            await roles.resume(foreign, roles.Network(), invite=invite, told=lambda *_: None)
+    assert went_on == [(genesis, own.path)]

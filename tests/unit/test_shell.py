@@ -4,6 +4,7 @@ import asyncio
 import errno
 import logging
 import shutil
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
@@ -587,6 +588,36 @@ async def test_a_model_that_an_epoch_undid_while_it_came_is_not_taken(
         assert "an epoch began before round 11 while its model came" in await whys.said.get()
         assert (await role.stands_at(10)).digest() == run.models[9].digest()
         assert list(role.chain.commits()) == run.commits
+
+
+async def test_a_model_that_an_epoch_undid_while_it_was_read_from_the_disk_is_not_gone_on_from(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.keep_in(tmp_path)
+    run.checkpoint_in(tmp_path, 11)
+    donor = Donor(run, BOB)
+    async with network() as net, asyncio.timeout(LONG_S):
+        await donor.serve(net.join(BOB.peer_id))
+        role = Role(net.join(EVE.peer_id), tmp_path, run.genesis, me=EVE, contacts=[BOB.peer_id])
+        take_up, loop = role.state.take_up, asyncio.get_running_loop()
+        epoch = run.begin_epoch(9)
+        donor.offer, donor.models = offer(run, 10, [ANN, BOB]), run.models
+
+        def slowly(head: int, blocks: Mapping[int, bytes]) -> tuple[int, Model] | None:
+            found, heard = take_up(head, blocks), threading.Event()
+
+            def hear() -> None:
+                role.perform(role.volunteer.receive(BOB.peer_id, epoch, now=role.now()))
+                heard.set()
+
+            loop.call_soon_threadsafe(hear)
+            assert heard.wait(LONG_S)
+            return found
+
+        monkeypatch.setattr(role.state, "take_up", slowly)
+        async with serving(role):
+            assert (await role.stands_at(10)).digest() == run.models[9].digest()
+    assert StateRequest() in donor.asked
 
 
 async def test_a_role_gives_what_it_has_taken_and_nobody_had_to_be_there_from_the_start(

@@ -14,7 +14,6 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dugnad.configs import recipe
 from dugnad.coordinator import shell, sync
 from dugnad.coordinator.ledger import Ledger, LedgerError
 from dugnad.coordinator.messages import (
@@ -26,7 +25,6 @@ from dugnad.coordinator.messages import (
     Commits,
     CommitsRequest,
     Delegation,
-    Genesis,
     Message,
     Plan,
     StateOffer,
@@ -34,21 +32,20 @@ from dugnad.coordinator.messages import (
     Welcome,
     WelcomeRequest,
     applied_payload,
-    delegation_payload,
 )
-from dugnad.coordinator.shell import RESULTS_CHANNEL, ResultsHeader, Shell
+from dugnad.coordinator.shell import RESULTS_CHANNEL, ResultsHeader
 from dugnad.coordinator.sync import CHANNEL, CODEC, Asker, SyncError
 from dugnad.dht import bulk
 from dugnad.dht.identity import Identity, PeerId
 from dugnad.dht.transport import RequestRefused, Transport, TransportError, Unreachable
 from dugnad.dht.wire import Codec, Kind, WireError, open_sealed, seal
-from dugnad.monitoring.metrics import Metrics
 from tests.unit.chains import (
-    FOUNDER,
+    CHARTER,
     GENESIS,
     RUN,
     SIGNER,
     FakeSigner,
+    a_ledger,
     an_entry,
     digest,
     extend,
@@ -56,9 +53,10 @@ from tests.unit.chains import (
     relinked,
 )
 from tests.unit.memory_transport import MemoryTransport, Net, network
+from tests.unit.shells import LAYOUT, Role, Run, serving
 from tests.unit.still import Still
 
-ME, DONOR, OTHER, ORGANIZER = (Identity.from_seed(bytes([k]) * 32) for k in range(1, 5))
+ME, DONOR, OTHER = (Identity.from_seed(bytes([k]) * 32) for k in range(1, 4))
 SHORT_S = 0.05
 LONG_S = 10.0
 ENOUGH = 60
@@ -69,12 +67,14 @@ Say = Callable[[Message], Message | bytes]
 
 
 def a_long_chain(num_rounds: int) -> list[Commit]:
-    ledger = Ledger(RUN, FOUNDER)
+    ledger = a_ledger()
     return [extend(ledger, an_entry("a", (10 * k, 10 * k + 10))) for k in range(num_rounds)]
 
 
 CHAIN = a_long_chain(20)
-OTHER_CHAIN = relinked([msgspec.structs.replace(commit.block, view=1) for commit in CHAIN])
+OTHER_CHAIN = relinked(
+    [msgspec.structs.replace(commit.block, model_before=digest("another model")) for commit in CHAIN]
+)
 
 
 def sealed(message: Message, *, by: Identity = DONOR, run: bytes = RUN) -> bytes:
@@ -111,19 +111,19 @@ async def asking(say: Say) -> AsyncIterator[tuple[Asker, list[Message]]]:
 class Copy:
     """A copy of the chain that takes what follows with proof, as a role does; `offered` is what it was shown."""
 
-    ledger: Ledger = field(default_factory=lambda: Ledger(RUN, FOUNDER))
+    ledger: Ledger = field(default_factory=a_ledger)
     taken: list[Commit] = field(default_factory=list)
     offered: list[Commit] = field(default_factory=list)
 
-    def take(self, commit: Commit) -> int:
+    def take(self, commit: Commit) -> tuple[int, int]:
         self.offered.append(commit)
         try:
-            self.ledger.check_commit(commit, SIGNER)
+            self.ledger.check_commit(commit)
         except LedgerError:
-            return self.ledger.head.round
+            return self.ledger.head.place
         self.ledger.append(commit)
         self.taken.append(commit)
-        return self.ledger.head.round
+        return self.ledger.head.place
 
 
 def pages(chain: Sequence[Commit], size: int, *, head: int | None = None) -> Say:
@@ -132,7 +132,7 @@ def pages(chain: Sequence[Commit], size: int, *, head: int | None = None) -> Say
     def say(question: Message) -> Message:
         assert isinstance(question, CommitsRequest)
         first = question.after_round
-        return Commits(len(chain) if head is None else head, tuple(chain[first : first + size]))
+        return Commits(0, len(chain) if head is None else head, tuple(chain[first : first + size]))
 
     return say
 
@@ -156,9 +156,9 @@ def script(*answers: Message | bytes) -> Say:
 async def test_a_whole_chain_is_taken_page_by_page_in_order(size: int) -> None:
     mine = Copy()
     async with asking(pages(CHAIN, size)) as (asker, asked):
-        await asker.commits(DONOR.peer_id, 0, mine.take)
+        await asker.commits(DONOR.peer_id, (0, 0), mine.take)
     assert mine.offered == mine.taken == CHAIN
-    assert asked == [CommitsRequest(after) for after in range(0, len(CHAIN), size)]
+    assert asked == [CommitsRequest(0, after) for after in range(0, len(CHAIN), size)]
 
 
 async def test_only_what_comes_after_our_head_is_asked_for() -> None:
@@ -166,24 +166,24 @@ async def test_only_what_comes_after_our_head_is_asked_for() -> None:
     for commit in CHAIN[:5]:
         mine.take(commit)
     async with asking(pages(CHAIN, 10)) as (asker, asked):
-        await asker.commits(DONOR.peer_id, 5, mine.take)
+        await asker.commits(DONOR.peer_id, (0, 5), mine.take)
     assert mine.taken == CHAIN
-    assert asked == [CommitsRequest(5), CommitsRequest(15)]
+    assert asked == [CommitsRequest(0, 5), CommitsRequest(0, 15)]
 
 
 @pytest.mark.parametrize("head", [0, 3, 4])
 async def test_a_donor_that_has_nothing_newer_is_asked_once_and_gives_nothing(head: int) -> None:
     mine = Copy()
     async with asking(pages(CHAIN[:head], 10)) as (asker, asked):
-        await asker.commits(DONOR.peer_id, 4, mine.take)
+        await asker.commits(DONOR.peer_id, (0, 4), mine.take)
     assert mine.offered == []
-    assert asked == [CommitsRequest(4)]
+    assert asked == [CommitsRequest(0, 4)]
 
 
 async def test_a_chain_with_comers_and_goers_is_taken_too() -> None:
     mine = Copy()
     async with asking(pages(honest_chain(), 2)) as (asker, _):
-        await asker.commits(DONOR.peer_id, 0, mine.take)
+        await asker.commits(DONOR.peer_id, (0, 0), mine.take)
     assert mine.taken == honest_chain()
 
 
@@ -192,29 +192,29 @@ GARBAGE: dict[str, tuple[bytes, str]] = {
     "one byte": (b"\x96", "malformed"),
     "a deep list": (b"\x91" * 100_000, "malformed"),
     "a huge list": (b"\xdd\xff\xff\xff\xff", "malformed"),
-    "bytes after it": (sealed(Commits(9, ())) + b"\0", "malformed"),
-    "a page without an envelope": (msgspec.msgpack.encode(Commits(9, tuple(CHAIN[:2]))), "malformed"),
-    "a page above every cap": (sealed(Commits(9, ())) + bytes(CODEC.cap_bytes), "too large"),
+    "bytes after it": (sealed(Commits(0, 9, ())) + b"\0", "malformed"),
+    "a page without an envelope": (msgspec.msgpack.encode(Commits(0, 9, tuple(CHAIN[:2]))), "malformed"),
+    "a page above every cap": (sealed(Commits(0, 9, ())) + bytes(CODEC.cap_bytes), "too large"),
     "a small answer grown large": (bytes(CODEC.cap_bytes + 1), "too large"),
-    "another run's seal": (sealed(Commits(9, tuple(CHAIN[:2])), run=digest("another run")), "foreign run"),
+    "another run's seal": (sealed(Commits(0, 9, tuple(CHAIN[:2])), run=digest("another run")), "foreign run"),
     "another run's seal, rewritten": (
-        sealed(Commits(9, tuple(CHAIN[:2])), run=digest("another run")).replace(digest("another run"), RUN),
+        sealed(Commits(0, 9, tuple(CHAIN[:2])), run=digest("another run")).replace(digest("another run"), RUN),
         "bad signature",
     ),
-    "another signer": (sealed(Commits(9, tuple(CHAIN[:2])), by=OTHER), "wrong answer"),
+    "another signer": (sealed(Commits(0, 9, tuple(CHAIN[:2])), by=OTHER), "wrong answer"),
     "another signer's name": (
-        sealed(Commits(9, tuple(CHAIN[:2])), by=OTHER).replace(OTHER.public_key, DONOR.public_key),
+        sealed(Commits(0, 9, tuple(CHAIN[:2])), by=OTHER).replace(OTHER.public_key, DONOR.public_key),
         "bad signature",
     ),
-    "our own words": (sealed(Commits(9, tuple(CHAIN[:2])), by=ME), "wrong answer"),
-    "the question": (sealed(CommitsRequest(0)), "wrong answer"),
+    "our own words": (sealed(Commits(0, 9, tuple(CHAIN[:2])), by=ME), "wrong answer"),
+    "the question": (sealed(CommitsRequest(0, 0)), "wrong answer"),
     "the answer to another question": (sealed(StateOffer(9, b"manifest", ())), "wrong answer"),
     "a word of the rounds": (
         seal(DONOR, RUN, Codec(ROUND_KINDS), Delegation(DONOR.peer_id, 1, bytes(64))),
         "unknown kind",
     ),
     "too many commits": (
-        seal(DONOR, RUN, Codec([Kind("commits", Commits, 2**23)]), Commits(2000, tuple(CHAIN[:1]) * 1025)),
+        seal(DONOR, RUN, Codec([Kind("commits", Commits, 2**23)]), Commits(0, 2000, tuple(CHAIN[:1]) * 1025)),
         "malformed",
     ),
 }  # fmt: skip
@@ -222,41 +222,41 @@ GARBAGE: dict[str, tuple[bytes, str]] = {
 
 async def test_no_answer_of_garbage_ends_but_in_an_error_or_reaches_the_chain() -> None:
     for name, (raw, reason) in GARBAGE.items():
-        for before in ([], [Commits(9, tuple(CHAIN[:2]))]):  # at once, or after a good page
+        for before in ([], [Commits(0, 9, tuple(CHAIN[:2]))]):  # at once, or after a good page
             mine = Copy()
             async with asking(script(*before, raw)) as (asker, asked):
                 with pytest.raises(WireError) as caught:
-                    await asker.commits(DONOR.peer_id, 0, mine.take)
+                    await asker.commits(DONOR.peer_id, (0, 0), mine.take)
             assert (name, caught.value.reason) == (name, reason)
             assert mine.offered == [commit for page in before for commit in page.commits]
             assert len(asked) == len(before) + 1
 
 
 def test_a_page_of_more_commits_than_an_answer_may_have_is_refused_for_its_number_alone() -> None:
-    commit = msgpack.unpackb(msgspec.msgpack.encode(Commit(CHAIN[0].block, ())))
-    assert CODEC.decode("commits", msgpack.packb([2000, [commit] * 1024]))
+    commit = msgpack.unpackb(msgspec.msgpack.encode(Commit(CHAIN[0].block, 0, ())))
+    assert CODEC.decode("commits", msgpack.packb([0, 2000, [commit] * 1024]))
     with pytest.raises(WireError, match="malformed"):
-        CODEC.decode("commits", msgpack.packb([2000, [commit] * 1025]))
+        CODEC.decode("commits", msgpack.packb([0, 2000, [commit] * 1025]))
 
 
 async def test_an_answer_cut_off_at_any_byte_is_refused() -> None:
-    whole = sealed(Commits(9, tuple(CHAIN[:1])))
+    whole = sealed(Commits(0, 9, tuple(CHAIN[:1])))
     for end in range(1, len(whole)):
         mine = Copy()
         async with asking(script(whole[:end])) as (asker, _):
             with pytest.raises(WireError, match="malformed"):
-                await asker.commits(DONOR.peer_id, 0, mine.take)
+                await asker.commits(DONOR.peer_id, (0, 0), mine.take)
         assert mine.offered == []
 
 
 @given(st.data())
 async def test_an_answer_with_any_byte_changed_is_refused(data: st.DataObject) -> None:
-    raw = bytearray(sealed(Commits(9, tuple(CHAIN[:2]))))
+    raw = bytearray(sealed(Commits(0, 9, tuple(CHAIN[:2]))))
     raw[data.draw(st.integers(0, len(raw) - 1))] ^= data.draw(st.integers(1, 255))
     mine = Copy()
     async with asking(script(bytes(raw))) as (asker, _):
         with pytest.raises(WireError):
-            await asker.commits(DONOR.peer_id, 0, mine.take)
+            await asker.commits(DONOR.peer_id, (0, 0), mine.take)
     assert mine.offered == []
 
 
@@ -264,7 +264,7 @@ async def test_an_answer_with_any_byte_changed_is_refused(data: st.DataObject) -
 async def test_any_bytes_for_an_answer_are_a_wire_error(raw: bytes) -> None:
     async with asking(script(raw)) as (asker, _):
         for question, answer in (
-            (CommitsRequest(0), Commits),
+            (CommitsRequest(0, 0), Commits),
             (WelcomeRequest(), Welcome),
             (StateRequest(), StateOffer),
         ):
@@ -275,22 +275,22 @@ async def test_any_bytes_for_an_answer_are_a_wire_error(raw: bytes) -> None:
 async def test_a_donor_with_nothing_to_say_is_a_sync_error_that_names_it_and_the_question() -> None:
     async with asking(script(b"")) as (asker, asked):
         with pytest.raises(SyncError, match=f"{DONOR.peer_id} has no answer to CommitsRequest"):
-            await asker.commits(DONOR.peer_id, 0, Copy().take)
+            await asker.commits(DONOR.peer_id, (0, 0), Copy().take)
     assert len(asked) == 1
 
 
 UNSHOWN = {
-    "an empty page": (Commits(9, ()),),
-    "an empty page, and the largest head": (Commits(2**53 - 1, ()),),
-    "an empty page after a good one": (Commits(9, tuple(CHAIN[:4])), Commits(9, ())),
-    "the same page for ever": (Commits(9, tuple(CHAIN[:4])),),
-    "an older page": (Commits(9, tuple(CHAIN[:4])), Commits(9, tuple(CHAIN[1:3]))),
-    "a page with a gap before it": (Commits(9, tuple(CHAIN[:4])), Commits(9, tuple(CHAIN[5:9]))),
-    "a page from the end": (Commits(20, tuple(CHAIN[:-9:-1])),),
-    "another chain": (Commits(20, tuple(OTHER_CHAIN[1:])),),
-    "another chain in the middle": (Commits(20, tuple(CHAIN[:4])), Commits(20, tuple(OTHER_CHAIN[4:]))),
-    "commits without votes": (Commits(20, tuple(Commit(commit.block, ()) for commit in CHAIN)),),
-    "a commit a thousand times": (Commits(20, (CHAIN[0],) * 1000),),
+    "an empty page": (Commits(0, 9, ()),),
+    "an empty page, and the largest head": (Commits(0, 2**53 - 1, ()),),
+    "an empty page after a good one": (Commits(0, 9, tuple(CHAIN[:4])), Commits(0, 9, ())),
+    "the same page for ever": (Commits(0, 9, tuple(CHAIN[:4])),),
+    "an older page": (Commits(0, 9, tuple(CHAIN[:4])), Commits(0, 9, tuple(CHAIN[1:3]))),
+    "a page with a gap before it": (Commits(0, 9, tuple(CHAIN[:4])), Commits(0, 9, tuple(CHAIN[5:9]))),
+    "a page from the end": (Commits(0, 20, tuple(CHAIN[:-9:-1])),),
+    "another chain": (Commits(0, 20, tuple(OTHER_CHAIN[1:])),),
+    "another chain in the middle": (Commits(0, 20, tuple(CHAIN[:4])), Commits(0, 20, tuple(OTHER_CHAIN[4:]))),
+    "commits without votes": (Commits(0, 20, tuple(Commit(commit.block, 0, ()) for commit in CHAIN)),),
+    "a commit a thousand times": (Commits(0, 20, (CHAIN[0],) * 1000),),
 }
 
 
@@ -301,7 +301,7 @@ async def test_a_chain_that_is_claimed_but_not_shown_ends_in_an_error_and_never_
     mine = Copy()
     async with asking(script(*answers)) as (asker, asked):
         with pytest.raises(SyncError, match=rf"reaches round {answers[-1].head_round}, but does not show it"):
-            await asker.commits(DONOR.peer_id, 0, mine.take)
+            await asker.commits(DONOR.peer_id, (0, 0), mine.take)
     assert mine.taken == CHAIN[: len(mine.taken)]
     assert len(asked) <= 2
 
@@ -310,13 +310,14 @@ async def test_a_donor_whose_head_is_always_further_is_followed_as_far_as_it_sho
     mine = Copy()
     async with asking(pages(CHAIN, 6, head=2**53 - 1)) as (asker, asked):
         with pytest.raises(SyncError, match="does not show it"):
-            await asker.commits(DONOR.peer_id, 0, mine.take)
+            await asker.commits(DONOR.peer_id, (0, 0), mine.take)
     assert mine.taken == CHAIN
     assert len(asked) == 5
 
 
 shown = st.builds(
     Commits,
+    st.just(0),
     st.integers(0, 25) | st.just(2**53 - 1),
     st.lists(st.sampled_from([*CHAIN[:8], *OTHER_CHAIN[:3]]), max_size=4).map(tuple)
     | st.integers(0, 6).flatmap(lambda first: st.just(tuple(CHAIN[first : first + 3]))),
@@ -328,7 +329,7 @@ async def test_whatever_a_donor_shows_it_is_asked_again_only_while_our_head_move
     mine = Copy()
     async with asking(script(*answers)) as (asker, asked):
         with contextlib.suppress(SyncError):
-            await asker.commits(DONOR.peer_id, 0, mine.take)
+            await asker.commits(DONOR.peer_id, (0, 0), mine.take)
     assert mine.taken in (CHAIN[: len(mine.taken)], OTHER_CHAIN[: len(mine.taken)])
     rounds = [question.after_round for question in asked if isinstance(question, CommitsRequest)]
     assert len(rounds) == len(asked)
@@ -348,7 +349,7 @@ async def test_a_donor_that_never_answers_is_given_up(monkeypatch: pytest.Monkey
         await net.join(DONOR.peer_id).serve(CHANNEL, wait)
         asker = Asker(net.join(ME.peer_id), ME, RUN)
         with pytest.raises(Unreachable, match="no answer in"):
-            await asker.commits(DONOR.peer_id, 0, mine.take)
+            await asker.commits(DONOR.peer_id, (0, 0), mine.take)
         with pytest.raises(SyncError, match="no answer in"):
             await asker.welcome([DONOR.peer_id])
     assert mine.offered == []
@@ -360,13 +361,13 @@ async def test_a_donor_that_leaves_in_the_middle_leaves_what_it_gave() -> None:
         await serve(net, DONOR, pages(CHAIN, 4))
         asker = Asker(net.join(ME.peer_id), ME, RUN)
 
-        def take(commit: Commit) -> int:
+        def take(commit: Commit) -> tuple[int, int]:
             if commit.block.round == 8:
                 net.leave(DONOR.peer_id)
             return mine.take(commit)
 
         with pytest.raises(Unreachable):
-            await asker.commits(DONOR.peer_id, 0, take)
+            await asker.commits(DONOR.peer_id, (0, 0), take)
     assert mine.taken == CHAIN[:8]
 
 
@@ -377,21 +378,21 @@ async def test_a_donor_that_refuses_or_does_not_serve_is_a_transport_error() -> 
     async with network() as net, asyncio.timeout(LONG_S):
         asker, donor = Asker(net.join(ME.peer_id), ME, RUN), net.join(DONOR.peer_id)
         with pytest.raises(Unreachable):
-            await asker.commits(DONOR.peer_id, 0, Copy().take)
+            await asker.commits(DONOR.peer_id, (0, 0), Copy().take)
         await donor.serve(CHANNEL, refuse)
         with pytest.raises(RequestRefused, match="not for you"):
-            await asker.commits(DONOR.peer_id, 0, Copy().take)
+            await asker.commits(DONOR.peer_id, (0, 0), Copy().take)
 
 
 # -- what the run is
 
-WORLD = Genesis(recipe.encode(recipe.load("tiny-books")), ORGANIZER.peer_id, FOUNDER, digest("model after round 0"))
+WORLD = Run(OTHER, ME).genesis
+WELCOME = Welcome(WORLD)
 
 
-def a_welcome(genesis: Genesis = WORLD, *, by: Identity = ORGANIZER, run: bytes = WORLD.run, **changed: Any) -> Welcome:
-    """What the run is and who leads, signed `by` the organizer; `changed` is what is changed after that."""
-    signature = by.sign(delegation_payload(run, DONOR.peer_id, 3))
-    return Welcome(genesis, msgspec.structs.replace(Delegation(DONOR.peer_id, 3, signature), **changed))
+def of_genesis(**changed: Any) -> Welcome:
+    """What the run is, with something changed."""
+    return Welcome(msgspec.structs.replace(WORLD, **changed))
 
 
 LIES: dict[str, tuple[Message | bytes, str]] = {
@@ -403,25 +404,19 @@ LIES: dict[str, tuple[Message | bytes, str]] = {
             DONOR,
             WORLD.run,
             Codec([Kind("welcome", Welcome, 2**20)]),
-            a_welcome(msgspec.structs.replace(WORLD, recipe=bytes(400 * 1024))),
+            of_genesis(recipe=bytes(400 * 1024)),
         ),
         "too large",
     ),
-    "another run's seal": (sealed(a_welcome(), run=RUN), "foreign run"),
-    "another signer": (sealed(a_welcome(), by=OTHER, run=WORLD.run), "wrong answer"),
-    "another answer": (Commits(0, ()), "wrong answer"),
-    "another genesis": (a_welcome(GENESIS), "foreign run"),
-    "another organizer": (
-        a_welcome(msgspec.structs.replace(WORLD, organizer=OTHER.peer_id), by=OTHER),
-        "foreign run",
-    ),
-    "another recipe": (a_welcome(msgspec.structs.replace(WORLD, recipe=b"{}")), "foreign run"),
-    "another founder": (a_welcome(msgspec.structs.replace(WORLD, founder=OTHER.peer_id)), "foreign run"),
-    "a delegation by who leads": (a_welcome(by=DONOR), "bad signature"),
-    "a delegation of another run": (a_welcome(run=RUN), "bad signature"),
-    "another leader": (a_welcome(coordinator=OTHER.peer_id), "bad signature"),
-    "another term": (a_welcome(term=4), "bad signature"),
-    "no signature": (a_welcome(signature=bytes(64)), "bad signature"),
+    "another run's seal": (sealed(WELCOME, run=RUN), "foreign run"),
+    "another signer": (sealed(WELCOME, by=OTHER, run=WORLD.run), "wrong answer"),
+    "another answer": (Commits(0, 0, ()), "wrong answer"),
+    "another genesis": (Welcome(GENESIS), "foreign run"),
+    "another organizer": (of_genesis(organizer=OTHER.peer_id), "foreign run"),
+    "another recipe": (of_genesis(recipe=b"{}"), "foreign run"),
+    "another founder": (of_genesis(founder=DONOR.peer_id), "foreign run"),
+    "another disk of the founder": (of_genesis(incarnation=bytes(8)), "foreign run"),
+    "another first model": (of_genesis(first_model=digest("another")), "foreign run"),
 }
 
 
@@ -429,11 +424,11 @@ LIES: dict[str, tuple[Message | bytes, str]] = {
 async def test_a_peer_that_lies_about_the_run_is_passed_over_and_named(lie: Message | bytes, reason: str) -> None:
     async with network() as net, asyncio.timeout(LONG_S):
         await serve(net, DONOR, script(lie), run=WORLD.run)
-        await serve(net, OTHER, script(a_welcome()), run=WORLD.run)
+        await serve(net, OTHER, script(WELCOME), run=WORLD.run)
         asker = Asker(net.join(ME.peer_id), ME, WORLD.run)
         with pytest.raises(SyncError, match=f"nobody could say what this run is: .*{reason}"):
             await asker.welcome([DONOR.peer_id])
-        assert await asker.welcome([DONOR.peer_id, OTHER.peer_id]) == a_welcome()
+        assert await asker.welcome([DONOR.peer_id, OTHER.peer_id]) == WELCOME
 
 
 async def test_the_first_who_proves_the_run_is_believed_and_nobody_is_asked_after_that(
@@ -441,11 +436,11 @@ async def test_the_first_who_proves_the_run_is_believed_and_nobody_is_asked_afte
 ) -> None:
     monkeypatch.setattr(sync, "ASKED_AT_ONCE", 1)
     async with network() as net, asyncio.timeout(LONG_S):
-        first = await serve(net, DONOR, script(a_welcome()), run=WORLD.run)
-        second = await serve(net, OTHER, script(a_welcome()), run=WORLD.run)
+        first = await serve(net, DONOR, script(WELCOME), run=WORLD.run)
+        second = await serve(net, OTHER, script(WELCOME), run=WORLD.run)
         asker = Asker(net.join(ME.peer_id), ME, WORLD.run)
         nobody = PeerId("nobody")
-        assert await asker.welcome(iter([nobody, DONOR.peer_id, OTHER.peer_id])) == a_welcome()
+        assert await asker.welcome(iter([nobody, DONOR.peer_id, OTHER.peer_id])) == WELCOME
         assert (first, second) == ([WelcomeRequest()], [])
 
 
@@ -454,23 +449,14 @@ async def test_strangers_who_say_nothing_do_not_keep_the_truth_from_who_asks() -
         mute = [Identity.from_seed(bytes([k]) * 32) for k in range(100, 99 + sync.ASKED_AT_ONCE)]
         for stranger in mute:
             await net.join(stranger.peer_id).serve(CHANNEL, never)
-        await serve(net, DONOR, script(a_welcome()), run=WORLD.run)
+        await serve(net, DONOR, script(WELCOME), run=WORLD.run)
         asker = Asker(net.join(ME.peer_id), ME, WORLD.run)
-        assert await asker.welcome([*(stranger.peer_id for stranger in mute), DONOR.peer_id]) == a_welcome()
+        assert await asker.welcome([*(stranger.peer_id for stranger in mute), DONOR.peer_id]) == WELCOME
 
 
 async def never(sender: PeerId, raw: bytes) -> bytes:
     await asyncio.Event().wait()
     return b""
-
-
-async def test_a_run_of_an_organizer_that_is_no_key_is_believed_of_nobody() -> None:
-    for organizer in ("organizer", "é" * 52, "12D3KooW" + "0" * 44):
-        genesis = msgspec.structs.replace(WORLD, organizer=PeerId(organizer))
-        async with network() as net, asyncio.timeout(LONG_S):
-            await serve(net, DONOR, script(a_welcome(genesis, run=genesis.run)), run=genesis.run)
-            with pytest.raises(SyncError, match="not signed by the organizer"):
-                await Asker(net.join(ME.peer_id), ME, genesis.run).welcome([DONOR.peer_id])
 
 
 async def test_every_fault_is_told_where_nobody_can_say_what_the_run_is() -> None:
@@ -486,7 +472,8 @@ async def test_every_fault_is_told_where_nobody_can_say_what_the_run_is() -> Non
 
 # -- the model
 
-MANIFEST = b"the tensors after round 4"
+MANIFEST = b"model after round 3"
+"""What the next block names the hash of."""
 WITH_MODEL = honest_chain()[2]
 """Its committee: the founder, `a` and `c`, who also did the work."""
 
@@ -502,13 +489,15 @@ VOTERS = tuple(voter.peer for voter in WITH_MODEL.block.committee)
 BALLOTS = tuple(ballot(peer) for peer in VOTERS)
 
 
-async def offered(said: Message | bytes, *, genesis: Genesis = GENESIS) -> StateOffer:
-    """What `ME`, which has the chain, takes of an offer. Raises SyncError, WireError."""
-    chain = {commit.block.round: commit for commit in honest_chain()}
+async def offered(
+    said: Message | bytes, *, first_model: bytes = GENESIS.first_model, head_round: int = 3
+) -> StateOffer:
+    """What `ME`, which has the chain up to that round, takes of an offer. Raises SyncError, WireError."""
+    chain = {commit.block.round: commit for commit in honest_chain()[:head_round]}
     fault: SyncError | WireError
     async with asking(script(said)) as (asker, asked):
         try:
-            return await asker.state(DONOR.peer_id, genesis, SIGNER, chain.get)
+            return await asker.state(DONOR.peer_id, CHARTER, first_model, chain.get, SIGNER)
         except (SyncError, WireError) as error:
             fault = error  # raised below: the network's task group would hide it in another
         finally:
@@ -522,11 +511,23 @@ async def test_a_model_that_a_quorum_signed_is_taken_whoever_offers_it() -> None
         assert await offered(StateOffer(3, MANIFEST, said)) == StateOffer(3, MANIFEST, said)
 
 
+async def test_a_model_that_the_next_block_names_needs_no_votes_and_no_votes_are_good_for_another() -> None:
+    for head_round in (3, 4):
+        older = StateOffer(2, b"model after round 2", ())
+        assert await offered(older, head_round=head_round) == older
+    assert await offered(StateOffer(3, MANIFEST, ()), head_round=4)
+    other = b"another model"
+    said = StateOffer(3, other, tuple(ballot(peer, manifest=other) for peer in VOTERS))
+    assert await offered(said) == said, "nobody knows better yet"
+    with pytest.raises(SyncError, match="after round 3 that no quorum stands for"):
+        await offered(said, head_round=4)
+
+
 async def test_the_first_model_needs_no_votes_but_the_digest_of_the_genesis() -> None:
-    genesis = msgspec.structs.replace(GENESIS, first_model=blake3(MANIFEST).digest())
-    assert await offered(StateOffer(0, MANIFEST, ()), genesis=genesis) == StateOffer(0, MANIFEST, ())
-    with pytest.raises(SyncError, match="after round 0 that no quorum has signed"):
-        await offered(StateOffer(0, MANIFEST + b".", ()), genesis=genesis)
+    first_model = blake3(MANIFEST).digest()
+    assert await offered(StateOffer(0, MANIFEST, ()), first_model=first_model) == StateOffer(0, MANIFEST, ())
+    with pytest.raises(SyncError, match="after round 0 that no quorum stands for"):
+        await offered(StateOffer(0, MANIFEST + b".", ()), first_model=first_model)
 
 
 UNSIGNED = {
@@ -575,54 +576,19 @@ async def test_no_garbage_passes_for_an_offer() -> None:
 # -- those who are asked
 
 
-PLAN = Plan(0, 1, 1, 0, WORLD.run, 0, (), (ME.peer_id,) * 3, 1.0, 1.0)
-PART_BYTES = (8, 8, 4)
-
-
-def no_zero(payload: bytes | bytearray | memoryview) -> None:
-    if 0 in bytes(payload):
-        raise ValueError("a zero")
-
-
-class Role(Shell):
-    """A shell that wants averages of round 1."""
-
-    def __init__(self, transport: Transport, directory: Path) -> None:
-        super().__init__(
-            DONOR,
-            WORLD,
-            transport=transport,
-            directory=directory,
-            metrics=Metrics("volunteer", "run"),
-            part_bytes=PART_BYTES,
-            check_part=no_zero,
-        )
-        self.machine = Still(PLAN)
-        self.took: list[ResultsHeader] = []
-        self.begun = asyncio.Event()
-
-    async def begin(self) -> None:
-        self.begun.set()
-
-    def took_results(self, sender: PeerId, header: ResultsHeader) -> None:
-        self.took.append(header)
+PLAN = Plan(0, 1, 1, 0, WORLD.run, 0, (), (ME.peer_id,) * len(LAYOUT.parts), (), 1.0, 1.0)
+"""In which `ME` owns all parts."""
 
 
 @asynccontextmanager
-async def a_role(directory: Path) -> AsyncIterator[tuple[Role, MemoryTransport]]:
-    """A role that serves, and the transport of `ME`; the role must still be alive in the end."""
-    async with network() as net, asyncio.timeout(LONG_S), asyncio.TaskGroup() as tasks:
-        role, me = Role(net.join(DONOR.peer_id), directory), net.join(ME.peer_id)
-        serving = tasks.create_task(role.serve())
-        await role.begun.wait()
-        yield role, me
-        assert not serving.done()
-        role.done.set()
-
-
-def a_chain_of(run: bytes, num_rounds: int) -> list[Commit]:
-    ledger = Ledger(run, FOUNDER)
-    return [extend(ledger, an_entry("a", (10 * k, 10 * k + 10))) for k in range(num_rounds)]
+async def a_role(directory: Path) -> AsyncIterator[tuple[Role, Still, MemoryTransport]]:
+    """A role whose machine stands still in round 1, and the transport of `ME`; the role must live to the end."""
+    async with network() as net, asyncio.timeout(LONG_S):
+        still = Still(PLAN)
+        role = Role(net.join(DONOR.peer_id), directory, WORLD, me=DONOR, machine=still)
+        async with serving(role):
+            await role.begun.wait()
+            yield role, still, net.join(ME.peer_id)
 
 
 @pytest.mark.parametrize("page_bytes", [1, 2000, 2**20])
@@ -630,27 +596,40 @@ async def test_a_role_gives_its_whole_chain_to_one_who_asks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page_bytes: int
 ) -> None:
     monkeypatch.setattr(shell, "COMMITS_BYTES", page_bytes)
-    chain = a_chain_of(WORLD.run, 12)
-    async with a_role(tmp_path) as (role, me):
-        for commit in chain:
-            role.chain.append(commit, at_s=0.0)
-        role.follower.restore(chain, ())
+    run = Run(OTHER, ME)
+    run.grow(6)
+    run.begin_epoch(4)
+    run.grow(5)
+    async with a_role(run.keep_in(tmp_path)) as (_, _, me):
         got: list[Commit] = []
 
-        def take(commit: Commit) -> int:
+        def take(commit: Commit) -> tuple[int, int]:
             got.append(commit)
-            return commit.block.round
+            return commit.block.epoch, commit.block.round
 
         asker = Asker(me, ME, WORLD.run)
-        await asker.commits(DONOR.peer_id, 0, take)
-        assert got == chain
-        await asker.commits(DONOR.peer_id, 2**53 - 1, take)
-        assert len(got) == 12
+        for after, first in (
+            ((0, 0), 1),
+            ((0, 2), 3),
+            ((0, 6), 5),  # which the epoch undid
+            ((0, 2**53 - 1), 5),
+            ((1, 5), 6),
+            ((1, 10), 11),
+            ((1, 2**53 - 1), 11),
+        ):
+            got.clear()
+            await asker.commits(DONOR.peer_id, after, take)
+            assert got == run.commits[first - 1 :], after
+
+
+async def test_a_role_says_what_the_run_is(tmp_path: Path) -> None:
+    async with a_role(tmp_path) as (_, _, me):
+        assert await Asker(me, ME, WORLD.run).welcome([DONOR.peer_id]) == WELCOME
 
 
 def questions() -> Iterator[tuple[str, bytes]]:
     """What a stranger may say in place of a question."""
-    whole = sealed(CommitsRequest(0), by=ME, run=WORLD.run)
+    whole = sealed(CommitsRequest(0, 0), by=ME, run=WORLD.run)
     yield "nothing", b""
     yield "noise", b"\xc1noise"
     yield "a deep list", b"\x91" * 100_000
@@ -659,11 +638,11 @@ def questions() -> Iterator[tuple[str, bytes]]:
         "more than its kind may have",
         seal(ME, WORLD.run, Codec([Kind("commits?", StateOffer, 4096)]), StateOffer(0, bytes(600), ())),
     )
-    yield "another run's", sealed(CommitsRequest(0), by=ME)
-    yield "another sender's", sealed(CommitsRequest(0), by=OTHER, run=WORLD.run)
-    yield "the donor's own", sealed(CommitsRequest(0), by=DONOR, run=WORLD.run)
+    yield "another run's", sealed(CommitsRequest(0, 0), by=ME)
+    yield "another sender's", sealed(CommitsRequest(0, 0), by=OTHER, run=WORLD.run)
+    yield "the donor's own", sealed(CommitsRequest(0, 0), by=DONOR, run=WORLD.run)
     yield "a word of the rounds", seal(ME, WORLD.run, Codec(ROUND_KINDS), Delegation(ME.peer_id, 1, bytes(64)))
-    for message in (Commits(0, ()), a_welcome(), StateOffer(0, b"", ()), StateRequest(), WelcomeRequest()):
+    for message in (Commits(0, 0, ()), WELCOME, StateOffer(0, b"", ()), StateRequest()):
         yield f"{type(message).__name__} of a role that has no answer to it", sealed(message, by=ME, run=WORLD.run)
     for end in range(1, len(whole)):
         yield f"{end} bytes of a question", whole[:end]
@@ -671,11 +650,11 @@ def questions() -> Iterator[tuple[str, bytes]]:
 
 
 async def test_a_role_answers_nothing_to_garbage_and_goes_on(tmp_path: Path) -> None:
-    async with a_role(tmp_path) as (_, me):
+    async with a_role(tmp_path) as (_, _, me):
         for what, raw in questions():
             assert (what, await me.request(DONOR.peer_id, CHANNEL, raw, timeout_s=LONG_S)) == (what, b"")
         asker = Asker(me, ME, WORLD.run)
-        assert await asker.ask(DONOR.peer_id, CommitsRequest(0), Commits) == Commits(0, ())
+        assert await asker.ask(DONOR.peer_id, CommitsRequest(0, 0), Commits) == Commits(0, 0, ())
 
 
 async def test_a_role_drops_garbage_among_the_messages_of_a_round(tmp_path: Path) -> None:
@@ -686,7 +665,7 @@ async def test_a_role_drops_garbage_among_the_messages_of_a_round(tmp_path: Path
         ("another run's", seal(ME, RUN, rounds, said)),
         ("OTHER's", seal(OTHER, WORLD.run, rounds, said)),
     ]
-    async with a_role(tmp_path) as (role, me):
+    async with a_role(tmp_path) as (_, still, me):
         heard: list[Message] = []
 
         def receive(sender: PeerId, message: Message, *, now: float) -> Sequence[object]:
@@ -694,7 +673,7 @@ async def test_a_role_drops_garbage_among_the_messages_of_a_round(tmp_path: Path
             heard.append(message)
             return ()
 
-        role.machine.receive = receive  # type: ignore[method-assign]
+        still.receive = receive  # type: ignore[method-assign]
         for what, raw in garbage:
             assert await me.request(DONOR.peer_id, shell.ROUND_CHANNEL, raw, timeout_s=LONG_S) == b"", what
         assert heard == [Delegation(ME.peer_id, 1, bytes(64))]
@@ -702,7 +681,11 @@ async def test_a_role_drops_garbage_among_the_messages_of_a_round(tmp_path: Path
 
 # -- averages that are pushed
 
-RESULTS = [b"8 bytes.", b"8 others", b"four"]
+WORK = Run(OTHER, ME)
+WORK.grow(1)
+RESULTS = WORK.parts[0]
+UNMADE = RESULTS[0][:-1] + b"\x80"
+"""No encoder makes the code -128."""
 
 
 def results_header(payloads: Sequence[bytes] = RESULTS, *, round_: int = 1) -> bytes:
@@ -742,13 +725,17 @@ BAD_RESULTS = {
     "another round": (results_header(round_=2), RESULTS, "round 2 is not under way"),
     "a huge round": (results_header(round_=2**64 - 1), RESULTS, "is not under way"),
     "other bytes": (results_header(), [RESULTS[1], RESULTS[0], RESULTS[2]], "part 0 is not what its digest promised"),
-    "a part that no encoder makes": (results_header([b"8 bytes\0"]), [b"8 bytes\0"], "part 0: a zero"),
-    "more than a vector": (results_header(), [*RESULTS, b"more"], "bytes; at most 20 are allowed"),
+    "a part that no encoder makes": (results_header([UNMADE]), [UNMADE], "part 0: value 127 has code -128"),
+    "more than a vector": (
+        results_header(),
+        [*RESULTS, b"more"],
+        f"at most {sum(map(len, RESULTS))} are allowed",
+    ),
 }
 
 
 async def test_averages_with_a_bad_header_or_bad_bytes_are_refused_and_leave_nothing(tmp_path: Path) -> None:
-    async with a_role(tmp_path) as (role, me):
+    async with a_role(tmp_path) as (role, still, me):
         for what, (header, payloads, why) in BAD_RESULTS.items():
             with pytest.raises(bulk.PushRefused) as caught:
                 await push(me, header, payloads)
@@ -756,15 +743,16 @@ async def test_averages_with_a_bad_header_or_bad_bytes_are_refused_and_leave_not
         for end in range(len(results_header())):
             with pytest.raises(bulk.PushRefused, match="malformed header"):
                 await push(me, results_header()[:end])
-        assert role.took == []
+        assert still.results == []
         assert role.blobs.digests() == set()
         await push(me, results_header())
-        assert [header.parts for header in role.took] == [tuple((part, digest) for part, digest in TRUE_PARTS)]
+        taken = {part: blake3(payload).digest() for part, payload in enumerate(RESULTS)}
+        assert still.results == [(ME.peer_id, (1, 1, 0), taken)]
         assert role.blobs.digests() == {blake3(payload).digest() for payload in RESULTS}
 
 
 async def test_a_header_of_averages_above_its_cap_is_refused_unread(tmp_path: Path) -> None:
-    async with a_role(tmp_path) as (role, me):
+    async with a_role(tmp_path) as (_, still, me):
         stream = await me.open(DONOR.peer_id, RESULTS_CHANNEL, kind="result")
         await stream.write(b"\x06result" + struct.pack(">I", 512 * 1024 + 1))
         verdict, length = struct.unpack(">BI", await stream.read_exactly(5))
@@ -772,11 +760,10 @@ async def test_a_header_of_averages_above_its_cap_is_refused_unread(tmp_path: Pa
         assert b"at most 524288 are allowed" in await stream.read_exactly(length)
         with pytest.raises(TransportError):
             await push(me, bytes(512 * 1024 + 1))
-        assert role.took == []
+        assert still.results == []
 
 
 def test_the_words_of_the_sync_fit_their_caps_at_their_longest() -> None:
-    longest = msgspec.structs.replace(WORLD, recipe=bytes(256 * 1024))
-    assert CODEC.encode(a_welcome(longest))
-    assert CODEC.encode(CommitsRequest(2**53 - 1))
+    assert CODEC.encode(of_genesis(recipe=bytes(256 * 1024)))
+    assert CODEC.encode(CommitsRequest(0, 2**53 - 1))
     assert {kind.tag for kind in SYNC_KINDS} == {"welcome?", "welcome", "commits?", "commits", "state?", "state"}
