@@ -301,9 +301,11 @@ class Follower:
         """Whom to tell where we stand: the leader, and while it is not heard one more voter, another each time."""
         me, silence_s = self._signer.peer_id, self._silence_s
         head, silent = self.ledger.head, now - self._heard_at
-        order = [peer for peer in leaders(head.hash, head.committee, head.coordinator) if peer != me]
+        if silent < silence_s and self.leader != me:
+            return (self.leader,)
         out = [] if self.leader == me else [self.leader]
-        if order and (silent >= silence_s or self.leader == me):
+        order = [peer for peer in leaders(head.hash, head.committee, head.coordinator) if peer != me]
+        if order:
             out.append(order[int(2 * max(0.0, silent) / silence_s) % len(order)])
         return tuple(dict.fromkeys(out))
 

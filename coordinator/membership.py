@@ -149,6 +149,14 @@ class Membership:
         said = self.report(peer)
         return said is not None and self.is_live(peer) and said.head == head.hash and said.stage == Stage.SYNCING
 
+    def holds_up(self, peer: PeerId, head: Head, barred: frozenset[PeerId]) -> bool:
+        """Whether the round after `head` waits for `peer`, of those who are awaited: unheard of, or still applying."""
+        presence = self._peers.get(peer)
+        if presence is None:
+            return True
+        works = presence.lost is None and presence.report.trains and not presence.report.leaving
+        return works and (peer in barred or not self.stands(peer, head))
+
     def decide(
         self, head: Head, *, min_peers: int, awaited: Iterable[PeerId], barred: frozenset[PeerId] = frozenset()
     ) -> Decision:
@@ -158,11 +166,9 @@ class Membership:
         """
         applying, unheard = 0, 0
         for peer in awaited:
-            presence = self._peers.get(peer)
-            if presence is None:
-                unheard += 1
-            elif presence.lost is None and presence.report.trains and not presence.report.leaving:
-                applying += peer in barred or not self.stands(peer, head)
+            if self.holds_up(peer, head, barred):
+                unheard += peer not in self._peers
+                applying += peer in self._peers
         if applying:
             return Decision((), f"waiting for {applying} to apply round {head.round}")
         if unheard:

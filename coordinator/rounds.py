@@ -72,6 +72,8 @@ SETTLE_S = 5.0
 
 Who says that it is getting there is awaited for as long as an exchange may take.
 """
+COUNT_S = 0.5
+"""How often it is counted how many of more than MAX_VOTERS are still awaited."""
 PASS_ON_S = 3.0
 """How long voters may take to pass a commit on, before a member that lacks it is told by the leader."""
 SHOWN_ROUNDS = 8
@@ -193,6 +195,9 @@ class Leader:
         """(head, view) that we lead."""
         self._next_attempt = started
         self._awaited: tuple[PeerId, ...] = ()
+        self._held_up_by: PeerId | None = None
+        """One of many awaited: while it is not there, who else is missing need not be counted at every message."""
+        self._count_at = 0.0
         self._settle_until = 0.0
         self._settle_limit = 0.0
         self._passed_on_by = 0.0
@@ -537,7 +542,7 @@ class Leader:
         follower = self.follower
         if not follower.leads or follower.model is None:
             if self._led is not None:
-                self._led, self._awaited = None, ()
+                self._led, self._awaited, self._held_up_by = None, (), None
                 self.membership.forget()
             self._round, self.phase, self.reason = None, Phase.FOLLOWING, "another peer leads"
             return False
@@ -547,7 +552,7 @@ class Leader:
             given_up = {follower.ledger.head.leader(view) for view in range(follower.view)}
             self._awaited = tuple(sorted(follower.ledger.head.voters - given_up - {self._signer.peer_id}))
             self._settle_until, self._settle_limit = now + SETTLE_S, now + self._recipe.rounds.exchange_s
-            self._stand_at = now
+            self._stand_at, self._held_up_by = now, None
         if self._led != led:
             self.membership.resize(follower.ledger.head.contributors)
         self._led = led
@@ -561,15 +566,21 @@ class Leader:
         if now >= self._settle_until:
             arriving = now < self._settle_limit
             self._awaited = tuple(p for p in self._awaited if arriving and self.membership.is_arriving(p, head))
-            self._settle_until = self._settle_limit
+            self._settle_until, self._held_up_by = self._settle_limit, None
+        barred, by = self._barred(), self._held_up_by
+        if by is not None and now < self._count_at and not self.leaving and self.membership.holds_up(by, head, barred):
+            return []
         steps = self._recipe.rounds.steps_at(head.global_step)
         if steps == 0:
             self.phase, self.reason = Phase.FINISHED, f"finished: all {head.global_step} steps are done"
             return []
         self.phase = Phase.IDLE
         decision = self.membership.decide(
-            head, min_peers=self._recipe.rounds.min_peers, awaited=self._awaited, barred=self._barred()
+            head, min_peers=self._recipe.rounds.min_peers, awaited=self._awaited, barred=barred
         )
+        if len(self._awaited) > MAX_VOTERS:
+            missing = (peer for peer in self._awaited if self.membership.holds_up(peer, head, barred))
+            self._held_up_by, self._count_at = next(missing, None), now + COUNT_S
         self.reason = decision.reason
         if decision.members and not (self.leaving and self._others(head)):
             return self._open(decision.members, steps, now)
@@ -899,6 +910,7 @@ class Leader:
         self._round, self.phase = None, Phase.IDLE
         self._awaited = tuple(p for p in self.membership.ready(head) if p != self._signer.peer_id)
         self._settle_until, self._settle_limit = now + SETTLE_S, now + self._recipe.rounds.exchange_s
+        self._held_up_by = None
         followed = self.follower.receive(self._signer.peer_id, commit, now=now)
         assert isinstance(followed[0], Store), "a commit is durable before anyone hears of it"
         others = tuple(peer for peer in hearers if peer != self._signer.peer_id)

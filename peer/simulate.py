@@ -271,7 +271,7 @@ class Simulation:
             sent.update(by_kind)
         per_peer = {kind: count / max(1e-9, sum(up_s.values())) for kind, count in sent.items()}
         self._tell(f"gossip of {self.asked.peers + 1} peers")
-        per_peer |= simulate_gossip(self.asked.peers + 1, seed=self.asked.seed).mean_bytes_per_s
+        per_peer |= simulate_gossip(self.asked.peers + 1, seed=self.asked.seed, partition_s=0.0).mean_bytes_per_s
         control = {peer: sum(n for kind, n in said.items() if kind not in BULK) for peer, said in traffic.sent.items()}
         rounds = self.rounds
         done = bool(world.committed) and world.now <= self._committed_at + self._patience_s

@@ -47,7 +47,7 @@ def test_two_hundred_of_whom_one_in_a_hundred_dies_in_each_round_commit_rounds_a
 
 
 def test_gossip_of_two_hundred_is_cheap_and_everyone_soon_knows() -> None:
-    check_gossip(simulate_gossip(200, seed=1, measure_s=10.0, partition_s=5.0))
+    check_gossip(simulate_gossip(200, seed=1))
 
 
 @pytest.mark.soak
@@ -58,7 +58,7 @@ def test_a_thousand_of_whom_one_in_a_hundred_dies_in_each_round_commit_rounds_at
 @pytest.mark.soak
 @pytest.mark.parametrize("peers", [1000, 10_000])
 def test_gossip_of_many_is_cheap_and_everyone_soon_knows(peers: int) -> None:
-    check_gossip(simulate_gossip(peers, seed=1, measure_s=10.0, partition_s=0.0))
+    check_gossip(simulate_gossip(peers, seed=1, partition_s=0.0))
 
 
 # -- how a leader of many spares its line
