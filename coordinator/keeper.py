@@ -116,10 +116,7 @@ class Keeper:
         if not leader.leaving or leader.phase in (Phase.GATHER, Phase.REDUCE, Phase.VOTE):
             return leader.leaving and now >= self._leave_by
         alone = head.voters <= {self._me}
-        deserted = leader.phase is Phase.IDLE and not any(
-            leader.membership.is_live(peer) for peer in head.voters - {self._me}
-        )
-        return self._me not in head.voters or alone or deserted or now >= self._leave_by
+        return self._me not in head.voters or alone or leader.deserted(now=now) or now >= self._leave_by
 
     def tick(self, *, now: float) -> list[Effect]:
         """Let time pass."""

@@ -34,7 +34,7 @@ from dugnad.coordinator.messages import (
     Standing,
 )
 from dugnad.coordinator.rounds import Effect as LeaderEffect
-from dugnad.coordinator.rounds import Leader, Phase
+from dugnad.coordinator.rounds import Leader
 from dugnad.dht.identity import PeerId
 from dugnad.optim import reduce as reducing
 from dugnad.optim.reduce import Reducer, Weighed
@@ -484,9 +484,7 @@ class Volunteer:
             in_place = not self._working and follower.model_round in (-1, follower.ledger.head.round)
             return "left in order" if in_place or silent is not None else None
         if follower.leads:
-            idle = leader.phase in (Phase.IDLE, Phase.FINISHED)
-            deserted = idle and not any(leader.membership.is_live(peer) for peer in voters - {self._me})
-            return "left as the last: the run goes on from this folder" if deserted else None
+            return "left as the last: the run goes on from this folder" if leader.deserted(now=now) else None
         away = silent is not None and silent >= 3 * GOODBYE_S and now >= self._leave_by + GOODBYE_S
         modelless = silent is not None and follower.model is None
         return "left without a goodbye: nobody leads" if away or modelless else None
