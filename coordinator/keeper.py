@@ -121,7 +121,8 @@ class Keeper:
         leader, head = self.leader, self.follower.ledger.head
         if not leader.leaving or leader.phase in (Phase.GATHER, Phase.REDUCE, Phase.VOTE):
             return leader.leaving and now >= self._leave_by
-        return self._me not in head.voters or leader.deserted or now >= self._leave_by
+        alone = head.voters <= {self._me}
+        return self._me not in head.voters or alone or leader.deserted(now=now) or now >= self._leave_by
 
     def tick(self, *, now: float) -> list[Effect]:
         """Let time pass."""

@@ -193,6 +193,8 @@ class Leader:
         self._round: _Round | None = None
         self._led: tuple[bytes, int] | None = None
         """(head, view) that we lead."""
+        self._led_since = 0.0
+        """When we took the lead, and forgot whom we knew."""
         self._next_attempt = started
         self._awaited: tuple[PeerId, ...] = ()
         self._held_up_by: PeerId | None = None
@@ -331,12 +333,11 @@ class Leader:
         signed = (peer for peer in said if said[peer].model == model and peer in voters)
         return tuple(Ballot(peer, said[peer].signature) for peer in signed)
 
-    @property
-    def deserted(self) -> bool:
-        """Whether we lead, between two rounds, and nobody else who votes is here, or has still to say so."""
-        between = self.phase in (Phase.IDLE, Phase.FINISHED)
-        others = self.follower.ledger.head.voters - {self._signer.peer_id}
-        return between and (not others or not (self._awaited or any(map(self.membership.is_live, others))))
+    def deserted(self, *, now: float) -> bool:
+        """Whether we lead a committee of which nobody else is here, though there was time to say so."""
+        head, between = self.follower.ledger.head, self.phase in (Phase.IDLE, Phase.FINISHED)
+        unheard = now < self._led_since + SETTLE_S and head.voters != {self._signer.peer_id}
+        return between and not unheard and not self._others(head)
 
     def _hearers(self) -> tuple[PeerId, ...]:
         """Whom a leader keeps in touch with: who is here, and the voters, who may not know yet whom to report to."""
@@ -552,7 +553,8 @@ class Leader:
             given_up = {follower.ledger.head.leader(view) for view in range(follower.view)}
             self._awaited = tuple(sorted(follower.ledger.head.voters - given_up - {self._signer.peer_id}))
             self._settle_until, self._settle_limit = now + SETTLE_S, now + self._recipe.rounds.exchange_s
-            self._stand_at, self._held_up_by = now, None
+            self._stand_at = self._led_since = now
+            self._held_up_by = None
         if self._led != led:
             self.membership.resize(follower.ledger.head.contributors)
         self._led = led
@@ -811,11 +813,16 @@ class Leader:
         head, follower = self.follower.ledger.head, self.follower
         if not follower.at_head or follower.model is None:
             return []
-        members = self._next_members(head.voters) or {self._signer.peer_id: follower.incarnation}
+        here = {*self.membership.live(), self._signer.peer_id}
+        members = self._next_members(head.voters)
+        if not members and follower.ledger.rule.decided(head.committee, here):
+            members = {self._signer.peer_id: follower.incarnation}  # all want to go: one must stay to decide
         seat = self._coordinator(members)
         stays = members.keys() == head.voters
-        if stays and (seat is None or seat.coordinator == head.coordinator):
+        if not members or (stays and (seat is None or seat.coordinator == head.coordinator)):
             return []
+        if not self._can_decide(members, seat):
+            return []  # it would wait for ever for who has died with the disk that the committee knows
         self._round = _Round(head.redo, head.cursor, 0, self._empty_plan(), float("inf"))
         return self._propose(self._round, (), (), now)
 
@@ -843,6 +850,15 @@ class Leader:
         """Who has the coordinator's seat in a committee of `members`."""
         delegated = self.follower.delegation
         return delegated if delegated is not None and delegated.coordinator in members else None
+
+    def _can_decide(self, members: Mapping[PeerId, bytes], seat: Delegation | None) -> bool:
+        """Whether those of `members` who are here, each with the disk that is named, are a quorum among them."""
+        rule, reports = self.follower.ledger.rule, self.membership.report
+        committee = rule.weigh(members, None if seat is None else seat.coordinator, self.follower.ledger.credit)
+        live = {
+            peer for peer in self.membership.live() if (said := reports(peer)) and said.incarnation == members.get(peer)
+        }
+        return rule.decided(committee, live | {self._signer.peer_id})
 
     def _propose(self, work: _Round, entries: tuple[Entry, ...], parts: tuple[bytes, ...], now: float) -> list[Effect]:
         head = self.follower.ledger.head

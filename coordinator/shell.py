@@ -514,11 +514,13 @@ class Shell:
         await self.asker.commits(donor, after, take)
 
     async def _keep_looking(self) -> None:
-        """While nobody leads whom we hear, ask somebody now and then how far the chain has come."""
+        """Ask somebody now and then how far the chain has come, seldom while we hear of a leader."""
         while True:
             await asyncio.sleep(LOOK_S * (0.5 + self._rng.random()))
             others = sorted(self._known_peers())
-            if others and self.follower.silent_s(now=self.now()) is not None:
+            now = self.now()
+            lost = self.follower.silent_s(now=now) is not None or self.leader.deserted(now=now)
+            if others and (lost or self._rng.random() < following.LOOK_ANYWAY):
                 await self._catch_up(self._rng.choice(others), self.follower.ledger.head.place)
 
     def _known_peers(self) -> set[PeerId]:

@@ -486,7 +486,7 @@ class Volunteer:
             in_place = not self._working and follower.model_round in (-1, follower.ledger.head.round)
             return "left in order" if in_place or silent is not None else None
         if follower.leads:
-            return "left as the last: the run goes on from this folder" if leader.deserted else None
+            return "left as the last: the run goes on from this folder" if leader.deserted(now=now) else None
         away = silent is not None and silent >= 3 * GOODBYE_S and now >= self._leave_by + GOODBYE_S
         modelless = silent is not None and follower.model is None
         return "left without a goodbye: nobody leads" if away or modelless else None

@@ -26,10 +26,11 @@ from dugnad.coordinator.messages import MAX_PEERS
 from dugnad.coordinator.rounds import Phase
 from dugnad.coordinator.votes import QuorumRule
 from dugnad.dht.identity import PeerId
+from dugnad.peer.invariants import InvariantBroken
 from dugnad.peer.lifecycle import State
 from dugnad.peer.simulate_gossip import simulate_gossip
 from dugnad.peer.traffic import BULK
-from dugnad.peer.world import COORDINATOR, InvariantBroken, Network, VolunteerNode, World
+from dugnad.peer.world import COORDINATOR, Network, VolunteerNode, World
 
 LOOK_S = 0.2
 """Virtual seconds from one look at what everyone waits for to the next."""
@@ -199,7 +200,7 @@ class Simulation:
     @property
     def rounds(self) -> int:
         """How many rounds with work in them are committed."""
-        return sum(bool(commit.block.parts) for commit in self.world.committed.values())
+        return sum(bool(commit.block.parts) for commit in self.world.rules.committed.values())
 
     def run(self) -> Found:
         """Let the run come to its end, to a standstill, or to a rule that does not hold."""
@@ -234,10 +235,10 @@ class Simulation:
     def _over(self) -> bool:
         """Whether that is all; called after everything that happens."""
         world = self.world
-        if len(world.committed) == self._seen:
+        if len(world.rules.committed) == self._seen:
             return world.now > self._committed_at + self._patience_s
-        self._seen = len(world.committed)
-        newest = next(reversed(world.committed.values())).block
+        self._seen = len(world.rules.committed)
+        newest = next(reversed(world.rules.committed.values())).block
         took_s, self._committed_at = world.now - self._committed_at, world.now
         if newest.parts:
             self._waits.round_is_over()
@@ -274,7 +275,7 @@ class Simulation:
         per_peer |= simulate_gossip(self.asked.peers + 1, seed=self.asked.seed, partition_s=0.0).mean_bytes_per_s
         control = {peer: sum(n for kind, n in said.items() if kind not in BULK) for peer, said in traffic.sent.items()}
         rounds = self.rounds
-        done = bool(world.committed) and world.now <= self._committed_at + self._patience_s
+        done = bool(world.rules.committed) and world.now <= self._committed_at + self._patience_s
         leader = world.leader()
         reason = "nobody leads" if leader is None else leader.leader().reason
         return Found(

@@ -3,13 +3,13 @@
 `Keeper`, `Volunteer`, `Leader`, `Follower` and `Reducer` are the real ones. What is simulated is what their shells do:
 moving messages and bytes, training, folding, hashing, storing. A model is the hash of the one before and the parts
 applied to it; an average is the hash of the set it was folded from; so two peers that disagree about anything end up
-different.
+different. What must hold whatever fails is checked as it happens, by `invariants`.
 """
 
 import heapq
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -23,14 +23,14 @@ from dugnad.coordinator.follower import Cost, Follower, Patience, Promises
 from dugnad.coordinator.keeper import Keeper
 from dugnad.coordinator.ledger import Charter, Ledger
 from dugnad.coordinator.messages import (
-    PRECOMMIT,
-    PREVOTE,
     Ballot,
     Block,
     Commit,
     Delegation,
+    Lock,
     Message,
     Plan,
+    ViewChange,
     Vote,
     delegation_payload,
     epoch_payload,
@@ -41,6 +41,7 @@ from dugnad.coordinator.votes import QuorumRule
 from dugnad.dht.identity import PeerId
 from dugnad.optim import reduce as reducing
 from dugnad.optim.plan import assign_parts
+from dugnad.peer.invariants import InvariantBroken, Invariants, average
 from dugnad.peer.lifecycle import Abilities, Leave, Reduce, StopTraining, Train, Volunteer, Work
 from dugnad.peer.traffic import CODEC, Line, Traffic, sealed_bytes
 
@@ -63,8 +64,12 @@ RESTLESS_TICKS = 100
 NO_COST = Cost(0.0, 0.0, {})
 
 
-class InvariantBroken(AssertionError):
-    """A rule of the protocol did not hold; the message names the seed, the time and the rule."""
+class Killed(Exception):
+    """`node` was killed in the midst of what it was doing: the rest of it never happens."""
+
+    def __init__(self, node: "Node") -> None:
+        super().__init__(node.peer)
+        self.node = node
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +97,16 @@ class Disk:
     promises: Promises | None = None
     incarnation: bytes = FIRST_INCARNATION
     model_round: int = 0
+    model_block: bytes = RUN
+    """The block that the model is after."""
     model: bytes | None = None
     """None on a new disk; the organizer's first coordinator makes the first model itself."""
+
+    def block(self, round_: int) -> bytes | None:
+        """The block of that round in the chain that is here; before the first it is the run itself."""
+        if round_ == 0:
+            return RUN
+        return self.commits[round_ - 1].block.hash if round_ <= len(self.commits) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,18 +153,27 @@ class World:
         self.disks: dict[PeerId, Disk] = {}
         self.cut: set[frozenset[PeerId]] = set()
         """Pairs that cannot reach each other."""
-        self.committed: dict[tuple[int, int], Commit] = {}
-        """(epoch, round) -> the first commit that some node took for proven."""
         self.models: dict[bytes, bytes] = {RUN: FIRST_MODEL}
         """Hash of a block -> the model after it."""
         self.trained: dict[bytes, ranges.Ranges] = {}
         """Root of a contribution -> the samples that it was trained on."""
+        self.incarnations: dict[bytes, Disk] = {}
+        """Every disk that there ever was."""
+        self.rules = Invariants(
+            self.charter,
+            SimSigner(COORDINATOR).verify,
+            fail=self.fail,
+            disks=self.incarnations,
+            trained=self.trained,
+            models=self.models,
+        )
+        self.step: Callable[[Node, str, Callable[[], object]], object] = lambda node, what, act: act()
+        """Does one durable write or one Send of a node, (node, its name, it): a test may kill the node around it."""
         self.starts = 0
         self.left: dict[PeerId, str] = {}
         self.refusals: list[following.Refused] = []
-        self.liars: set[PeerId] = set()
-        """Whom a test makes lie; nobody else may be convicted of it."""
         self.convicted: set[PeerId] = set()
+        """Whom evidence names: in `rules` stands who lies indeed."""
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
 
@@ -180,9 +202,10 @@ class World:
 
     def _disk(self, peer: PeerId) -> Disk:
         if peer not in self.disks:
-            first = peer == COORDINATOR and not self.committed
+            first = peer == COORDINATOR and FIRST_INCARNATION not in self.incarnations
             incarnation = FIRST_INCARNATION if first else self.rng.randbytes(8)
-            self.disks[peer] = Disk(incarnation=incarnation, model=FIRST_MODEL if first else None)
+            disk = Disk(incarnation=incarnation, model=FIRST_MODEL if first else None)
+            self.disks[peer] = self.incarnations[incarnation] = disk
         return self.disks[peer]
 
     def wipe(self, name: str) -> None:
@@ -215,7 +238,7 @@ class World:
         )
         signature = SimSigner(ORGANIZER).sign(epoch_payload(RUN, block.hash))
         disk.commits.append(Commit(block, 0, (Ballot(ORGANIZER, signature),)))
-        self.saw_commit(disk.commits[-1])
+        self.rules.commits(disk.commits[-1])
 
     def crash(self, name: str) -> None:
         """SIGKILL: nothing more is said or done; the disk stays."""
@@ -231,8 +254,9 @@ class World:
             self.crash(name)
         disk = self.disks[COORDINATOR]
         lost = disk.commits.pop()
-        disk.model_round = len(disk.commits)
+        disk.model_round, disk.model_block = len(disk.commits), lost.block.parent
         disk.model = self.models[lost.block.parent]
+        self.rules.lost(disk.incarnation, (lost.block.epoch, lost.block.round - 1))
 
     def freeze(self, name: str) -> None:
         """SIGSTOP: connections stay open, nothing is processed."""
@@ -313,7 +337,7 @@ class World:
     def accuse(self, first: bytes, second: bytes) -> None:
         """Everyone hears of a proof at once: how it spreads is the gossip's, and tried there."""
         accused = check_evidence(RUN, *sorted((first, second)))
-        if accused is not None and accused not in self.liars:
+        if accused is not None and accused not in self.rules.liars:
             self.fail(f"{accused} is honest, and is convicted")
         self.convicted |= set() if accused is None else {accused}
 
@@ -388,30 +412,22 @@ class World:
             self.traffic.moved(sender.peer, to, kind, nbytes)
             if not sender.alive:
                 begun.do(lambda _: broken())
-            elif other is None or not self.reaches(sender.peer, to):
+            elif other is not begun or not self.reaches(sender.peer, to):
                 sender.do(lambda _: done("unreachable"))
             elif other.frozen:
                 self.after(5.0, lambda: sender.do(lambda _: done("no byte for 5 s")))
             else:
-                other.do(lambda node: sender.do(lambda _: done(arrived(node))))
+                begun.do(take)
+
+        def take(node: Node) -> None:
+            said: str | None = "the connection broke"
+            try:
+                said = arrived(node)
+            finally:
+                sender.do(lambda _: done(said))
 
         for line in tuple(lines):
             line.carry(nbytes, through, now=self.now)
-
-    def saw_commit(self, commit: Commit) -> None:
-        """Some node took `commit` for proven: there must never be another for the round."""
-        block = commit.block
-        known = self.committed.setdefault((block.epoch, block.round), commit)
-        if known.block.hash != block.hash:
-            self.fail(f"two blocks were committed for round {block.round}")
-        for entry in block.entries:
-            if self.trained[entry.root] != entry.ranges:
-                self.fail(f"round {block.round} says that {entry.peer} did samples that it was not trained on")
-
-    def saw_model(self, block: Block, model: bytes) -> None:
-        """Some node has this model after `block`: every other must have the same."""
-        if self.models.setdefault(block.hash, model) != model:
-            self.fail(f"two models after round {block.round}")
 
 
 class Node:
@@ -456,7 +472,7 @@ class Node:
         """Take up what the disk holds, and look around."""
         disk, now = self.disk, self.world.now
         model = disk.model
-        if model is not None:
+        if model is not None and disk.model_block == disk.block(disk.model_round):
             since = [commit for commit in disk.commits if commit.block.round > disk.model_round]
             self.do(lambda _: self.perform(self.machine.synced(disk.model_round, model, since, now=now)))
         elif isinstance(self.machine, Keeper):
@@ -465,14 +481,16 @@ class Node:
         self._look()
 
     def _look(self) -> None:
-        """Now and then, ask somebody how far the chain has come, while nobody leads whom we hear."""
+        """Ask somebody now and then how far the chain has come, seldom while we hear of a leader."""
         if not self.alive:
             return
-        if not self.frozen and self.follower.silent_s(now=self.world.now) is not None:
+        now = self.world.now
+        lost = self.follower.silent_s(now=now) is not None or self.leader().deserted(now=now)
+        if not self.frozen and (lost or self.world.rng.random() < following.LOOK_ANYWAY):
             others = [peer for peer in sorted(self.world.nodes) if self.world.reaches(self.peer, peer)]
             if len(others) > 1:
-                self.catch_up(self.world.rng.choice([peer for peer in others if peer != self.peer]))
-                self._schedule()
+                donor = self.world.rng.choice([peer for peer in others if peer != self.peer])
+                self.do(lambda node: node.catch_up(donor))
         self.world.after(LOOK_S * (0.5 + self.world.rng.random()), self._look)
 
     def do(self, event: Callable[["Node"], object]) -> None:
@@ -482,7 +500,12 @@ class Node:
         if self.frozen:
             self.backlog.append(lambda: self.do(event))
             return
-        event(self)
+        try:
+            event(self)
+        except Killed as killed:
+            if killed.node is not self:
+                raise
+            return
         self._schedule()
 
     def training_s(self) -> float:
@@ -524,24 +547,18 @@ class Node:
             self.perform_one(effect)
 
     def perform_one(self, effect: object) -> None:
-        world = self.world
+        world, disk = self.world, self.disk
         match effect:
             case following.Send(to, message):
-                if isinstance(message, Vote):
-                    self._check_vote(message)
                 if isinstance(message, Plan) and message.seats:
                     world.traffic.plans.add((message.epoch, message.order))
-                nbytes = sealed_bytes(message)
-                for peer in to:
-                    world.send(self.peer, peer, message, nbytes)
+                self.say(to, message)
             case following.Store(commit):
-                self._check_commit(commit)
-                self.disk.commits.append(commit)
-                self.disk.promises = None
+                self._write("Store", lambda: self._store(commit))
             case following.Rewind(round_):
-                del self.disk.commits[round_:]
+                self._write("Rewind", lambda: disk.commits.__delitem__(slice(round_, None)))
             case following.Remember(promises):
-                self.disk.promises = promises
+                self._write("Remember", lambda: setattr(disk, "promises", promises))
             case following.Apply(commit):
                 world.after(self.apply_s, lambda: self.do(lambda node: node.apply(commit)))
             case following.Fetch(wanted, donors):
@@ -559,19 +576,47 @@ class Node:
             case _:
                 raise AssertionError(f"no shell for {effect}")
 
+    def _write(self, what: str, change: Callable[[], object]) -> None:
+        """Change something on the disk: wholly or, if we are killed before, not at all."""
+        self.world.step(self, what, change)
+
+    def _store(self, commit: Commit) -> None:
+        disk = self.disk
+        tip = disk.commits[-1].block if disk.commits else None
+        disk.commits.append(commit)
+        self.world.rules.stores(self.peer, disk.incarnation, commit, tip)
+
+    def keep(self, digests: Iterable[bytes]) -> None:
+        """Averages are here and checked: have them on the disk, one by one."""
+        for digest in digests:
+            self._write("blob", lambda digest=digest: self.disk.blobs.add(digest))  # type: ignore[misc]
+
+    def keep_model(self, round_: int, block: bytes, model: bytes) -> None:
+        """Have the model after `block`, of that round, on the disk, in the place of the one before."""
+
+        def change() -> None:
+            self.disk.model_round, self.disk.model_block, self.disk.model = round_, block, model
+
+        self._write("model", change)
+
+    def say(self, to: Sequence[PeerId], message: Message) -> None:
+        """Send `message` to each of `to`, one after the other."""
+        nbytes, what = sealed_bytes(message), f"Send({type(message).__name__})"
+        for peer in to:
+            self.world.step(self, what, lambda peer=peer: self._send(peer, message, nbytes))  # type: ignore[misc]
+
+    def _send(self, to: PeerId, message: Message, nbytes: int) -> None:
+        self._check(message)
+        self.world.send(self.peer, to, message, nbytes)
+
     def apply(self, commit: Commit) -> None:
         if self.follower.applying is not commit:
             return  # another epoch began meanwhile
         block = commit.block
-        if not set(block.parts) <= self.disk.blobs:
-            self.world.fail(f"{self.peer} applies bytes that it does not hold")
-        known = self.world.committed.get((block.epoch, block.round))
-        if known is None or known.block.hash != block.hash:
-            self.world.fail(f"{self.peer} applies a block that was not committed")
         assert self.disk.model is not None
         model = blake3(self.disk.model + b"".join(block.parts)).digest() if block.parts else self.disk.model
-        self.disk.model_round, self.disk.model = block.round, model
-        self.world.saw_model(block, model)
+        self.world.rules.applies(self.peer, self.disk.incarnation, commit, model)
+        self.keep_model(block.round, block.hash, model)
         self.perform(self.machine.applied(block.round, model, NO_COST, now=self.world.now))
 
     def hold(self, digests: tuple[bytes, ...]) -> None:
@@ -598,7 +643,7 @@ class Node:
 
         def arrived(_: Node) -> None:
             self._fetching.pop(digest, None)
-            self.disk.blobs.add(digest)
+            self.keep((digest,))
             self.hold((digest,))
 
         def ended(error: str | None) -> None:
@@ -635,11 +680,11 @@ class Node:
         donor = max(donors, key=lambda peer: world.nodes[peer].follower.ledger.head.place)
         self.catch_up(donor)
         if self.follower.ledger.head.round <= SHORT_REPLAY_ROUNDS and self.disk.model is None:
-            self.synced(0, FIRST_MODEL)  # computed here, as the recipe says
+            self.synced(0, RUN, FIRST_MODEL)  # computed here, as the recipe says
             return
-        theirs, chain = world.disks[donor], self.disk.commits
-        place = chain[theirs.model_round - 1].block.hash if 0 < theirs.model_round <= len(chain) else RUN
-        if theirs.model is None or world.models.get(place) != theirs.model:
+        theirs = world.disks[donor]
+        place = theirs.model_block
+        if theirs.model is None or self.disk.block(theirs.model_round) != place:
             world.after(1.0, lambda: self.do(lambda node: node.sync_failed()))
             return
         round_, model = theirs.model_round, theirs.model
@@ -653,7 +698,7 @@ class Node:
                 failed.append(peer)
             pieces.remove(peer)
             if not pieces:
-                self.do(lambda node: node.sync_failed() if failed else node.synced(round_, model))
+                self.do(lambda node: node.sync_failed() if failed else node.synced(round_, place, model))
 
         for peer in tuple(pieces):
             world.transfer(
@@ -663,9 +708,12 @@ class Node:
                 lambda peer=peer: ended(peer, "gone"),  # type: ignore[misc]
             )  # fmt: skip
 
-    def synced(self, round_: int, model: bytes) -> None:
-        """The model after `round_` is here."""
-        self.disk.model_round, self.disk.model = round_, model
+    def synced(self, round_: int, block: bytes, model: bytes) -> None:
+        """The model after `block`, of that round, is here."""
+        if block != self.disk.block(round_):
+            self.sync_failed()  # another epoch began meanwhile
+            return
+        self.keep_model(round_, block, model)
         since = [commit for commit in self.disk.commits if commit.block.round > round_]
         self.perform(self.machine.synced(round_, model, since, now=self.world.now))
 
@@ -673,23 +721,14 @@ class Node:
         """Nobody could give the model; the machine asks again."""
         self.perform(self.machine.sync_failed("nobody has the model", now=self.world.now))
 
-    def _check_vote(self, vote: Vote) -> None:
-        promises = self.disk.promises
-        said = promises.prevoted if promises is not None else None
-        if vote.phase == PREVOTE:
-            block = None if said is None or said.view != vote.view else said.block
-            if block is None or vote.block != block.hash or not set(block.parts) <= self.disk.blobs:
-                self.world.fail(f"{self.peer} votes for bytes that it does not hold, or forgets its vote")
-        if vote.phase == PRECOMMIT:
-            lock = promises.lock if promises is not None else None
-            if lock is None or (lock.view, lock.block.hash) != (vote.view, vote.block):
-                self.world.fail(f"{self.peer} votes to commit what it is not locked on")
-
-    def _check_commit(self, commit: Commit) -> None:
-        newest = self.disk.commits[-1].block.round if self.disk.commits else 0
-        if commit.block.round != newest + 1:
-            self.world.fail(f"the chain of {self.peer} jumps from round {newest} to {commit.block.round}")
-        self.world.saw_commit(commit)
+    def _check(self, message: Message) -> None:
+        rules = self.world.rules
+        if isinstance(message, Vote):
+            rules.votes(self.peer, self.disk.incarnation, message)
+        elif isinstance(message, ViewChange):
+            rules.pledges(self.peer, self.disk.incarnation, message)
+        elif isinstance(message, Lock) and message.block.parent == self.follower.ledger.head.hash:
+            rules.shows(message, self.follower.ledger.head.committee)
 
 
 class CoordinatorNode(Node):
@@ -753,8 +792,7 @@ class VolunteerNode(Node):
             case Reduce(plan, reducing.Fold(parts, entries)):
                 if any(not self._parts.get((entry.peer, entry.root), set()) >= set(parts) for entry in entries):
                     self.world.fail(f"{self.peer} folds bytes that it does not hold")
-                said = b"".join(entry.peer.encode() + entry.root + str(entry.tokens).encode() for entry in entries)
-                results = {part: blake3(str((plan.round, part)).encode() + said).digest() for part in parts}
+                results = {part: average(plan.round, part, entries) for part in parts}
                 self.world.after(0.02, lambda: self.do(lambda _: self._folded(plan, results)))
             case Reduce(plan, reducing.Deliver(to, parts)):
                 self._deliver(plan, to, dict(parts))
@@ -810,14 +848,14 @@ class VolunteerNode(Node):
         self.world.transfer(self, owner, nbytes, "upload", arrived, done)
 
     def _folded(self, plan: Plan, results: dict[int, bytes]) -> None:
-        self.disk.blobs.update(results.values())
+        self.keep(results.values())
         self.perform(self.machine.folded(plan, results, now=self.world.now))
 
     def _deliver(self, plan: Plan, to: PeerId, parts: dict[int, bytes]) -> None:
         def arrived(node: Node) -> str | None:
             if node.follower.ledger.head.round >= plan.round:
                 return None
-            node.disk.blobs.update(parts.values())
+            node.keep(parts.values())
             node.perform(node.machine.result(self.peer, plan.order, parts, now=self.world.now))
             return None
 

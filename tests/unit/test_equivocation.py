@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dugnad.coordinator.equivocation import SORT, checker, side
 from dugnad.coordinator.follower import Accuse, Promises
-from dugnad.coordinator.messages import PRECOMMIT, PREVOTE, Lock, pledge_payload, vote_payload
+from dugnad.coordinator.messages import PRECOMMIT, PREVOTE, Lock, ViewChange, pledge_payload, vote_payload
 from dugnad.dht.evidence import Proofs
 from dugnad.dht.identity import Identity, PeerId, verify
 from dugnad.dht.wire import WireError
@@ -165,11 +165,11 @@ def test_a_voter_that_starts_anew_locked_in_the_view_that_it_pledged_says_no_oth
     assert follower.view == 1
     for second in range(1, 9):
         effects = follower.tick(now=float(second))
-        assert not views.said(effects, views.ViewChange)
+        assert not views.said(effects, ViewChange)
 
 
 def test_a_voter_that_comes_into_the_view_it_pledged_by_a_lock_says_its_pledge_no_more() -> None:
     follower = a_voter(promises=Promises(0, 2, 1))
     follower.receive(NEXT, locked(ONE, VOTERS, view=1), now=0.0)
     for second in range(1, 9):
-        assert not views.said(follower.tick(now=float(second)), views.ViewChange)
+        assert not views.said(follower.tick(now=float(second)), ViewChange)

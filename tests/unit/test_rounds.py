@@ -910,11 +910,11 @@ def test_when_all_voters_want_to_go_the_leader_lets_out_the_others_and_stays_to_
 
 def test_who_has_just_taken_the_lead_is_deserted_only_once_the_others_could_have_spoken() -> None:
     run = Run(*TWO)
-    assert not run.leader.deserted
+    assert not run.leader.deserted(now=run.now)
     run.tick(SETTLE_S)
-    assert run.leader.deserted
+    assert run.leader.deserted(now=run.now)
     run.reports(A)
-    assert not run.leader.deserted
+    assert not run.leader.deserted(now=run.now)
 
 
 def test_in_an_open_run_the_next_committee_weighs_what_was_earned_before() -> None:
