@@ -727,10 +727,10 @@ class Leader:
         head, follower = self.follower.ledger.head, self.follower
         if not follower.at_head or follower.model is None:
             return []
-        members = self._next_members(head.voters)
+        members = self._next_members(head.voters) or self._last_member
         seat = self._coordinator(members)
         stays = members.keys() == head.voters
-        if not members or (stays and (seat is None or seat.coordinator == head.coordinator)):
+        if stays and (seat is None or seat.coordinator == head.coordinator):
             return []
         if not self._can_decide(members, seat):
             return []  # it would wait for ever for who has died with the disk that the committee knows
@@ -754,6 +754,11 @@ class Leader:
         coordinator = delegated.coordinator if delegated is not None else head.coordinator
         return chosen(members, head.voters, coordinator, head.hash)
 
+    @property
+    def _last_member(self) -> dict[PeerId, bytes]:
+        """Us: when all are leaving, somebody must be left to let the others go, and to go last."""
+        return {self._signer.peer_id: self.follower.incarnation}
+
     def _is_here(self, peer: PeerId) -> bool:
         return peer == self._signer.peer_id or self.membership.stands(peer, self.follower.ledger.head)
 
@@ -776,9 +781,7 @@ class Leader:
         assert self.follower.model is not None
         allotted = [r for seat in work.seats.values() for r in seat.ranges]
         done = [r for entry in entries for r in entry.ranges]
-        members = self._next_members([entry.peer for entry in entries] if entries else head.voters)
-        if not members:  # all who worked are leaving, we too: somebody must be left to decide
-            members = {self._signer.peer_id: self.follower.incarnation}
+        members = self._next_members([entry.peer for entry in entries] if entries else head.voters) or self._last_member
         seat = self._coordinator(members)
         coordinator = None if seat is None else seat.coordinator
         block = Block(
