@@ -327,6 +327,11 @@ class Leader:
         """The plan of the round that we lead."""
         return self._round.plan if self._round and self._round.plan.seats else None
 
+    def expects(self, owner: PeerId, order: tuple[int, int, int], parts: Iterable[int]) -> bool:
+        """Whether averages of these parts, made by `owner` in that attempt, are on their way here."""
+        plan = self.plan or self._known_plan()
+        return plan is not None and plan.order == order and all(plan.owners[part] == owner for part in parts)
+
     def state_ballots(self, round_: int, model: bytes) -> tuple[Ballot, ...]:
         """Who of those that vote next signed that `model` is the digest after `round_`."""
         said, voters = self.digests.get(round_, {}), self.follower.ledger.head.voters
@@ -816,7 +821,7 @@ class Leader:
         here = {*self.membership.live(), self._signer.peer_id}
         members = self._next_members(head.voters)
         if not members and follower.ledger.rule.decided(head.committee, here):
-            members = {self._signer.peer_id: follower.incarnation}  # all want to go: one must stay to decide
+            members = self._last_member
         seat = self._coordinator(members)
         stays = members.keys() == head.voters
         if not members or (stays and (seat is None or seat.coordinator == head.coordinator)):
@@ -843,6 +848,11 @@ class Leader:
         coordinator = delegated.coordinator if delegated is not None else head.coordinator
         return chosen(members, head.voters, coordinator, head.hash)
 
+    @property
+    def _last_member(self) -> dict[PeerId, bytes]:
+        """Us: when all are leaving, somebody must be left to let the others go, and to go last."""
+        return {self._signer.peer_id: self.follower.incarnation}
+
     def _is_here(self, peer: PeerId) -> bool:
         return peer == self._signer.peer_id or self.membership.stands(peer, self.follower.ledger.head)
 
@@ -865,9 +875,7 @@ class Leader:
         assert self.follower.model is not None
         allotted = [r for seat in work.seats.values() for r in seat.ranges]
         done = [r for entry in entries for r in entry.ranges]
-        members = self._next_members([entry.peer for entry in entries] if entries else head.voters)
-        # if all who worked are leaving, we too: somebody must be left to decide
-        members = members or {self._signer.peer_id: self.follower.incarnation}
+        members = self._next_members([entry.peer for entry in entries] if entries else head.voters) or self._last_member
         seat = self._coordinator(members)
         coordinator = None if seat is None else seat.coordinator
         block = Block(
@@ -924,7 +932,7 @@ class Leader:
         hearers = tuple(peer for peer in self._hearers() if peer not in passed_on)
         self._passed_on_by = now + PASS_ON_S if passed_on else 0.0
         self._round, self.phase = None, Phase.IDLE
-        self._awaited = tuple(p for p in self.membership.ready(head) if p != self._signer.peer_id)
+        self._awaited = self.membership.ready(head)
         self._settle_until, self._settle_limit = now + SETTLE_S, now + self._recipe.rounds.exchange_s
         self._held_up_by = None
         followed = self.follower.receive(self._signer.peer_id, commit, now=now)

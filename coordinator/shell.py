@@ -725,19 +725,12 @@ class Shell:
             return f"the vector has {len(self._part_bytes)} parts"
         if sizes != tuple(self._part_bytes[part] for part, _ in header.parts):
             return "a part has another size than the layout gives it"
-        if not self._expects(sender, header):
+        if not self.leader.expects(sender, header.order, [part for part, _ in header.parts]):
             return f"round {header.round} is not under way here"
         order, came = self._averages
         if order == header.order and any(came.get(part, digest) != digest for part, digest in header.parts):
             return "other averages came for this part"  # else one owner could fill the disk
         return None
-
-    def _expects(self, sender: PeerId, header: ResultsHeader) -> bool:
-        """Whether `sender` owns these parts in the plan under way."""
-        plan = self.machine.plan
-        if plan is None or plan.order != header.order:
-            return False
-        return all(plan.owners[part] == sender for part, _ in header.parts)
 
     async def _take_results(self, sender: PeerId, raw: bytes, buffers: list[bytearray]) -> bytes:
         header = _results_header.decode(raw)

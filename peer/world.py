@@ -855,6 +855,8 @@ class VolunteerNode(Node):
         def arrived(node: Node) -> str | None:
             if node.follower.ledger.head.round >= plan.round:
                 return None
+            if not node.machine.leader.expects(self.peer, plan.order, parts):
+                return "that is not under way here"
             node.keep(parts.values())
             node.perform(node.machine.result(self.peer, plan.order, parts, now=self.world.now))
             return None

@@ -17,7 +17,7 @@ from dugnad.coordinator.messages import Voter
 from dugnad.coordinator.votes import QuorumRule
 from dugnad.dht.identity import PeerId
 from dugnad.peer.invariants import InvariantBroken
-from dugnad.peer.world import COORDINATOR, Network, VolunteerNode, World
+from dugnad.peer.world import COORDINATOR, Network, Node, VolunteerNode, World
 
 _WHOLE = load("tiny-books").cut(16)
 RECIPE = dataclasses.replace(
@@ -26,7 +26,22 @@ RECIPE = dataclasses.replace(
 TROUBLED_S = 240.0
 """For how long there is trouble; what was killed or cut off comes back then, and the run must come to its end."""
 LIMIT_S = 3600.0
-KINDS = ("crash", "crash", "wipe", "freeze", "partition", "coordinator", "coordinator lost", "leave", "lull", "lull")
+STRIKES = ("Send(Freeze)", "Send(Proposal)", "Send(Lock)", "Store", "Store")
+"""What a leader may be doing when it is struck at."""
+KINDS = (
+    "crash",
+    "crash",
+    "wipe",
+    "freeze",
+    "partition",
+    "coordinator",
+    "coordinator lost",
+    "leave",
+    "vote",
+    "vote",
+    "lull",
+    "lull",
+)
 
 
 def progress_s(gone: int) -> float:
@@ -68,6 +83,9 @@ class Chaos:
         self.longest_lull = 0.0
         """The longest that a connected quorum took, as a fraction of what it may take."""
         self._lull = False
+        self._armed: str | None = None
+        """At which step the leader is struck at next."""
+        self.world.step = self._step
 
     def run(self) -> World:
         """Let the run come to its end, or to `LIMIT_S` of virtual time."""
@@ -116,6 +134,8 @@ class Chaos:
             assert isinstance(node, VolunteerNode)
             node.leave()
             self._later(rng.uniform(1, 40), lambda: self._back(victim))
+        elif kind == "vote":
+            self._armed = rng.choice(STRIKES)
         elif kind.startswith("coordinator") and COORDINATOR in world.nodes and world.rounds() > 0:
             lost = kind == "coordinator lost" and self._spare()
             self._down(COORDINATOR, back_s=rng.uniform(1, 60))
@@ -125,6 +145,22 @@ class Chaos:
             done = False
         self.troubles[kind] += done
         world.after(rng.expovariate(1 / self.trouble_s), self._trouble)
+
+    def _step(self, node: Node, what: str, act: Callable[[], object]) -> object:
+        if what == self._armed and node.follower.leads and not self._lull:
+            self._armed = None
+            self.world.after(0.0, lambda: self._strike(node.peer))
+        return act()
+
+    def _strike(self, leader: str) -> None:
+        """Kill who leads in the midst of a vote, where locks matter, or cut it off before what it says arrives."""
+        world, rng = self.world, self.world.rng
+        if rng.random() < 0.3:
+            self._down(leader, back_s=rng.uniform(1, 40))
+            return
+        one = [name for name in (*self.names, COORDINATOR) if name == leader or rng.random() < 0.2]
+        world.partition(one, [name for name in (*self.names, COORDINATOR) if name not in one])
+        self._later(rng.uniform(1, 30), world.heal)
 
     def _begin_lull(self, side: Side) -> None:
         """Nothing breaks and nobody comes back until a round is committed."""
