@@ -189,6 +189,7 @@ class Simulation:
             network=Network(bytes_per_s=bytes_per_s(asked.uplink), step_s=asked.step_s),
             rule=QuorumRule(recipe.admission.kind == "open"),
         )
+        self._committed = self.world.committed
         self._tell = tell
         self._rng = random.Random(f"deaths {asked.seed}")  # of its own: deaths do not change what else is drawn
         self._names = 0
@@ -199,7 +200,7 @@ class Simulation:
     @property
     def rounds(self) -> int:
         """How many rounds with work in them are committed."""
-        return sum(bool(commit.block.parts) for commit in self.world.committed.values())
+        return sum(bool(commit.block.parts) for commit in self._committed.values())
 
     def run(self) -> Found:
         """Let the run come to its end, to a standstill, or to a rule that does not hold."""
@@ -234,10 +235,10 @@ class Simulation:
     def _over(self) -> bool:
         """Whether that is all; called after everything that happens."""
         world = self.world
-        if len(world.committed) == self._seen:
+        if len(self._committed) == self._seen:
             return world.now > self._committed_at + self._patience_s
-        self._seen = len(world.committed)
-        newest = next(reversed(world.committed.values())).block
+        self._seen = len(self._committed)
+        newest = next(reversed(self._committed.values())).block
         took_s, self._committed_at = world.now - self._committed_at, world.now
         if newest.parts:
             self._waits.round_is_over()
@@ -274,7 +275,7 @@ class Simulation:
         per_peer |= simulate_gossip(self.asked.peers + 1, seed=self.asked.seed, partition_s=0.0).mean_bytes_per_s
         control = {peer: sum(n for kind, n in said.items() if kind not in BULK) for peer, said in traffic.sent.items()}
         rounds = self.rounds
-        done = bool(world.committed) and world.now <= self._committed_at + self._patience_s
+        done = bool(self._committed) and world.now <= self._committed_at + self._patience_s
         leader = world.leader()
         reason = "nobody leads" if leader is None else leader.leader().reason
         return Found(
