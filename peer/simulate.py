@@ -43,6 +43,7 @@ REPLACED_S = (1.0, 10.0)
 """The least and the most until somebody new comes for one who died."""
 TELL_S = (0.2, 5.0)
 """How often progress is shown: on a terminal, and elsewhere."""
+SHOWN_KINDS = 6
 MOST_PEERS = 1000
 assert MOST_PEERS < MAX_PEERS
 _UNITS = {"kbit": 1e3 / 8, "mbit": 1e6 / 8, "gbit": 1e9 / 8}
@@ -404,5 +405,6 @@ def _kilobytes(counts: Iterable[tuple[str, float]]) -> str:
     return f"{sum(count for _, count in counts) / 1e3:.1f} kB/s"
 
 
-def _by_kind(counts: Iterable[tuple[str, float]]) -> str:
-    return ", ".join(f"{kind} {count / 1e3:.1f}" for kind, count in counts if count >= 50) or "all below 0.1"
+def _by_kind(counts: Sequence[tuple[str, float]]) -> str:
+    shown = ", ".join(f"{kind} {count / 1e3:.1f}" for kind, count in counts[:SHOWN_KINDS])
+    return shown + (", ..." if len(counts) > SHOWN_KINDS else "")
