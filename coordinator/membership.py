@@ -71,6 +71,7 @@ class Membership:
         lost = next((peer for peer, presence in self._peers.items() if presence.lost is not None), None)
         if lost is not None:
             del self._peers[lost]
+            self.changes += 1
         return lost is not None
 
     def resize(self, contributors: int) -> None:
@@ -151,11 +152,13 @@ class Membership:
 
     def holds_up(self, peer: PeerId, head: Head, barred: frozenset[PeerId]) -> bool:
         """Whether the round after `head` waits for `peer`, of those who are awaited: unheard of, or still applying."""
+        if peer in barred:
+            return False
         presence = self._peers.get(peer)
         if presence is None:
             return True
         works = presence.lost is None and presence.report.trains and not presence.report.leaving
-        return works and (peer in barred or not self.stands(peer, head))
+        return works and not self.stands(peer, head)
 
     def decide(
         self, head: Head, *, min_peers: int, awaited: Iterable[PeerId], barred: frozenset[PeerId] = frozenset()

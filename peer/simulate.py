@@ -44,6 +44,7 @@ REPLACED_S = (1.0, 10.0)
 """The least and the most until somebody new comes for one who died."""
 TELL_S = (0.2, 5.0)
 """How often progress is shown: on a terminal, and elsewhere."""
+SHOWN_KINDS = 6
 MOST_PEERS = 1000
 assert MOST_PEERS < MAX_PEERS
 _UNITS = {"kbit": 1e3 / 8, "mbit": 1e6 / 8, "gbit": 1e9 / 8}
@@ -190,6 +191,7 @@ class Simulation:
             network=Network(bytes_per_s=bytes_per_s(asked.uplink), step_s=asked.step_s),
             rule=QuorumRule(recipe.admission.kind == "open"),
         )
+        self._committed = self.world.rules.committed
         self._tell = tell
         self._rng = random.Random(f"deaths {asked.seed}")  # of its own: deaths do not change what else is drawn
         self._names = 0
@@ -200,7 +202,7 @@ class Simulation:
     @property
     def rounds(self) -> int:
         """How many rounds with work in them are committed."""
-        return sum(bool(commit.block.parts) for commit in self.world.rules.committed.values())
+        return sum(bool(commit.block.parts) for commit in self._committed.values())
 
     def run(self) -> Found:
         """Let the run come to its end, to a standstill, or to a rule that does not hold."""
@@ -235,10 +237,10 @@ class Simulation:
     def _over(self) -> bool:
         """Whether that is all; called after everything that happens."""
         world = self.world
-        if len(world.rules.committed) == self._seen:
+        if len(self._committed) == self._seen:
             return world.now > self._committed_at + self._patience_s
-        self._seen = len(world.rules.committed)
-        newest = next(reversed(world.rules.committed.values())).block
+        self._seen = len(self._committed)
+        newest = next(reversed(self._committed.values())).block
         took_s, self._committed_at = world.now - self._committed_at, world.now
         if newest.parts:
             self._waits.round_is_over()
@@ -275,7 +277,7 @@ class Simulation:
         per_peer |= simulate_gossip(self.asked.peers + 1, seed=self.asked.seed, partition_s=0.0).mean_bytes_per_s
         control = {peer: sum(n for kind, n in said.items() if kind not in BULK) for peer, said in traffic.sent.items()}
         rounds = self.rounds
-        done = bool(world.rules.committed) and world.now <= self._committed_at + self._patience_s
+        done = bool(self._committed) and world.now <= self._committed_at + self._patience_s
         leader = world.leader()
         reason = "nobody leads" if leader is None else leader.leader().reason
         return Found(
@@ -404,5 +406,6 @@ def _kilobytes(counts: Iterable[tuple[str, float]]) -> str:
     return f"{sum(count for _, count in counts) / 1e3:.1f} kB/s"
 
 
-def _by_kind(counts: Iterable[tuple[str, float]]) -> str:
-    return ", ".join(f"{kind} {count / 1e3:.1f}" for kind, count in counts if count >= 50) or "all below 0.1"
+def _by_kind(counts: Sequence[tuple[str, float]]) -> str:
+    shown = ", ".join(f"{kind} {count / 1e3:.1f}" for kind, count in counts[:SHOWN_KINDS])
+    return shown + (", ..." if len(counts) > SHOWN_KINDS else "")

@@ -111,7 +111,9 @@ def test_up_to_a_committee_everyone_is_told_everything(monkeypatch: pytest.Monke
         assert got[peer]["Proposal"] >= 2
 
 
-def test_whom_a_dead_voter_should_have_told_of_a_commit_is_told_by_the_leader(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whom_a_dead_voter_should_have_told_of_a_commit_hears_of_it_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     world, _ = heard(100, rounds=1, monkeypatch=monkeypatch)
     voters = sorted(voter.peer for voter in world.chain()[-1].block.committee if voter.peer != COORDINATOR)
     leader = world.nodes[COORDINATOR].leader()

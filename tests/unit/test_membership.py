@@ -212,3 +212,16 @@ def test_there_is_room_for_so_many_and_those_who_are_here_keep_theirs() -> None:
     assert them.report(PeerId("one more")) is None
     assert them.heard(PeerId("p7"), a_report(Stage.TRAINING), now=1.0)
     assert them.report(PeerId("p7")) == a_report(Stage.TRAINING)
+
+
+def test_where_there_is_no_room_a_newcomer_takes_the_place_of_who_has_been_lost_longest() -> None:
+    them = members(**{f"p{i}": a_report() for i in range(MAX_PEERS)})
+    for lost in ("p7", "p3"):
+        them.lose(PeerId(lost), "gone")
+    them.heard(PeerId("p3"), a_report(), now=1.0)
+    them.lose(PeerId("p3"), "gone again")
+    assert them.heard(A, a_report(), now=2.0)
+    assert (them.report(PeerId("p7")), them.is_live(A)) == (None, True)
+    assert them.report(PeerId("p3")) is not None, "it was heard of later"
+    assert them.heard(B, a_report(), now=2.0)
+    assert not them.heard(C, a_report(), now=2.0), "all who are left are here"
