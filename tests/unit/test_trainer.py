@@ -272,3 +272,15 @@ def test_eight_bits_without_a_gpu_is_an_error_that_says_what_to_do_but_evaluatio
     assert math.isfinite(it.evaluate(THETA))
     with pytest.raises(OptimizerError, match=r'"adamw8bit" needs an NVIDIA GPU, this is cpu.*"adamw"'):
         train(it)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_on_a_gpu_it_learns_as_on_a_cpu(optimizer: str) -> None:
+    steps, samples = 60, [(0, 60 * BATCH)]
+    here = train(trainer(), ranges=samples, steps=steps)
+    recipe = replace(RECIPE, inner=replace(RECIPE.inner, optimizer=optimizer))
+    there = train(Trainer(recipe, build(recipe.model), BOOKS, device="cuda"), ranges=samples, steps=steps)
+    apart = np.linalg.norm(there.pseudo_gradient - here.pseudo_gradient) / np.linalg.norm(here.pseudo_gradient)
+    assert apart < (0.02 if optimizer == "adamw" else 0.3), "8-bit moments, and sums in another order: no more"
+    assert math.isclose(there.loss, here.loss, rel_tol=0.01)
