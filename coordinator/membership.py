@@ -96,6 +96,7 @@ class Membership:
                 gone.append(peer)
         for peer in gone:
             del self._peers[peer]
+            self.changes += 1
 
     def wake_at(self) -> float:
         """When the next peer would be lost by silence."""
@@ -150,12 +151,12 @@ class Membership:
         awaited: peers worth a short wait (those of the last round, who still apply it); empty once the wait is over.
         """
         applying, unheard = 0, 0
-        for peer in awaited:
+        for peer in set(awaited) - barred:
             presence = self._peers.get(peer)
             if presence is None:
                 unheard += 1
             elif presence.lost is None and presence.report.trains and not presence.report.leaving:
-                applying += peer in barred or not self.stands(peer, head)
+                applying += not self.stands(peer, head)
         if applying:
             return Decision((), f"waiting for {applying} to apply round {head.round}")
         if unheard:
