@@ -35,7 +35,17 @@ from dugnad.coordinator.messages import (
     applied_payload,
     vote_payload,
 )
-from dugnad.coordinator.rounds import MAX_OWNERS, SETTLE_S, SHOWN_ROUNDS, Effect, Keep, Leader, LeftOut, Phase
+from dugnad.coordinator.rounds import (
+    MAX_OWNERS,
+    MAX_VECTORS,
+    SETTLE_S,
+    SHOWN_ROUNDS,
+    Effect,
+    Keep,
+    Leader,
+    LeftOut,
+    Phase,
+)
 from dugnad.dht.identity import PeerId
 from dugnad.optim.plan import assign_parts
 from tests.unit.chains import (
@@ -1061,8 +1071,8 @@ class Leading(RuleBasedStateMachine):
         self.run = Run(*TWO)
         self.promised: dict[PeerId, set[bytes]] = {}
         """Roots that each has promised in this round."""
-        self.held: dict[tuple[PeerId, PeerId], set[bytes]] = {}
-        """(owner, contributor) -> what the owner said that it holds, in this attempt."""
+        self.held: dict[tuple[PeerId, PeerId], list[bytes]] = {}
+        """(owner, contributor) -> what the owner said that it holds, in this attempt: the newest two."""
         self.frozen: dict[tuple[int, int, int], Freeze] = {}
         self.came: dict[int, bytes] = {}
         """part -> the average that came in this attempt."""
@@ -1152,15 +1162,22 @@ class Leading(RuleBasedStateMachine):
         self.promised.setdefault(peer, set()).add(digest(root))
 
     @precondition(planned)
-    @rule(owner=st.sampled_from([A, B, C]), data=st.data())
-    def one_holds(self, owner: PeerId, data: st.DataObject) -> None:
-        """Some of what was promised, or something else."""
+    @rule(owner=st.sampled_from([A, B, C]), stale=st.booleans(), data=st.data())
+    def one_holds(self, owner: PeerId, stale: bool, data: st.DataObject) -> None:
+        """Some of what was promised, or something else; or did so in another attempt, and may have lost it since."""
         peer = data.draw(st.sampled_from([A, B, C]))
         root = data.draw(st.sampled_from(sorted(self.promised.get(peer, {digest("what nobody promised")}))))
         if self.run.plan.seat_of(peer) is not None:
-            if owner in self.run.plan.owners:
-                self.held.setdefault((owner, peer), set()).add(root)
-            self.take(self.run.hear(owner, Have(*self.run.plan.order, ((peer, root),))))
+            round_, view, attempt = self.run.plan.order
+            if owner in self.run.plan.owners and not stale:
+                self.hold(owner, peer, root)
+            self.take(self.run.hear(owner, Have(round_, view, attempt - stale, ((peer, root),))))
+
+    def hold(self, owner: PeerId, peer: PeerId, root: bytes) -> None:
+        known = self.held.setdefault((owner, peer), [])
+        if root not in known:
+            known.append(root)
+            del known[:-MAX_VECTORS]
 
     @precondition(lambda self: self.planned() and self.run.leader.phase is Phase.REDUCE)
     @rule(owner=st.sampled_from([A, B, C]), stale=st.booleans())
@@ -1231,7 +1248,7 @@ class Leading(RuleBasedStateMachine):
             self.one_promises(peer, 1.0, again=True)
         for owner in sorted(set(plan.owners)):
             for peer in plan.members:
-                self.held.setdefault((owner, peer), set()).add(digest(f"root {peer}"))
+                self.hold(owner, peer, digest(f"root {peer}"))
             if self.run.leader.phase is Phase.GATHER and self.run.leader.plan == plan:
                 self.take(self.run.hear(owner, self.run.have(*plan.members)))
 
