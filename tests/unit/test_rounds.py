@@ -1173,6 +1173,23 @@ class Leading(RuleBasedStateMachine):
                 self.hold(owner, peer, root)
             self.take(self.run.hear(owner, Have(round_, view, attempt - stale, ((peer, root),))))
 
+    @precondition(lambda self: self.planned() and self.run.leader.phase is Phase.GATHER)
+    @rule(owner=st.sampled_from([A, B, C]), peer=st.sampled_from([A, B, C]), had_it=st.booleans())
+    def all_is_well_but_for_one(self, owner: PeerId, peer: PeerId, had_it: bool) -> None:
+        """An owner lacks the work of one; it had it in another attempt, or had to make room for other work of it."""
+        plan = self.run.plan
+        if owner not in plan.owners or peer not in plan.members:
+            return
+        if had_it:
+            round_, view, attempt = plan.order
+            self.take(self.run.hear(owner, Have(round_, view, attempt - 1, ((peer, digest(f"root {peer}")),))))
+        else:
+            for root in (f"root {peer}", "other work", "and other work"):
+                self.hold(owner, peer, digest(root))
+                self.take(self.run.hear(owner, Have(*plan.order, ((peer, digest(root)),))))
+        if self.run.leader.phase is Phase.GATHER and self.run.leader.plan == plan:
+            self.all_work(but=(owner, peer))
+
     def hold(self, owner: PeerId, peer: PeerId, root: bytes) -> None:
         known = self.held.setdefault((owner, peer), [])
         if root not in known:
@@ -1242,15 +1259,17 @@ class Leading(RuleBasedStateMachine):
             self.time_passes(1)
         raise AssertionError(f"no end of the round: {self.run.leader.reason}")
 
-    def all_work(self) -> None:
+    def all_work(self, *, but: tuple[PeerId, PeerId] | None = None) -> None:
+        """All promise, and every owner holds it whole; `but`: an owner, and whose work it lacks."""
         plan = self.run.plan
         for peer in plan.members:
             self.one_promises(peer, 1.0, again=True)
         for owner in sorted(set(plan.owners)):
-            for peer in plan.members:
+            there = [peer for peer in plan.members if (owner, peer) != but]
+            for peer in there:
                 self.hold(owner, peer, digest(f"root {peer}"))
-            if self.run.leader.phase is Phase.GATHER and self.run.leader.plan == plan:
-                self.take(self.run.hear(owner, self.run.have(*plan.members)))
+            if there and self.run.leader.phase is Phase.GATHER and self.run.leader.plan == plan:
+                self.take(self.run.hear(owner, self.run.have(*there)))
 
 
 Leading.TestCase.settings = settings(max_examples=80, stateful_step_count=40)
