@@ -104,6 +104,7 @@ class Membership:
                 gone.append(peer)
         for peer in gone:
             del self._peers[peer]
+            self.changes += 1
 
     def wake_at(self) -> float:
         """When the next peer would be lost by silence."""

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from msgspec import Struct
 
 from dugnad.dht import gossip
@@ -510,3 +511,127 @@ def test_false_summaries_change_nothing_and_are_answered_to_their_sender_only(se
 @pytest.mark.parametrize(("num_records", "seconds"), [(0, 5.0), (250, 5.0), (1_000, 20.0), (10_000, 200.0)])
 def test_records_are_renewed_more_rarely_the_more_there_are(num_records: int, seconds: float) -> None:
     assert refresh_s(num_records) == seconds
+
+
+# -- every order of everything
+
+FEW = 4
+
+
+class Gossiping(RuleBasedStateMachine):
+    """Four who gossip over links that lose, double, delay and overtake; one of them may sign two things at once.
+
+    Nobody's map ever goes back or holds what its owner did not sign, and nobody is accused who signs one thing at a
+    time. Left in peace, all hold the same.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = NOW
+        self.rng = random.Random(0)
+        self.ids = [identity.peer_id for identity in IDENTITIES[:FEW]]
+        self.maps = [RecordMap() for _ in range(FEW)]
+        self.peers = [Gossip(one, held, checked) for one, held in zip(self.ids, self.maps, strict=True)]
+        self.seqs = [0] * FEW
+        self.signed: set[bytes] = set()
+        self.liars: set[PeerId] = set()
+        self.mail: list[tuple[int, int, str, bytes]] = []
+        """(from, to, tag, body) that is under way."""
+        self.before: list[list[int]] = [[0] * FEW for _ in range(FEW)]
+        """[holder][owner] -> the seq that was held when we looked last."""
+        self.connect([set(range(FEW))])
+
+    @initialize(seed=st.integers(0, 2**32))
+    def begin(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+
+    def connect(self, groups: Sequence[set[int]]) -> None:
+        for group in groups:
+            for one in group:
+                self.peers[one].set_peers(tuple(self.ids[other] for other in sorted(group)))
+
+    def take(self, one: int, effects: list[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Send):
+                assert effect.to != self.ids[one], "nobody gossips with itself"
+                body = CODEC.encode(effect.message)
+                self.mail.append((one, self.ids.index(effect.to), CODEC.tag_of(effect.message), body))
+
+    def sign(self, owner: int, says: str) -> Record:
+        record = member(owner, self.seqs[owner], says=says, now=self.now, lifetime_s=1800.0)
+        self.signed.add(record.raw)
+        return record
+
+    @rule(owner=st.integers(0, FEW - 1))
+    def someone_has_news(self, owner: int) -> None:
+        self.seqs[owner] += 1
+        self.maps[owner].merge(self.sign(owner, "news"))
+
+    @rule(one=st.integers(0, FEW - 1), other=st.integers(0, FEW - 1))
+    def one_signs_two_things_at_once(self, one: int, other: int) -> None:
+        """And shows each to another peer."""
+        self.seqs[0] += 1
+        self.liars.add(self.ids[0])
+        self.maps[one].merge(self.sign(0, "this"))
+        self.maps[other].merge(self.sign(0, "that"))
+
+    @precondition(lambda self: self.mail)
+    @rule(data=st.data(), again=st.booleans())
+    def a_message_comes(self, data: st.DataObject, again: bool) -> None:
+        at = data.draw(st.integers(0, len(self.mail) - 1))
+        sender, to, tag, body = self.mail[at] if again else self.mail.pop(at)
+        self.deliver(sender, to, tag, body)
+
+    def deliver(self, sender: int, to: int, tag: str, body: bytes) -> None:
+        self.take(to, self.peers[to].receive(self.ids[sender], CODEC.decode(tag, body), now=self.now))
+
+    @rule()
+    def all_that_is_under_way_is_lost(self) -> None:
+        self.mail.clear()
+
+    @rule(half=st.sets(st.integers(0, FEW - 1)))
+    def the_net_falls_in_two(self, half: set[int]) -> None:
+        self.connect([half, set(range(FEW)) - half])
+
+    @rule(seconds=st.sampled_from([0.2, EXCHANGE_S, 3.0, REPAIR_S]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        for one, peer in enumerate(self.peers):
+            self.take(one, peer.tick(now=self.now, rng=self.rng))
+            assert peer.wake_at() > self.now, "what is due was done"
+
+    @invariant()
+    def nobody_holds_what_its_owner_did_not_sign_or_goes_back(self) -> None:
+        for holder, held in enumerate(self.maps):
+            for owner, peer in enumerate(self.ids):
+                record = held.get("member", peer, now=self.now)
+                if peer in held.quarantined():
+                    assert record is None
+                    continue
+                seq = 0 if record is None else record.seq
+                assert record is None or record.raw in self.signed
+                assert seq >= self.before[holder][owner]
+                self.before[holder][owner] = seq
+
+    @invariant()
+    def only_who_said_two_things_is_accused_and_that_never_ends(self) -> None:
+        assert all(held.quarantined() <= self.liars for held in self.maps)
+
+    def teardown(self) -> None:
+        """Connected, with nothing lost, all soon hold the same, the newest of everyone who is honest."""
+        self.connect([set(range(FEW))])
+        for _ in range(int(3 * REPAIR_S)):
+            self.time_passes(1.0)
+            while self.mail:
+                self.deliver(*self.mail.pop(0))
+        said_by_all = [{peer: held.get("member", peer, now=self.now) for peer in self.ids} for held in self.maps]
+        assert said_by_all == [said_by_all[0]] * FEW
+        assert len({held.quarantined() for held in self.maps}) == 1
+        for owner, peer in enumerate(self.ids):
+            record = said_by_all[0][peer]
+            if peer not in self.liars:
+                assert (0 if record is None else record.seq) == self.seqs[owner]
+
+
+Gossiping.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
+TestGossiping = Gossiping.TestCase

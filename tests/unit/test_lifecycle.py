@@ -984,8 +984,8 @@ class Living(RuleBasedStateMachine):
                     self.training = effect
                 case StopTraining(keep):
                     self.training = self.training if keep else None
-                case Reduce(plan, effect):
-                    self.reduce(plan, effect)
+                case Reduce(plan, what):
+                    self.reduce(plan, what)
                 case Leave():
                     self.left = True
                 case Rewind():

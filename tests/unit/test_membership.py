@@ -1,7 +1,8 @@
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from dugnad.coordinator.membership import Membership, Stage, stretch
 from dugnad.coordinator.messages import MAX_PEERS, Report
@@ -10,7 +11,7 @@ from tests.unit.chains import RUN, a_ledger, digest, disk_of
 
 HEAD = a_ledger().head
 SILENCE_S = 8.0
-A, B, C = PeerId("a"), PeerId("b"), PeerId("c")
+A, B, C = PEERS = PeerId("a"), PeerId("b"), PeerId("c")
 
 
 def a_report(stage: Stage = Stage.WAITING, *, head: bytes = RUN, leaving: bool = False, trains: bool = True) -> Report:
@@ -225,3 +226,116 @@ def test_where_there_is_no_room_a_newcomer_takes_the_place_of_who_has_been_lost_
     assert them.report(PeerId("p3")) is not None, "it was heard of later"
     assert them.heard(B, a_report(), now=2.0)
     assert not them.heard(C, a_report(), now=2.0), "all who are left are here"
+
+
+def test_nobody_waits_for_who_is_barred_however_it_says_that_it_is_here() -> None:
+    for theirs in (a_report(), a_report(Stage.SYNCING), None):
+        them = members(a=a_report(), b=a_report(), **({} if theirs is None else {"c": theirs}))
+        decision = them.decide(HEAD, min_peers=2, awaited=(A, B, C), barred=frozenset({C}))
+        assert decision.members == (A, B)
+
+
+# -- every order of everything
+
+
+class Hearing(RuleBasedStateMachine):
+    """A leader that hears peers now and then, against the plainest book of what they said and when."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.them = Membership(SILENCE_S)
+        self.now = 0.0
+        self.silence_s = SILENCE_S
+        self.said: dict[PeerId, tuple[Report, float]] = {}
+        self.lost: set[PeerId] = set()
+        self.seen: tuple[int, object] = (self.them.changes, self.view())
+
+    def view(self) -> object:
+        """All that follows from who is here and what they say."""
+        return {peer: (self.them.is_live(peer), self.them.report(peer)) for peer in PEERS}
+
+    @rule(
+        peer=st.sampled_from(PEERS),
+        stage=st.sampled_from(list(Stage)),
+        head=st.sampled_from([RUN, RUN, digest("another head")]),
+        leaving=st.booleans(),
+        trains=st.booleans(),
+    )
+    def a_peer_reports(self, peer: PeerId, stage: Stage, head: bytes, leaving: bool, trains: bool) -> None:
+        report = a_report(stage, head=head, leaving=leaving, trains=trains)
+        assert self.them.heard(peer, report, now=self.now)
+        self.said[peer] = (report, self.now)
+        self.lost.discard(peer)
+
+    @rule(peer=st.sampled_from(PEERS))
+    def the_network_says_that_it_does_not_answer(self, peer: PeerId) -> None:
+        self.them.lose(peer, "no route")
+        self.lost |= {peer} & self.said.keys()
+
+    @rule(seconds=st.sampled_from([0.0, 0.5, 1.0, SILENCE_S - 0.5, SILENCE_S, 20 * SILENCE_S]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        self.them.tick(now=self.now)
+        silent = {peer for peer, (_, at) in self.said.items() if self.now >= at + self.silence_s}
+        self.lost |= silent
+        for peer in [peer for peer in silent if self.now - self.said[peer][1] > 10 * self.silence_s + 60]:
+            del self.said[peer]
+            self.lost.discard(peer)
+
+    @rule(contributors=st.sampled_from([3, 400, 1000]))
+    def the_swarm_grows_or_shrinks(self, contributors: int) -> None:
+        self.them.resize(contributors)
+        self.silence_s = SILENCE_S * stretch(contributors)
+
+    @rule()
+    def the_lead_goes_to_another_and_comes_back(self) -> None:
+        self.them.forget()
+        self.said.clear()
+        self.lost.clear()
+
+    @rule(min_peers=st.integers(1, 3), awaited=st.sets(st.sampled_from(PEERS)), barred=st.sets(st.sampled_from(PEERS)))
+    def who_would_get_work(self, min_peers: int, awaited: set[PeerId], barred: set[PeerId]) -> None:
+        decision = self.them.decide(HEAD, min_peers=min_peers, awaited=awaited, barred=frozenset(barred))
+        ready = {peer for peer in self.here() if self.stands(peer) and self.said[peer][0].trains}
+        assert decision.members in ((), tuple(sorted(ready - barred))), "all who are ready and not barred, or nobody"
+        enough = len(ready - barred) >= min_peers
+        worth_a_wait = {peer for peer in awaited - barred if self.worth_a_wait(peer)}
+        assert bool(decision.members) == (enough and not worth_a_wait), decision.reason
+
+    def here(self) -> set[PeerId]:
+        return self.said.keys() - self.lost
+
+    def stands(self, peer: PeerId) -> bool:
+        report = self.said[peer][0]
+        return report.head == RUN and report.stage != Stage.SYNCING and not report.leaving
+
+    def worth_a_wait(self, peer: PeerId) -> bool:
+        """Who was never heard of may still come; who is here and works may still get there; nobody else."""
+        if peer not in self.said:
+            return True
+        report = self.said[peer][0]
+        works = peer in self.here() and report.trains and not report.leaving
+        return works and not self.stands(peer)
+
+    @invariant()
+    def it_knows_who_is_here_and_what_they_said_last(self) -> None:
+        assert self.them.live() == tuple(sorted(self.here()))
+        for peer in PEERS:
+            assert self.them.report(peer) == (self.said[peer][0] if peer in self.said else None)
+            assert bool(self.them.why_lost(peer)) == (peer not in self.here())
+        assert self.them.leaving() == {peer for peer, (report, _) in self.said.items() if report.leaving}
+
+    @invariant()
+    def it_wakes_when_the_first_of_those_here_would_be_lost(self) -> None:
+        heard_at = [self.said[peer][1] for peer in self.here()]
+        assert self.them.wake_at() == min(heard_at, default=float("inf")) + self.silence_s
+
+    @invariant()
+    def while_nothing_is_counted_as_a_change_nothing_has_changed(self) -> None:
+        now = (self.them.changes, self.view())
+        assert self.seen[0] != now[0] or self.seen[1] == now[1]
+        self.seen = now
+
+
+Hearing.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
+TestHearing = Hearing.TestCase

@@ -6,6 +6,9 @@ from typing import TypeVar
 
 import msgspec
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from dugnad.configs.recipe import load
 from dugnad.coordinator import ranges
@@ -32,7 +35,17 @@ from dugnad.coordinator.messages import (
     applied_payload,
     vote_payload,
 )
-from dugnad.coordinator.rounds import MAX_OWNERS, SETTLE_S, SHOWN_ROUNDS, Effect, Keep, Leader, LeftOut, Phase
+from dugnad.coordinator.rounds import (
+    MAX_OWNERS,
+    MAX_VECTORS,
+    SETTLE_S,
+    SHOWN_ROUNDS,
+    Effect,
+    Keep,
+    Leader,
+    LeftOut,
+    Phase,
+)
 from dugnad.dht.identity import PeerId
 from dugnad.optim.plan import assign_parts
 from tests.unit.chains import (
@@ -1057,3 +1070,224 @@ def test_it_never_rests_before_something_that_is_due() -> None:
         run.now = max(run.now, run.leader.wake_at())
         run.leader.tick(now=run.now)
         assert run.leader.wake_at() > run.now
+
+
+# -- every order of everything
+
+
+class Leading(RuleBasedStateMachine):
+    """The founder leads a, b and c, whose words come in any order, twice or never, with other roots, late or early.
+
+    Whatever they say: one set is frozen in each attempt, of work that every owner holds whole; one block is proposed in
+    the view; it counts each sample once and loses none; and it is committed only when a quorum has voted twice. When
+    all is well again, the round comes to its end.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run = Run(*TWO)
+        self.promised: dict[PeerId, set[bytes]] = {}
+        """Roots that each has promised in this round."""
+        self.held: dict[tuple[PeerId, PeerId], list[bytes]] = {}
+        """(owner, contributor) -> what the owner said that it holds, in this attempt: the newest two."""
+        self.frozen: dict[tuple[int, int, int], Freeze] = {}
+        self.came: dict[int, bytes] = {}
+        """part -> the average that came in this attempt."""
+        self.order: tuple[int, int, int] = (0, 0, 0)
+        self.proposals: set[bytes] = set()
+        self.locks: set[bytes] = set()
+        self.ballots: dict[int, set[PeerId]] = {PREVOTE: {FOUNDER}, PRECOMMIT: {FOUNDER}}
+        self.commits: list[Commit] = []
+        self.take(self.run.begun)
+
+    def take(self, effects: Iterable[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Send(_, Plan() as plan):
+                    self.check_plan(plan)
+                case Send(_, Freeze() as freeze):
+                    self.check_freeze(freeze)
+                case Send(_, Proposal() as proposal):
+                    self.check_proposal(proposal)
+                case Send(_, Lock() as lock):
+                    assert self.decided(PREVOTE), "nothing is locked before a quorum has voted"
+                    assert lock.block.hash in self.proposals
+                    self.locks.add(lock.block.hash)
+                case Send(_, Commit() as commit):
+                    assert commit == TWO[-1] or commit in self.commits, "a commit is durable before it is said"
+                case Store(commit):
+                    assert self.decided(PRECOMMIT), "nothing is committed before a quorum is locked"
+                    assert commit.block.hash in self.locks
+                    self.commits.append(commit)
+                case _:
+                    pass
+
+    def decided(self, phase: int) -> bool:
+        return CHARTER.rule.decided(HEAD.committee, self.ballots[phase])
+
+    def check_plan(self, plan: Plan) -> None:
+        if plan.order > self.order:
+            self.order, self.held, self.came = plan.order, {}, {}
+        assert plan.order == self.order, "no older plan is said again"
+        assert set(plan.owners) <= set(plan.members), "who owns a part has work"
+        assert ranges.disjoint([r for seat in plan.seats for r in seat.ranges]), "no sample is given to two"
+
+    def check_freeze(self, freeze: Freeze) -> None:
+        assert self.frozen.setdefault(freeze.order, freeze) == freeze, "one set in each attempt"
+        plan = self.run.plan
+        assert freeze.order == plan.order
+        for entry in freeze.entries:
+            assert entry.root in self.promised[entry.peer], "nobody's work counts that was not promised"
+            for owner in set(plan.owners):
+                assert entry.root in self.held[owner, entry.peer], "or that an owner lacks"
+
+    def check_proposal(self, proposal: Proposal) -> None:
+        self.proposals.add(proposal.block.hash)
+        assert len(self.proposals) == 1, "one block in a view"
+        self.run.follower.ledger.check(proposal.block)
+        done = [r for entry in proposal.block.entries for r in entry.ranges]
+        everything = ranges.normal((*HEAD.redo, (HEAD.cursor, proposal.block.cursor)))
+        assert ranges.disjoint([*done, *proposal.block.redo]), "no sample counts twice"
+        assert ranges.normal((*done, *proposal.block.redo)) == everything, "and none is lost"
+        if not proposal.block.entries:
+            assert proposal.block.parts == (), "a block of nobody's work changes the committee alone"
+            return
+        assert proposal.block.entries == self.frozen[self.order].entries
+        assert proposal.block.parts == tuple(self.came[part] for part in range(NUM_PARTS)), "of the averages that came"
+
+    def planned(self) -> bool:
+        return self.run.leader.plan is not None and not self.commits
+
+    # -- what the members say
+
+    @rule(
+        peers=st.sets(st.sampled_from([A, B, C]), min_size=1), stage=st.sampled_from(list(Stage)), knows=st.booleans()
+    )
+    def they_report(self, peers: set[PeerId], stage: Stage, knows: bool) -> None:
+        plan = self.run.leader.plan if knows else None
+        self.take(self.run.reports(*sorted(peers), stage=stage, plan=plan))
+
+    @precondition(planned)
+    @rule(peer=st.sampled_from([A, B, C]), part=st.floats(0.01, 1), again=st.booleans())
+    def one_promises(self, peer: PeerId, part: float, again: bool) -> None:
+        """All of its seat or the first of it; the same as before or not."""
+        if self.run.plan.seat_of(peer) is None:
+            return
+        samples = max(1, int(part * SAMPLES))
+        root = f"root {peer}" if again else f"root {peer} {samples}"
+        self.take(self.run.hear(peer, self.run.contribution(peer, samples=samples, root=root)))
+        self.promised.setdefault(peer, set()).add(digest(root))
+
+    @precondition(planned)
+    @rule(owner=st.sampled_from([A, B, C]), stale=st.booleans(), data=st.data())
+    def one_holds(self, owner: PeerId, stale: bool, data: st.DataObject) -> None:
+        """Some of what was promised, or something else; or did so in another attempt, and may have lost it since."""
+        peer = data.draw(st.sampled_from([A, B, C]))
+        root = data.draw(st.sampled_from(sorted(self.promised.get(peer, {digest("what nobody promised")}))))
+        if self.run.plan.seat_of(peer) is not None:
+            round_, view, attempt = self.run.plan.order
+            if owner in self.run.plan.owners and not stale:
+                self.hold(owner, peer, root)
+            self.take(self.run.hear(owner, Have(round_, view, attempt - stale, ((peer, root),))))
+
+    @precondition(lambda self: self.planned() and self.run.leader.phase is Phase.GATHER)
+    @rule(owner=st.sampled_from([A, B, C]), peer=st.sampled_from([A, B, C]), had_it=st.booleans())
+    def all_is_well_but_for_one(self, owner: PeerId, peer: PeerId, had_it: bool) -> None:
+        """An owner lacks the work of one; it had it in another attempt, or had to make room for other work of it."""
+        plan = self.run.plan
+        if owner not in plan.owners or peer not in plan.members:
+            return
+        if had_it:
+            round_, view, attempt = plan.order
+            self.take(self.run.hear(owner, Have(round_, view, attempt - 1, ((peer, digest(f"root {peer}")),))))
+        else:
+            for root in (f"root {peer}", "other work", "and other work"):
+                self.hold(owner, peer, digest(root))
+                self.take(self.run.hear(owner, Have(*plan.order, ((peer, digest(root)),))))
+        if self.run.leader.phase is Phase.GATHER and self.run.leader.plan == plan:
+            self.all_work(but=(owner, peer))
+
+    def hold(self, owner: PeerId, peer: PeerId, root: bytes) -> None:
+        known = self.held.setdefault((owner, peer), [])
+        if root not in known:
+            known.append(root)
+            del known[:-MAX_VECTORS]
+
+    @precondition(lambda self: self.planned() and self.run.leader.phase is Phase.REDUCE)
+    @rule(owner=st.sampled_from([A, B, C]), stale=st.booleans())
+    def averages_come(self, owner: PeerId, stale: bool) -> None:
+        """Of this attempt; or of the one before, which count no more."""
+        order, plan = self.run.plan.order, self.run.plan
+        text = "stale" if stale else "average"
+        parts = {part: digest(f"{text} {part}") for part, who in enumerate(plan.owners) if who == owner}
+        if stale:
+            order = (order[0], order[1], order[2] - 1)
+        else:
+            self.came.update(parts)
+        self.take(self.run.leader.result(owner, order, parts, now=self.run.now))
+
+    @precondition(lambda self: self.proposals and not self.commits)
+    @rule(peer=st.sampled_from([A, B, C, EVE]), phase=st.sampled_from([PREVOTE, PRECOMMIT]), lost_disk=st.booleans())
+    def one_votes(self, peer: PeerId, phase: int, lost_disk: bool) -> None:
+        """As the disk that the committee knows, or as another, whose vote is none."""
+        (block,) = self.proposals
+        disk = b"new disk" if lost_disk else disk_of(peer)
+        payload = vote_payload(RUN, 0, HEAD.round + 1, 0, phase, block, disk)
+        if peer != EVE and not lost_disk:
+            self.ballots[phase].add(peer)
+        vote = Vote(0, HEAD.round + 1, 0, phase, block, FakeSigner(peer).sign(payload))
+        self.take(self.run.hear(peer, vote))
+
+    @rule(peer=st.sampled_from([A, B, C]))
+    def one_is_lost(self, peer: PeerId) -> None:
+        self.take(self.run.leader.lost(peer, "no route", now=self.run.now))
+
+    @rule(seconds=st.sampled_from([1, 3, 10, 25]))
+    def time_passes(self, seconds: int) -> None:
+        self.take(self.run.tick(seconds))
+        assert self.run.leader.wake_at() > self.run.now, "what is due was done"
+
+    @invariant()
+    def it_is_at_work_on_one_thing_at_a_time(self) -> None:
+        phase = self.run.leader.phase
+        assert phase is not Phase.REDUCE or self.run.plan.order in self.frozen
+        assert phase is not Phase.VOTE or bool(self.proposals)
+        assert not self.commits or phase in (Phase.IDLE, Phase.FOLLOWING), "nobody has applied the round yet"
+
+    def teardown(self) -> None:
+        """With everyone here and at work, the round is committed."""
+        for _ in range(200):
+            if self.commits or self.run.leader.phase is Phase.FOLLOWING:
+                return  # who gets nowhere for too long gives itself up, and another leads
+            if not self.planned():
+                self.they_report({A, B, C}, Stage.WAITING, knows=False)
+            else:
+                self.they_report({A, B, C}, Stage.CONTRIBUTED, knows=True)
+                if self.planned() and self.run.leader.phase is Phase.GATHER:
+                    self.all_work()
+                if self.planned() and self.run.leader.phase is Phase.REDUCE:
+                    for owner in sorted(set(self.run.plan.owners)):
+                        if self.planned() and self.run.leader.phase is Phase.REDUCE:
+                            self.averages_come(owner, stale=False)
+            for phase in (PREVOTE, PRECOMMIT):
+                for peer in (A, B, C):
+                    if self.proposals and not self.commits:
+                        self.one_votes(peer, phase, lost_disk=False)
+            self.time_passes(1)
+        raise AssertionError(f"no end of the round: {self.run.leader.reason}")
+
+    def all_work(self, *, but: tuple[PeerId, PeerId] | None = None) -> None:
+        """All promise, and every owner holds it whole; `but`: an owner, and whose work it lacks."""
+        plan = self.run.plan
+        for peer in plan.members:
+            self.one_promises(peer, 1.0, again=True)
+        for owner in sorted(set(plan.owners)):
+            there = [peer for peer in plan.members if (owner, peer) != but]
+            for peer in there:
+                self.hold(owner, peer, digest(f"root {peer}"))
+            if there and self.run.leader.phase is Phase.GATHER and self.run.leader.plan == plan:
+                self.take(self.run.hear(owner, self.run.have(*there)))
+
+
+Leading.TestCase.settings = settings(max_examples=80, stateful_step_count=40)
+TestLeading = Leading.TestCase
