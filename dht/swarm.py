@@ -159,10 +159,14 @@ class Swarm:
         return {one.owner: one.body.role for one in found if one.owner != mine and isinstance(one.body, MemberBody)}
 
     def addresses(self) -> set[str]:
-        """Where the other members are, by their own word."""
+        """Multiaddrs with /p2p/ID of the other members, by their own word."""
         found = self.records.items("member", now=self.now())
-        others = (one.body for one in found if one.owner != self._identity.peer_id)
-        return {address for body in others if isinstance(body, MemberBody) for address in body.addresses}
+        return {
+            f"{address}/p2p/{one.owner}"  # a record leaves the id out: its owner is known
+            for one in found
+            if one.owner != self._identity.peer_id and isinstance(one.body, MemberBody)
+            for address in one.body.addresses
+        }
 
     def progress_of(self, peer: PeerId) -> ProgressBody | None:
         """What `peer` last said that it is doing, if that still holds."""
