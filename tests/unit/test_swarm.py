@@ -99,11 +99,22 @@ async def test_gossip_that_arrives_while_a_failure_ends_the_swarm_is_ignored(swa
     assert [type(error) for error in raised.value.exceptions] == [ArithmeticError]
 
 
-async def test_addresses_of_others_are_such_that_one_can_begin_with_them(swarm: Enter) -> None:
-    async with swarm(QuietHost()) as made:
-        body = MemberBody(("/ip4/11.0.0.1/tcp/4001",), "volunteer", "x", "1")
-        made.records.merge(records.issue(OTHER, RUN, "member", "", 1, body, now=made.now(), lifetime_s=60.0))
-        assert made.addresses() == {f"/ip4/11.0.0.1/tcp/4001/p2p/{OTHER.peer_id}"}, "our own is not among them"
+async def test_the_addresses_of_members_name_them_so_that_they_can_be_dialled_after_a_restart(
+    swarm: Enter, tmp_path: Path
+) -> None:
+    class OtherHost(QuietHost):
+        def addresses(self) -> tuple[str, ...]:
+            relayed = f"/ip4/8.8.8.8/tcp/3/p2p/{ME.peer_id}/p2p-circuit"
+            return tuple(f"{place}/p2p/{OTHER.peer_id}" for place in ("/ip4/192.168.1.5/tcp/2", relayed))
+
+    theirs: Any = OtherHost()
+    other = Swarm(
+        theirs, OTHER, RUN, role="volunteer", directory=tmp_path / "other", refused=pytest.fail, progress=lambda: None
+    )
+    (tmp_path / "other").mkdir()
+    async with other, swarm(QuietHost()) as mine:
+        mine.records.merge(records.parse(theirs.announced[0], RUN, now=mine.now()))
+        assert mine.addresses() == set(theirs.addresses())
 
 
 class SilentHost(QuietHost):
