@@ -64,7 +64,7 @@ class Conspiracy:
 
         node.take = take  # type: ignore[method-assign]
 
-    def _told(self, node: Node, to: Sequence[PeerId], message: Message) -> list[tuple[Sequence[PeerId], Message]]:
+    def _told(self, node: Node, to: Sequence[PeerId], message: Message) -> Sequence[tuple[Sequence[PeerId], Message]]:
         """What is told to whom in the place of `message`."""
         one, other = self._halves(to)
         match message:

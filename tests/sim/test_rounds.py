@@ -471,7 +471,7 @@ def test_without_a_quorum_volunteers_coast_then_pause_and_go_on_when_the_others_
 
 def test_a_committee_shrinks_one_by_one_to_a_single_volunteer_and_grows_again() -> None:
     world, _ = started(13, 4, recipe=with_rounds(min_peers=1))
-    for name in (COORDINATOR, "p03", "p02"):
+    for name in (COORDINATOR, PeerId("p03"), PeerId("p02")):
         world.crash(name)
         goes_on(world, 2, within_s=90)
         assert name not in voters(world)
@@ -480,7 +480,7 @@ def test_a_committee_shrinks_one_by_one_to_a_single_volunteer_and_grows_again() 
     world.run(world.now + 60, until=lambda: PeerId("p01") in world.left)
     goes_on(world, 2, within_s=60)
     assert voters(world) == ["p00"]
-    for name in ("p01", "p02", "new"):
+    for name in (PeerId("p01"), PeerId("p02"), PeerId("new")):
         world.start_volunteer(name)
         world.run(world.now + 90, until=lambda name=name: name in voters(world))  # type: ignore[misc]
         assert name in voters(world)
@@ -494,8 +494,8 @@ def test_an_epoch_that_the_organizer_begins_takes_back_what_others_committed_aft
     world, names = started(14, 3)
     world.partition([COORDINATOR], names)
     goes_on(world, 2, within_s=60)
-    for name in (COORDINATOR, *names[1:]):
-        world.crash(name)
+    for one in (COORDINATOR, *names[1:]):
+        world.crash(one)
     base = len(world.disks[COORDINATOR].commits)
     lost = {commit.block.hash for commit in world.chain()[base:]}
     world.heal()
@@ -516,16 +516,28 @@ def test_who_leads_alone_what_is_left_of_an_old_epoch_finds_the_new_one() -> Non
     world, names = started(15, 2)
     world.crash(COORDINATOR)
     goes_on(world, 2, within_s=60)
-    world.run(world.now + 60, until=in_phase(world, Phase.GATHER))
-    leader = leading(world)
-    alone = next(name for name in names if world.nodes[name].leader() is leader)
+    world.run(world.now + 60, until=in_phase(world, Phase.GATHER))  # it has voted for nothing yet
+    alone = world.nodes[names[0]].follower.ledger.head.leader(0)
     for name in names:
-        if name != alone:
-            world.crash(name)
+        world.crash(name)
     world.recover(COORDINATOR)
     world.start_coordinator()
-    world.run(world.now + 90, until=lambda: world.disks[alone].commits[-1].block.epoch == 1)
+    world.start_volunteer(alone)
+    world.run(world.now + 60, until=lambda: world.disks[alone].commits[-1].block.epoch == 1)
     assert world.disks[alone].commits[-1].block.epoch == 1
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_leader_of_a_late_view_proposes_no_committee_in_which_those_who_are_here_decide_nothing(seed: int) -> None:
+    world, (lost, other) = started(seed, 2)
+    world.crash(lost)
+    world.wipe(lost)
+    world.start_volunteer(lost)  # the committee knows another disk of it
+    world.partition([COORDINATOR], [lost, other])
+    world.partition([lost], [other])
+    world.run(world.now + 60 + 5 * seed)  # the two who can vote give up one view after the other
+    world.heal()
+    goes_on(world, 3, within_s=120)
 
 
 # -- leaving without a coordinator
