@@ -45,7 +45,7 @@ def new_epoch(world: World) -> None:
         world.recover(COORDINATOR)
         world.start_coordinator()
         world.heal()
-        world.after(40.0, lambda: world.start_volunteer("p00"))
+        world.at(world.now + 40.0, lambda: world.start_volunteer("p00"))
 
     _when_known(world, 2, cut_off)
 
