@@ -2,6 +2,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -276,7 +277,7 @@ def test_eight_bits_without_a_gpu_is_an_error_that_says_what_to_do_but_evaluatio
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
-def test_on_a_gpu_it_learns_as_on_a_cpu(optimizer: str) -> None:
+def test_on_a_gpu_it_learns_as_on_a_cpu(optimizer: Literal["adamw", "adamw8bit"]) -> None:
     steps, samples = 60, [(0, 60 * BATCH)]
     here = train(trainer(), ranges=samples, steps=steps)
     recipe = replace(RECIPE, inner=replace(RECIPE.inner, optimizer=optimizer))
