@@ -1252,7 +1252,6 @@ class Leading(RuleBasedStateMachine):
         phase = self.run.leader.phase
         assert phase is not Phase.REDUCE or self.run.plan.order in self.frozen
         assert phase is not Phase.VOTE or bool(self.proposals)
-        assert not self.commits or phase in (Phase.IDLE, Phase.FOLLOWING), "nobody has applied the round yet"
 
     def teardown(self) -> None:
         """With everyone here and at work, the round is committed."""
