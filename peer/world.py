@@ -128,7 +128,10 @@ class Network:
 
 
 class World:
-    """Virtual time, the network, and every node; everything that happens follows from `seed`."""
+    """Virtual time, the network, and every node; everything that happens follows from `seed`.
+
+    convicts: whether a peer that is proven to lie loses its seat; without that, agreement has to bear it to the end.
+    """
 
     def __init__(
         self,
@@ -139,6 +142,7 @@ class World:
         part_bytes: Sequence[int] = (),
         network: Network | None = None,
         rule: QuorumRule | None = None,
+        convicts: bool = True,
     ) -> None:
         self.seed = seed
         self.rng = random.Random(seed)
@@ -172,6 +176,7 @@ class World:
         self.starts = 0
         self.left: dict[PeerId, str] = {}
         self.refusals: list[following.Refused] = []
+        self.convicts = convicts
         self.convicted: set[PeerId] = set()
         """Whom evidence names: in `rules` stands who lies indeed."""
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -465,7 +470,7 @@ class Node:
             assign_parts,
             started=int(WALL_S + world.now + self.clock_error_s),
             known_plan=lambda: self.machine.plan if isinstance(self.machine, Volunteer) else None,
-            barred=lambda: frozenset(world.convicted),
+            barred=lambda: frozenset(world.convicted if world.convicts else ()),
         )
 
     def begin(self) -> None:
