@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import Struct
 
-from dugnad.coordinator.follower import Promises
+from dugnad.coordinator.effects import Promises
 from dugnad.coordinator.messages import Applied, Commit, Genesis
 from dugnad.dht.identity import PeerId
 

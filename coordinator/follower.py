@@ -18,10 +18,25 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from msgspec import Struct, structs
+from msgspec import structs
 
 from dugnad.configs.recipe import RoundSettings
 from dugnad.coordinator import equivocation
+from dugnad.coordinator.effects import (
+    Accuse,
+    Apply,
+    CatchUp,
+    Cost,
+    Effect,
+    Fetch,
+    Promises,
+    Refused,
+    Remember,
+    Resync,
+    Rewind,
+    Send,
+    Store,
+)
 from dugnad.coordinator.ledger import Ledger, LedgerError
 from dugnad.coordinator.membership import stretch
 from dugnad.coordinator.messages import (
@@ -62,106 +77,6 @@ LOOK_ANYWAY = 0.1
 FOLLOWING = "following"
 """The phase in a `Standing` of who does not lead."""
 LEADERS_WORDS = (Standing, Plan, Freeze, Proposal, Lock, Commit)
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send `message`, sealed, to each of `to`."""
-
-    to: tuple[PeerId, ...]
-    message: Message
-
-
-@dataclass(frozen=True, slots=True)
-class Store:
-    """Make `commit` durable; effects after this one must not leave before it is."""
-
-    commit: Commit
-
-
-@dataclass(frozen=True, slots=True)
-class Rewind:
-    """The `Store` that follows begins another epoch after `round_`; it durably takes the place of all that is later."""
-
-    round_: int
-
-
-class Promises(Struct, frozen=True, array_like=True):
-    """What a voter has promised in one round, and must keep after a restart."""
-
-    epoch: int
-    round: int
-    pledged: int = 0
-    """It votes in no view before this one."""
-    prevoted: Proposal | None = None
-    """The newest proposal that it has prevoted."""
-    lock: Lock | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Remember:
-    """Make `promises` durable, in the place of those before; effects after this one must not leave before it is."""
-
-    promises: Promises
-
-
-@dataclass(frozen=True, slots=True)
-class Fetch:
-    """Get these parts, (part, digest), from any of `donors`, store them, and say `holds`."""
-
-    wanted: tuple[tuple[int, bytes], ...]
-    donors: tuple[PeerId, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Apply:
-    """Apply the committed parts of `commit`, all held, to the model, and say `applied`."""
-
-    commit: Commit
-
-
-@dataclass(frozen=True, slots=True)
-class CatchUp:
-    """Ask `donor` for the commits after that place, (epoch, round), and hand them in."""
-
-    donor: PeerId
-    after: tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Resync:
-    """This model is of no use any more: take the state from peers, and say `synced`."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """A message was refused; `reason` is counted, `detail` logged."""
-
-    sender: PeerId
-    reason: str
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class Accuse:
-    """One voter signed both: two halves of a proof, as `equivocation` makes them."""
-
-    first: bytes
-    second: bytes
-
-
-Effect = Send | Store | Rewind | Remember | Fetch | Apply | CatchUp | Resync | Refused | Accuse
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What a round cost this peer: seconds in training, seconds since the round before, bytes sent by kind."""
-
-    train_s: float
-    wall_s: float
-    sent_bytes: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)

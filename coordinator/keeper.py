@@ -9,10 +9,11 @@ It is a convenience: whatever it does, the voters' next leader does while it is 
 
 from collections.abc import Iterable, Mapping
 
-from dugnad.coordinator.follower import RETRY_S, Cost, Resync, Send
+from dugnad.coordinator.effects import Cost, Effect, Resync, Send
+from dugnad.coordinator.follower import RETRY_S
 from dugnad.coordinator.membership import Stage
 from dugnad.coordinator.messages import Applied, Commit, Delegation, Freeze, Message, Plan, Report
-from dugnad.coordinator.rounds import Effect, Leader, Phase
+from dugnad.coordinator.rounds import Leader, Phase
 from dugnad.dht.identity import PeerId
 
 

@@ -29,8 +29,9 @@ import msgspec
 from dugnad.configs.recipe import Recipe
 from dugnad.coordinator import equivocation, ranges
 from dugnad.coordinator import follower as following
+from dugnad.coordinator.effects import Accuse, Cost, Effect, Keep, LeftOut, Refused, Send, Store
 from dugnad.coordinator.equivocation import side
-from dugnad.coordinator.follower import Accuse, Cost, Follower, Refused, Send, Store
+from dugnad.coordinator.follower import Follower
 from dugnad.coordinator.ledger import Head
 from dugnad.coordinator.membership import Membership, Stage, stretch
 from dugnad.coordinator.messages import (
@@ -87,26 +88,6 @@ class Assign(Protocol):
         self, num_parts: int, members: Sequence[tuple[PeerId, float]], *, previous: tuple[PeerId, ...] | None
     ) -> tuple[PeerId, ...]:
         """Return the owner of each part."""
-
-
-@dataclass(frozen=True, slots=True)
-class LeftOut:
-    """The work of `peer` does not count in this round, for a reason in a word or two."""
-
-    peer: PeerId
-    reason: str
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class Keep:
-    """Keep durably what `peer` signed to have applied; nothing waits for it."""
-
-    peer: PeerId
-    said: Applied
-
-
-Effect = following.Effect | Keep | LeftOut
 
 
 class Phase(StrEnum):

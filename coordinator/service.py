@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from dugnad.coordinator import history
-from dugnad.coordinator.follower import Cost
+from dugnad.coordinator.effects import Cost
 from dugnad.coordinator.keeper import Keeper
 from dugnad.coordinator.messages import Commit, Delegation, Genesis, delegation_payload
 from dugnad.coordinator.rounds import Phase

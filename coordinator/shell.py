@@ -21,12 +21,13 @@ from blake3 import blake3
 from msgspec import Meta, Struct
 
 from dugnad.configs.recipe import decode
+from dugnad.coordinator import effects, sync
 from dugnad.coordinator import follower as following
-from dugnad.coordinator import sync
 from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.checkpoint import name_of
 from dugnad.coordinator.damage import CheckpointError, Damage
-from dugnad.coordinator.follower import Cost, Follower, Patience
+from dugnad.coordinator.effects import Cost, Keep, LeftOut
+from dugnad.coordinator.follower import Follower, Patience
 from dugnad.coordinator.ledger import Charter, Ledger
 from dugnad.coordinator.mail import Mail
 from dugnad.coordinator.messages import (
@@ -44,7 +45,7 @@ from dugnad.coordinator.messages import (
     Welcome,
     WelcomeRequest,
 )
-from dugnad.coordinator.rounds import SHOWN_ROUNDS, Keep, Leader, LeftOut
+from dugnad.coordinator.rounds import SHOWN_ROUNDS, Leader
 from dugnad.coordinator.state import SHORT_REPLAY_ROUNDS, Model, Numerics, State
 from dugnad.dht import bulk
 from dugnad.dht.blobs import Blobs
@@ -382,35 +383,35 @@ class Shell:
 
     def _perform_one(self, effect: object) -> None:
         match effect:
-            case following.Send(to, message):
+            case effects.Send(to, message):
                 raw = seal(self.identity, self.run, CODEC, message)
                 for peer in to:
                     self.metrics.message_passed("sent", CODEC.tag_of(message))
                     self._mail.post(peer, raw)
-            case following.Store(commit):
+            case effects.Store(commit):
                 self.chain.append(commit, at_s=time.time())
-            case following.Remember(promises):
+            case effects.Remember(promises):
                 self.chain.remember(promises)
-            case following.Rewind(round_):
+            case effects.Rewind(round_):
                 # the chain forgets it with the Store that follows: a crash between the two would take the head back
                 log.warning("the organizer began an epoch after round %d: what followed it counts no more", round_)
-            case following.Apply(commit):
+            case effects.Apply(commit):
                 self.spawn(self._apply(commit))
-            case following.Fetch(wanted, donors):
+            case effects.Fetch(wanted, donors):
                 self.spawn(self._fetch(wanted, donors))
-            case following.CatchUp(donor, after):
+            case effects.CatchUp(donor, after):
                 self.spawn(self._catch_up(donor, after))
-            case following.Resync(reason):
+            case effects.Resync(reason):
                 self._resync(reason)
             case Keep(peer, said):
                 self.chain.applied(peer, said)
             case LeftOut(peer, reason, detail):
                 self.metrics.rejected_contribution(reason)
                 log.info("the work of %s is left out (%s): %s", nickname(peer), reason, detail)
-            case following.Refused(sender, reason, detail):
+            case effects.Refused(sender, reason, detail):
                 self.metrics.rejected_message(reason)
                 log.debug("refused a message of %s (%s): %s", nickname(sender), reason, detail)
-            case following.Accuse(first, second):
+            case effects.Accuse(first, second):
                 self._accuse(first, second)
             case _:
                 self.perform_role(effect)

@@ -11,7 +11,7 @@ from typing import Protocol
 from blake3 import blake3
 
 from dugnad.coordinator import ranges
-from dugnad.coordinator.follower import Promises
+from dugnad.coordinator.effects import Promises
 from dugnad.coordinator.ledger import Charter
 from dugnad.coordinator.messages import (
     PRECOMMIT,

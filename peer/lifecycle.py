@@ -19,7 +19,8 @@ from itertools import pairwise
 
 from dugnad.coordinator import follower as following
 from dugnad.coordinator import ranges
-from dugnad.coordinator.follower import Cost, Refused, Resync, Send
+from dugnad.coordinator.effects import Cost, Refused, Resync, Send
+from dugnad.coordinator.effects import Effect as LeaderEffect
 from dugnad.coordinator.membership import Stage, stretch
 from dugnad.coordinator.messages import (
     Applied,
@@ -33,7 +34,6 @@ from dugnad.coordinator.messages import (
     Seat,
     Standing,
 )
-from dugnad.coordinator.rounds import Effect as LeaderEffect
 from dugnad.coordinator.rounds import Leader
 from dugnad.dht.identity import PeerId
 from dugnad.optim import reduce as reducing

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from dugnad.coordinator.follower import Cost
+from dugnad.coordinator.effects import Cost
 from dugnad.coordinator.messages import Commit, Genesis, Plan
 from dugnad.coordinator.shell import RESULTS_CHANNEL, SILENCE_S, ResultsHeader, Shell
 from dugnad.coordinator.state import Model

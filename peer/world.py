@@ -16,10 +16,11 @@ from itertools import count
 from blake3 import blake3
 
 from dugnad.configs.recipe import Recipe
-from dugnad.coordinator import equivocation, ranges
+from dugnad.coordinator import effects, equivocation, ranges
 from dugnad.coordinator import follower as following
 from dugnad.coordinator.audit import Audit, audit
-from dugnad.coordinator.follower import Cost, Follower, Patience, Promises
+from dugnad.coordinator.effects import Cost, Keep, LeftOut, Promises
+from dugnad.coordinator.follower import Follower, Patience
 from dugnad.coordinator.keeper import Keeper
 from dugnad.coordinator.ledger import Charter, Ledger
 from dugnad.coordinator.messages import (
@@ -35,7 +36,7 @@ from dugnad.coordinator.messages import (
     delegation_payload,
     epoch_payload,
 )
-from dugnad.coordinator.rounds import Keep, Leader, LeftOut, Phase
+from dugnad.coordinator.rounds import Leader, Phase
 from dugnad.coordinator.state import SHORT_REPLAY_ROUNDS
 from dugnad.coordinator.votes import QuorumRule
 from dugnad.dht.identity import PeerId
@@ -175,7 +176,7 @@ class World:
         """Does one durable write or one Send of a node, (node, its name, it): a test may kill the node around it."""
         self.starts = 0
         self.left: dict[PeerId, str] = {}
-        self.refusals: list[following.Refused] = []
+        self.refusals: list[effects.Refused] = []
         self.convicts = convicts
         self.convicted: set[PeerId] = set()
         """Whom evidence names: in `rules` stands who lies indeed."""
@@ -554,29 +555,29 @@ class Node:
     def perform_one(self, effect: object) -> None:
         world, disk = self.world, self.disk
         match effect:
-            case following.Send(to, message):
+            case effects.Send(to, message):
                 if isinstance(message, Plan) and message.seats:
                     world.traffic.plans.add((message.epoch, message.order))
                 self.say(to, message)
-            case following.Store(commit):
+            case effects.Store(commit):
                 self._write("Store", lambda: self._store(commit))
-            case following.Rewind(round_):
+            case effects.Rewind(round_):
                 self._write("Rewind", lambda: disk.commits.__delitem__(slice(round_, None)))
-            case following.Remember(promises):
+            case effects.Remember(promises):
                 self._write("Remember", lambda: setattr(disk, "promises", promises))
-            case following.Apply(commit):
+            case effects.Apply(commit):
                 world.after(self.apply_s, lambda: self.do(lambda node: node.apply(commit)))
-            case following.Fetch(wanted, donors):
+            case effects.Fetch(wanted, donors):
                 world.after(world.delay() * 2, lambda: self.do(lambda node: node.fetch(wanted, donors)))
-            case following.CatchUp(donor, _):
+            case effects.CatchUp(donor, _):
                 world.after(world.delay() * 2, lambda: self.do(lambda node: node.catch_up(donor)))
-            case following.Resync():
+            case effects.Resync():
                 world.after(0.5, lambda: self.do(lambda node: node.sync()))
             case Keep() | LeftOut():
                 pass  # the world sees every model as it is applied, and every block
-            case following.Refused():
+            case effects.Refused():
                 world.refusals.append(effect)
-            case following.Accuse(first, second):
+            case effects.Accuse(first, second):
                 world.accuse(first, second)
             case _:
                 raise AssertionError(f"no shell for {effect}")

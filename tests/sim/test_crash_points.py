@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 
 from dugnad.configs.recipe import load
-from dugnad.coordinator.follower import Remember
+from dugnad.coordinator.effects import Remember
 from dugnad.dht.identity import PeerId
 from dugnad.peer.invariants import InvariantBroken
 from dugnad.peer.world import COORDINATOR, Killed, Node, World

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import pytest
 from msgspec import structs
 
-from dugnad.coordinator import follower as following
+from dugnad.coordinator import effects
 from dugnad.coordinator.follower import Follower
 from dugnad.coordinator.messages import Block, Commit, Proposal, Voter
 from dugnad.coordinator.votes import QuorumRule, weight_of
@@ -64,7 +64,7 @@ def most_of_those_heard(patch: pytest.MonkeyPatch) -> None:
 def lock_is_not_carried_over(patch: pytest.MonkeyPatch) -> None:
     honest = Follower._say_pledge
 
-    def unbound(self: Follower, now: float) -> list[following.Effect]:
+    def unbound(self: Follower, now: float) -> list[effects.Effect]:
         self.promises = structs.replace(self.promises, lock=None)
         return honest(self, now)
 
@@ -74,7 +74,7 @@ def lock_is_not_carried_over(patch: pytest.MonkeyPatch) -> None:
 def applied_before_commit(patch: pytest.MonkeyPatch) -> None:
     honest = Follower._on_proposal
 
-    def hasty(self: Follower, sender: PeerId, said: Proposal, now: float) -> list[following.Effect]:
+    def hasty(self: Follower, sender: PeerId, said: Proposal, now: float) -> list[effects.Effect]:
         out = honest(self, sender, said, now)
         if self.at_head and not self._unapplied and said.block.round == self.ledger.head.round + 1:
             self._unapplied.append(Commit(said.block, 0, ()))

@@ -8,7 +8,7 @@ from blake3 import blake3
 from hypothesis import strategies as st
 
 from dugnad.coordinator import ranges
-from dugnad.coordinator.follower import Cost
+from dugnad.coordinator.effects import Cost
 from dugnad.coordinator.ledger import Charter, Head, Ledger
 from dugnad.coordinator.messages import (
     PRECOMMIT,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from dugnad.coordinator.follower import Cost
+from dugnad.coordinator.effects import Cost
 from dugnad.coordinator.messages import Applied, Commit, Message, Plan
 from dugnad.dht.identity import PeerId
 

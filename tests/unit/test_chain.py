@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from dugnad.coordinator.chain import Chain, ChainError
-from dugnad.coordinator.follower import Promises
+from dugnad.coordinator.effects import Promises
 from dugnad.coordinator.messages import Proposal
 from tests.unit.chains import GENESIS, an_epoch, applied, digest, honest_chain, ledger_of, locked, model_after
 

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import pytest
 
 from dugnad.coordinator.chain import Chain
-from dugnad.coordinator.follower import Follower, Patience, Promises
+from dugnad.coordinator.effects import Promises
+from dugnad.coordinator.follower import Follower, Patience
 from dugnad.coordinator.messages import Proposal
 from dugnad.dht.identity import PeerId
 from tests.unit.chains import (

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dugnad.coordinator.effects import Accuse, Promises
 from dugnad.coordinator.equivocation import SORT, checker, side
-from dugnad.coordinator.follower import Accuse, Promises
 from dugnad.coordinator.messages import PRECOMMIT, PREVOTE, Lock, ViewChange, pledge_payload, vote_payload
 from dugnad.dht.evidence import Proofs
 from dugnad.dht.identity import Identity, PeerId, verify

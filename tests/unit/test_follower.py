@@ -7,16 +7,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from dugnad.coordinator.follower import (
-    FETCH_AFTER_S,
-    REPLAY_ROUNDS,
-    RETRY_S,
+from dugnad.coordinator.effects import (
     Apply,
     CatchUp,
     Effect,
     Fetch,
-    Follower,
-    Patience,
     Promises,
     Refused,
     Remember,
@@ -25,6 +20,7 @@ from dugnad.coordinator.follower import (
     Send,
     Store,
 )
+from dugnad.coordinator.follower import FETCH_AFTER_S, REPLAY_ROUNDS, RETRY_S, Follower, Patience
 from dugnad.coordinator.ledger import Head, Ledger
 from dugnad.coordinator.messages import (
     PRECOMMIT,

@@ -13,21 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from dugnad.configs.recipe import load
 from dugnad.coordinator import ranges
-from dugnad.coordinator.follower import (
-    RETRY_S,
-    Apply,
-    CatchUp,
-    Fetch,
-    Follower,
-    Patience,
-    Promises,
-    Refused,
-    Remember,
-    Resync,
-    Rewind,
-    Send,
-    Store,
-)
+from dugnad.coordinator.effects import Apply, CatchUp, Fetch, Promises, Refused, Remember, Resync, Rewind, Send, Store
+from dugnad.coordinator.follower import RETRY_S, Follower, Patience
 from dugnad.coordinator.ledger import Head, Ledger
 from dugnad.coordinator.membership import Stage
 from dugnad.coordinator.messages import (

@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from dugnad.configs.recipe import load
 from dugnad.coordinator import ranges
-from dugnad.coordinator.follower import Apply, CatchUp, Follower, Patience, Promises, Refused, Remember, Send, Store
+from dugnad.coordinator.effects import Apply, CatchUp, Effect, Keep, LeftOut, Promises, Refused, Remember, Send, Store
+from dugnad.coordinator.follower import Follower, Patience
 from dugnad.coordinator.ledger import Charter, Ledger
 from dugnad.coordinator.membership import Stage
 from dugnad.coordinator.messages import (
@@ -35,17 +36,7 @@ from dugnad.coordinator.messages import (
     applied_payload,
     vote_payload,
 )
-from dugnad.coordinator.rounds import (
-    MAX_OWNERS,
-    MAX_VECTORS,
-    SETTLE_S,
-    SHOWN_ROUNDS,
-    Effect,
-    Keep,
-    Leader,
-    LeftOut,
-    Phase,
-)
+from dugnad.coordinator.rounds import MAX_OWNERS, MAX_VECTORS, SETTLE_S, SHOWN_ROUNDS, Leader, Phase
 from dugnad.dht.identity import PeerId
 from dugnad.optim.plan import assign_parts
 from tests.unit.chains import (

@@ -14,11 +14,11 @@ import msgspec
 import pytest
 from blake3 import blake3
 
+from dugnad.coordinator import effects, shell, sync
 from dugnad.coordinator import follower as following
-from dugnad.coordinator import shell, sync
 from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.checkpoint import Checkpoint, inspect, read_head
-from dugnad.coordinator.follower import Promises, Remember, Rewind, Send, Store
+from dugnad.coordinator.effects import Promises, Remember, Rewind, Send, Store
 from dugnad.coordinator.messages import (
     Commits,
     CommitsRequest,
@@ -557,13 +557,13 @@ async def test_the_model_is_asked_for_once_at_a_time(tmp_path: Path, run: Run) -
         while StateRequest() not in donor.asked:
             await asyncio.sleep(0.001)
         for _ in range(3):
-            role.perform([following.Resync("the machine is impatient")])
+            role.perform([effects.Resync("the machine is impatient")])
             await asyncio.sleep(0.001)
         assert donor.asked.count(StateRequest()) == 1
         donor.may_answer.set()
         await role.stands_at(12)
         assert donor.asked.count(StateRequest()) == 1
-        role.perform([following.Resync("the model is of no use any more")])
+        role.perform([effects.Resync("the model is of no use any more")])
         while donor.asked.count(StateRequest()) < 2:
             await asyncio.sleep(0.001)
 

@@ -9,19 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from dugnad.coordinator.follower import (
-    FOLLOWING,
-    PLEDGE_AGAIN_S,
-    CatchUp,
-    Effect,
-    Follower,
-    Patience,
-    Promises,
-    Refused,
-    Remember,
-    Send,
-    Store,
-)
+from dugnad.coordinator.effects import CatchUp, Effect, Promises, Refused, Remember, Send, Store
+from dugnad.coordinator.follower import FOLLOWING, PLEDGE_AGAIN_S, Follower, Patience
 from dugnad.coordinator.ledger import Charter, Ledger
 from dugnad.coordinator.messages import (
     PRECOMMIT,
