@@ -180,8 +180,9 @@ class Leader:
         self._round: _Round | None = None
         self._led: tuple[bytes, int] | None = None
         """(head, view) that we lead."""
-        self._led_since = 0.0
+        self._led_at = 0.0
         """When we took the lead, and forgot whom we knew."""
+        self._committed_at = 0.0
         self._next_attempt = started
         self._awaited: tuple[PeerId, ...] = ()
         self._settle_until = 0.0
@@ -316,8 +317,8 @@ class Leader:
         return tuple(Ballot(peer, said[peer].signature) for peer in signed)
 
     def deserted(self, *, now: float) -> bool:
-        """Whether we lead a committee of which nobody else is here, though there was time to say so."""
-        waits = self.phase in (Phase.IDLE, Phase.FINISHED) and now >= self._led_since + SETTLE_S
+        """Whether we lead, and nobody else of the committee is here, though there was time to say so."""
+        waits = self.phase in (Phase.IDLE, Phase.FINISHED) and now >= max(self._led_at, self._committed_at) + SETTLE_S
         return waits and not self._others(self.follower.ledger.head)
 
     def _hearers(self) -> tuple[PeerId, ...]:
@@ -498,7 +499,7 @@ class Leader:
             given_up = {follower.ledger.head.leader(view) for view in range(follower.view)}
             self._awaited = tuple(sorted(follower.ledger.head.voters - given_up - {self._signer.peer_id}))
             self._settle_until, self._settle_limit = now + SETTLE_S, now + self._recipe.rounds.exchange_s
-            self._stand_at = self._led_since = now
+            self._stand_at = self._led_at = now
         if self._led != led:
             self.membership.resize(follower.ledger.head.contributors)
         self._led = led
@@ -727,7 +728,10 @@ class Leader:
         head, follower = self.follower.ledger.head, self.follower
         if not follower.at_head or follower.model is None:
             return []
-        members = self._next_members(head.voters) or self._last_member
+        heard = {peer for peer in head.voters if self.membership.report(peer) or peer == self._signer.peer_id}
+        if heard != head.voters and now < self._led_at + SETTLE_S:
+            return []  # the others may be here, and have not said so yet
+        members = self._next_members(heard) or self._last_member
         seat = self._coordinator(members)
         stays = members.keys() == head.voters
         if stays and (seat is None or seat.coordinator == head.coordinator):
@@ -834,7 +838,7 @@ class Leader:
             return self._tell(tuple(sorted(head.voters)), work.lock, now)
         commit = Commit(work.proposal.block, work.proposal.view, ballots)
         hearers = self._hearers()
-        self._round, self.phase = None, Phase.IDLE
+        self._round, self.phase, self._committed_at = None, Phase.IDLE, now
         self._awaited = tuple(p for p in self.membership.ready(head) if p != self._signer.peer_id)
         self._settle_until, self._settle_limit = now + SETTLE_S, now + self._recipe.rounds.exchange_s
         followed = self.follower.receive(self._signer.peer_id, commit, now=now)
