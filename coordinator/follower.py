@@ -72,8 +72,6 @@ REPLAY_ROUNDS = 32
 """How many committed rounds a follower replays at most; further behind, it takes the state instead."""
 PLEDGE_AGAIN_S = 2.0
 """How often a pledge is said again while nothing comes of it."""
-LOOK_ANYWAY = 0.1
-"""The share of looks around that are made though a leader is heard, or is us: an epoch may have begun elsewhere."""
 FOLLOWING = "following"
 """The phase in a `Standing` of who does not lead."""
 LEADERS_WORDS = (Standing, Plan, Freeze, Proposal, Lock, Commit)

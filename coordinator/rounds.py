@@ -174,8 +174,9 @@ class Leader:
         self._round: _Round | None = None
         self._led: tuple[bytes, int] | None = None
         """(head, view) that we lead."""
-        self._led_since = 0.0
+        self._led_at = 0.0
         """When we took the lead, and forgot whom we knew."""
+        self._committed_at = 0.0
         self._next_attempt = started
         self._awaited: tuple[PeerId, ...] = ()
         self._held_up_by: PeerId | None = None
@@ -320,10 +321,9 @@ class Leader:
         return tuple(Ballot(peer, said[peer].signature) for peer in signed)
 
     def deserted(self, *, now: float) -> bool:
-        """Whether we lead a committee of which nobody else is here, though there was time to say so."""
-        head, between = self.follower.ledger.head, self.phase in (Phase.IDLE, Phase.FINISHED)
-        unheard = now < self._led_since + SETTLE_S and head.voters != {self._signer.peer_id}
-        return between and not unheard and not self._others(head)
+        """Whether we lead, and nobody else of the committee is here, though there was time to say so."""
+        waits = self.phase in (Phase.IDLE, Phase.FINISHED) and now >= max(self._led_at, self._committed_at) + SETTLE_S
+        return waits and not self._others(self.follower.ledger.head)
 
     def _hearers(self) -> tuple[PeerId, ...]:
         """Whom a leader keeps in touch with: who is here, and the voters, who may not know yet whom to report to."""
@@ -539,7 +539,7 @@ class Leader:
             given_up = {follower.ledger.head.leader(view) for view in range(follower.view)}
             self._awaited = tuple(sorted(follower.ledger.head.voters - given_up - {self._signer.peer_id}))
             self._settle_until, self._settle_limit = now + SETTLE_S, now + self._recipe.rounds.exchange_s
-            self._stand_at = self._led_since = now
+            self._stand_at = self._led_at = now
             self._held_up_by = None
         if self._led != led:
             self.membership.resize(follower.ledger.head.contributors)
@@ -799,13 +799,16 @@ class Leader:
         head, follower = self.follower.ledger.head, self.follower
         if not follower.at_head or follower.model is None:
             return []
+        heard = {peer for peer in head.voters if self.membership.report(peer) or peer == self._signer.peer_id}
+        if heard != head.voters and now < self._led_at + SETTLE_S:
+            return []  # the others may be here, and have not said so yet
         here = {*self.membership.live(), self._signer.peer_id}
-        members = self._next_members(head.voters)
-        if not members and follower.ledger.rule.decided(head.committee, here):
-            members = self._last_member
+        if not follower.ledger.rule.decided(head.committee, here):
+            return []  # if the others come back, they should find the committee that they know
+        members = self._next_members(heard) or self._last_member
         seat = self._coordinator(members)
         stays = members.keys() == head.voters
-        if not members or (stays and (seat is None or seat.coordinator == head.coordinator)):
+        if stays and (seat is None or seat.coordinator == head.coordinator):
             return []
         if not self._can_decide(members, seat):
             return []  # it would wait for ever for who has died with the disk that the committee knows
@@ -912,7 +915,7 @@ class Leader:
         passed_on = {peer for voter in head.voters for peer in self.follower.passes_on(voter, commit)}
         hearers = tuple(peer for peer in self._hearers() if peer not in passed_on)
         self._passed_on_by = now + PASS_ON_S if passed_on else 0.0
-        self._round, self.phase = None, Phase.IDLE
+        self._round, self.phase, self._committed_at = None, Phase.IDLE, now
         self._awaited = self.membership.ready(head)
         self._settle_until, self._settle_limit = now + SETTLE_S, now + self._recipe.rounds.exchange_s
         self._held_up_by = None

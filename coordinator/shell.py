@@ -70,7 +70,7 @@ SILENCE_S = 5.0
 
 
 LOOK_S = 5.0
-"""How often one who hears of no leader asks somebody how far the chain has come."""
+"""How often one asks somebody how far the chain has come, on average."""
 REPAIR_S = 4.0
 """How long after a start, or a failure, other keepers are asked for what is damaged here."""
 DONORS_ASKED = 8
@@ -515,13 +515,11 @@ class Shell:
         await self.asker.commits(donor, after, take)
 
     async def _keep_looking(self) -> None:
-        """Ask somebody now and then how far the chain has come, seldom while we hear of a leader."""
+        """Ask somebody now and then how far the chain has come: we may hear no leader, or one whose epoch is over."""
         while True:
             await asyncio.sleep(LOOK_S * (0.5 + self._rng.random()))
             others = sorted(self._known_peers())
-            now = self.now()
-            lost = self.follower.silent_s(now=now) is not None or self.leader.deserted(now=now)
-            if others and (lost or self._rng.random() < following.LOOK_ANYWAY):
+            if others:
                 await self._catch_up(self._rng.choice(others), self.follower.ledger.head.place)
 
     def _known_peers(self) -> set[PeerId]:

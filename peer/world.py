@@ -17,7 +17,6 @@ from blake3 import blake3
 
 from dugnad.configs.recipe import Recipe
 from dugnad.coordinator import effects, equivocation, ranges
-from dugnad.coordinator import follower as following
 from dugnad.coordinator.audit import Audit, audit
 from dugnad.coordinator.effects import Cost, Keep, LeftOut, Promises
 from dugnad.coordinator.follower import Follower, Patience
@@ -59,7 +58,7 @@ STATE_DONORS = 4
 WALL_S = 1.7e9
 """Unix seconds when a simulated run begins."""
 LOOK_S = 5.0
-"""How often one who hears of no leader asks somebody how far the chain has come."""
+"""How often one asks somebody how far the chain has come, on average."""
 RESTLESS_TICKS = 100
 """After how many ticks in a row, each of which leaves it due at once, a machine counts as caught in a loop."""
 NO_COST = Cost(0.0, 0.0, {})
@@ -487,16 +486,13 @@ class Node:
         self._look()
 
     def _look(self) -> None:
-        """Ask somebody now and then how far the chain has come, seldom while we hear of a leader."""
+        """Ask somebody now and then how far the chain has come: we may hear no leader, or one whose epoch is over."""
         if not self.alive:
             return
-        now = self.world.now
-        lost = self.follower.silent_s(now=now) is not None or self.leader().deserted(now=now)
-        if not self.frozen and (lost or self.world.rng.random() < following.LOOK_ANYWAY):
-            others = [peer for peer in sorted(self.world.nodes) if self.world.reaches(self.peer, peer)]
-            if len(others) > 1:
-                donor = self.world.rng.choice([peer for peer in others if peer != self.peer])
-                self.do(lambda node: node.catch_up(donor))
+        others = [peer for peer in self.world.nodes if peer != self.peer]
+        if not self.frozen and others:
+            donor = self.world.rng.choice(others)
+            self.do(lambda node: node.catch_up(donor))
         self.world.after(LOOK_S * (0.5 + self.world.rng.random()), self._look)
 
     def do(self, event: Callable[["Node"], object]) -> None:

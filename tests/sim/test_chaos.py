@@ -13,6 +13,13 @@ def test_no_rule_breaks_under_random_faults(volunteers: int, seed: int) -> None:
     check(seed, volunteers)
 
 
+@pytest.mark.parametrize(("volunteers", "seed"), [(3, 2199), (7, 2001), (7, 2065)])
+def test_who_leaves_waits_for_no_voter_that_was_never_heard_and_leaves_nobody_behind(
+    volunteers: int, seed: int
+) -> None:
+    check(seed, volunteers)
+
+
 def test_every_kind_of_trouble_comes_up() -> None:
     troubles = sum((check(seed, 3).troubles for seed in range(6)), Counter[str]())
     assert set(troubles) == set(KINDS)

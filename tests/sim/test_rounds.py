@@ -570,6 +570,20 @@ def test_who_has_only_just_taken_the_lead_does_not_leave_as_if_it_were_the_last(
     goes_on(world, 2, within_s=60)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_when_all_voters_leave_the_last_hands_the_run_to_those_who_have_no_vote_yet(seed: int) -> None:
+    world, names = started(seed, 2)
+    world.crash(COORDINATOR)
+    goes_on(world, 1, within_s=60)
+    newcomers = [world.start_volunteer(name) for name in ("new0", "new1")]
+    world.run(world.now + 60, until=lambda: all(node.follower.model is not None for node in newcomers))
+    for name in names:
+        volunteer(world, name).leave()
+    world.run(world.now + 120, until=lambda: len(world.left) == 2)
+    assert set(world.left.values()) == {"left in order"}
+    goes_on(world, 2, within_s=60)
+
+
 # -- restarts in the midst of a round
 
 

@@ -842,13 +842,20 @@ def test_a_committee_that_needs_no_change_gets_no_block() -> None:
     assert departures(run, A, B, C) is None
 
 
-def test_who_is_lost_is_in_no_later_committee_and_who_was_never_heard_of_keeps_its_vote() -> None:
+def test_who_is_lost_or_was_never_heard_of_is_in_no_later_committee() -> None:
+    run = Run(*two_rounds("a", "b", "c", "d"), min_peers=5)
+    run.reports(C)
+    run.leader.lost(C, "no route", now=0.0)
+    block = departures(run, A, B)
+    assert block is not None
+    assert [voter.peer for voter in block.committee] == [A, B, FOUNDER]
+
+
+def test_a_committee_of_which_no_quorum_is_here_is_left_as_the_others_know_it() -> None:
     run = Run(*TWO, min_peers=4)
     run.reports(C)
     run.leader.lost(C, "no route", now=0.0)
-    block = departures(run, A)
-    assert block is not None
-    assert [voter.peer for voter in block.committee] == [A, B, FOUNDER]
+    assert departures(run, A) is None
 
 
 def test_who_contributed_and_leaves_is_counted_and_votes_no_more() -> None:
