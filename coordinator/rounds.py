@@ -789,7 +789,8 @@ class Leader:
         if missing or not self.follower.at_head or self.follower.model is None:
             return []
         parts = tuple(work.results[part] for part in range(self._num_parts))
-        return self._propose(work, work.freeze.entries, parts, now)
+        members = self._next_members(entry.peer for entry in work.freeze.entries) or self._last_member
+        return self._propose(work, work.freeze.entries, parts, members, now)
 
     def _missing(self, work: _Round) -> list[int]:
         return [part for part in range(self._num_parts) if part not in work.results]
@@ -813,7 +814,7 @@ class Leader:
         if not self._can_decide(members, seat):
             return []  # it would wait for ever for who has died with the disk that the committee knows
         self._round = _Round(head.redo, head.cursor, 0, self._empty_plan(), float("inf"))
-        return self._propose(self._round, (), (), now)
+        return self._propose(self._round, (), (), members, now)
 
     def _next_members(self, stay: Iterable[PeerId]) -> dict[PeerId, bytes]:
         """Who of those that `stay`, and the coordinator, may vote next, {peer: incarnation}; not who leaves."""
@@ -854,12 +855,18 @@ class Leader:
         }
         return rule.decided(committee, live | {self._signer.peer_id})
 
-    def _propose(self, work: _Round, entries: tuple[Entry, ...], parts: tuple[bytes, ...], now: float) -> list[Effect]:
+    def _propose(
+        self,
+        work: _Round,
+        entries: tuple[Entry, ...],
+        parts: tuple[bytes, ...],
+        members: Mapping[PeerId, bytes],
+        now: float,
+    ) -> list[Effect]:
         head = self.follower.ledger.head
         assert self.follower.model is not None
         allotted = [r for seat in work.seats.values() for r in seat.ranges]
         done = [r for entry in entries for r in entry.ranges]
-        members = self._next_members([entry.peer for entry in entries] if entries else head.voters) or self._last_member
         seat = self._coordinator(members)
         coordinator = None if seat is None else seat.coordinator
         block = Block(
