@@ -23,8 +23,8 @@ from dugnad.coordinator import checkpoint as one
 from dugnad.coordinator.checkpoint import Checkpoint, CheckpointMeta, name_of, round_of
 from dugnad.coordinator.damage import CheckpointError, Damage
 from dugnad.coordinator.durable import in_thread, remove, sync_names
-from dugnad.coordinator.follower import REPLAY_ROUNDS
 from dugnad.coordinator.repair import Fetch, cause_of, known_of, rebuild
+from dugnad.coordinator.replica import REPLAY_ROUNDS
 from dugnad.coordinator.serving import Index
 from dugnad.coordinator.votes import Signer
 from dugnad.dht.manifest import ManifestError

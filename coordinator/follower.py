@@ -9,22 +9,15 @@
 Why no two blocks can be committed for one round: a commit is a quorum that was locked on its block in one view. Whoever
 changes the view pledges to vote in no earlier one, and says what it is locked on; any quorum of pledges holds one of
 those locked voters, so every later view must propose that same block. Promises are on disk before they are said.
-
-Two positions move apart for a while: the chain's head (proven commits, stored) and the model (commits applied). The
-model only ever takes the next committed bytes, so it is always the model after some round of the chain.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 from msgspec import structs
 
-from dugnad.configs.recipe import RoundSettings
 from dugnad.coordinator import equivocation
 from dugnad.coordinator.effects import (
     Accuse,
-    Apply,
     CatchUp,
     Cost,
     Effect,
@@ -61,6 +54,8 @@ from dugnad.coordinator.messages import (
     pledge_payload,
     vote_payload,
 )
+from dugnad.coordinator.patience import NEVER, Patience, Watch
+from dugnad.coordinator.replica import Replica
 from dugnad.coordinator.votes import Signer, leaders, weight_of
 from dugnad.dht.identity import PeerId
 
@@ -68,28 +63,11 @@ FETCH_AFTER_S = 2.0
 """How long proposed parts may still be on their way from their owners before a voter asks others for them."""
 RETRY_S = 3.0
 """How long a fetch or a catch-up may take before it is asked for again."""
-REPLAY_ROUNDS = 32
-"""How many committed rounds a follower replays at most; further behind, it takes the state instead."""
 PLEDGE_AGAIN_S = 2.0
 """How often a pledge is said again while nothing comes of it."""
 FOLLOWING = "following"
 """The phase in a `Standing` of who does not lead."""
 LEADERS_WORDS = (Standing, Plan, Freeze, Proposal, Lock, Commit)
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """When a leader is given up: silent for `silence_s`, at work for `round_s`, or counting votes for `vote_s`."""
-
-    silence_s: float
-    round_s: float
-    vote_s: float
-
-    @classmethod
-    def of(cls, rounds: RoundSettings) -> "Patience":
-        """As a recipe's durations ask for."""
-        round_s = rounds.train_s + 4 * rounds.exchange_s
-        return cls(rounds.silence_s, round_s, rounds.exchange_s + rounds.silence_s)
 
 
 class Follower:
@@ -105,32 +83,21 @@ class Follower:
         self.new_view: NewView | None = None
         """The proof of `view`."""
         self.promises = Promises(0, 1)
-        self.model: bytes | None = None
-        """Digest of the model after `model_round`; None until `synced`."""
-        self.model_round = -1
+        self.replica = Replica()
         self._signer = signer
-        self._patience = patience
+        self._watch = Watch(patience)
         self._order: tuple[tuple[bytes, int], PeerId] = ((b"", 0), signer.peer_id)
         """(head, view), and who leads it: it is asked for all the time."""
-        self._held: set[bytes] = set()
         self._proposal: Proposal | None = None
         self._pledges: dict[int, dict[PeerId, ViewChange]] = {}
         """view -> who pledged it, in this round."""
         self._said: Applied | None = None
-        self._unapplied: deque[Commit] = deque(maxlen=REPLAY_ROUNDS)
-        self._applying: Commit | None = None
-        self._act_at = float("inf")
+        self._fetch_at = NEVER
         """When to fetch missing parts, first or again."""
         self._catching_up_until = 0.0
-        self._heard_at = 0.0
-        """When the leader of `view` was last heard, or began to be awaited."""
-        self._busy_since: float | None = None
-        """Since when that leader has been at work on the round, by its own word."""
-        self._voting_since: float | None = None
-        self._pledge_at = float("inf")
-        self._raise_at = float("inf")
+        self._pledge_at = NEVER
+        self._raise_at = NEVER
         """When the pledged view, of which no NewView has come, is given up as well."""
-        self._ran_at = 0.0
         self._told_at: dict[PeerId, float] = {}
         self._handlers: dict[type[Message], Callable[..., list[Effect]]] = {
             Delegation: self._on_delegation,
@@ -150,7 +117,7 @@ class Follower:
         for commit in commits:
             self.ledger.append(commit)
             self.delegation = commit.block.coordinator or self.delegation
-        self._held.update(held)
+        self.replica.hold(held)
         head = self.ledger.head
         self.promises = Promises(head.epoch, head.round + 1)
         if promises is not None and (promises.epoch, promises.round) == (head.epoch, head.round + 1):
@@ -199,23 +166,23 @@ class Follower:
 
     def silent_s(self, *, now: float) -> float | None:
         """For how long nobody has led whom we hear, if that is worth a word; else None."""
-        silent = now - self._heard_at
+        silent = now - self._watch.heard_at
         return silent if silent >= self._silence_s and not self.leads else None
 
     @property
     def _silence_s(self) -> float:
-        return self._patience.silence_s * stretch(self.ledger.head.contributors)
+        return self._watch.patience.silence_s * stretch(self.ledger.head.contributors)
 
     def heard(self, sender: PeerId, message: Message, *, now: float) -> None:
         """A message came: one that only leaders say shows that ours is there."""
         leading = isinstance(message, LEADERS_WORDS) and getattr(message, "phase", "") != FOLLOWING
         if leading and sender == self.leader:
-            self._heard_at = now
+            self._watch.heard_at = now
 
     def contacts(self, *, now: float) -> tuple[PeerId, ...]:
         """Whom to tell where we stand: the leader, and while it is not heard one more voter, another each time."""
         me, silence_s = self._signer.peer_id, self._silence_s
-        head, silent = self.ledger.head, now - self._heard_at
+        head, silent = self.ledger.head, now - self._watch.heard_at
         if silent < silence_s and self.leader != me:
             return (self.leader,)
         out = [] if self.leader == me else [self.leader]
@@ -225,9 +192,19 @@ class Follower:
         return tuple(dict.fromkeys(out))
 
     @property
+    def model(self) -> bytes | None:
+        """Digest of the model that is here, after `model_round`; None until there is one."""
+        return self.replica.model
+
+    @property
+    def model_round(self) -> int:
+        """After which round the model is that is here."""
+        return self.replica.round
+
+    @property
     def applying(self) -> Commit | None:
         """The commit that is being applied."""
-        return self._applying
+        return self.replica.applying
 
     # -- what happens
 
@@ -237,19 +214,18 @@ class Follower:
 
     def receive(self, sender: PeerId, message: Message, *, now: float) -> list[Effect]:
         """Take one of the messages that `handles` names."""
-        self._runs(now)
+        self._watch.look(now, self._silence_s)
         return self._handlers[type(message)](sender, message, now)
 
     def holds(self, digests: tuple[bytes, ...], *, now: float) -> list[Effect]:
         """The blobs `digests` are checked and on disk."""
-        self._held.update(digests)
+        self.replica.hold(digests)
         return self._advance(now)
 
     def synced(self, round_: int, model: bytes, since: Iterable[Commit], *, now: float) -> list[Effect]:
         """The shell holds the model after `round_`, which is proven; `since` are the commits after it."""
-        self._unapplied = deque(since, maxlen=REPLAY_ROUNDS)
-        self._has_model(round_, model)
-        self._act_at = self._heard_at = self._ran_at = now
+        self.replica.begin(round_, model, since)
+        self._fetch_at = self._watch.heard_at = self._watch.ran_at = now
         if self.promises.pledged > self.view:  # before a restart
             self._pledge_at, self._raise_at = now, now + 2 * self._silence_s
         out: list[Effect] = []
@@ -259,28 +235,22 @@ class Follower:
 
     def applied(self, round_: int, model: bytes, cost: Cost, *, now: float) -> list[Effect]:
         """The model after `round_` is in place."""
-        commit = self._applying
+        commit = self.replica.applied(round_, model)
         if commit is None:
-            return []  # an epoch began meanwhile, before that round
-        assert commit.block.round == round_ == self.model_round + 1, "commits are applied one by one, in order"
-        self._has_model(round_, model)
-        self._held.difference_update(commit.block.parts)
-        self._act_at = now if self._unapplied else float("inf")
+            return []
+        self._fetch_at = now if self.replica.next else NEVER
         return [*self._sign_applied(commit.block, model, cost), *self._advance(now)]
 
     def damaged(self, digests: tuple[bytes, ...], *, now: float) -> list[Effect]:
         """These parts of the commit under way are no longer what they were on disk: get them anew."""
-        self._held.difference_update(digests)
-        if self._applying is None:
+        if not self.replica.damaged(digests):
             return []
-        if not self._unapplied or self._unapplied[0] is not self._applying:
-            self._unapplied.appendleft(self._applying)
-        self._applying, self._act_at = None, now
+        self._fetch_at = now
         return self._advance(now)
 
     def forget(self, digests: Iterable[bytes]) -> None:
         """These blobs are no longer on disk, and belong to nothing that was committed."""
-        self._held.difference_update(digests)
+        self.replica.forget(digests)
 
     def behind(self, place: tuple[int, int], donor: PeerId, *, now: float) -> list[Effect]:
         """`donor` says that the chain has reached that place, (epoch, round): catch up if that is news."""
@@ -291,8 +261,8 @@ class Follower:
 
     def tick(self, *, now: float) -> list[Effect]:
         """Fetch what should have come by now, and give up a leader who is silent or gets nowhere."""
-        self._runs(now)
-        out = self._fetch_missing(now) if now >= self._act_at else []
+        self._watch.look(now, self._silence_s)
+        out = self._fetch_missing(now) if now >= self._fetch_at else []
         if now >= self._impatient_at():
             return [*out, *self._give_up(max(self.view, self.promises.pledged) + 1, now)]
         if now >= self._pledge_at:
@@ -302,16 +272,8 @@ class Follower:
     def wake_at(self) -> float:
         """When `tick` has something to do."""
         impatient_at = self._impatient_at()
-        watch_at = float("inf") if impatient_at == float("inf") else self._ran_at + self._silence_s / 4
-        return min(self._act_at, self._pledge_at, impatient_at, watch_at)
-
-    def _runs(self, now: float) -> None:
-        """We run; if we did not for long, then it was us who stood still, and nobody else is to blame for the time."""
-        if now > self._ran_at + self._silence_s / 2:
-            self._heard_at = now
-            self._busy_since = None if self._busy_since is None else now
-            self._voting_since = None if self._voting_since is None else now
-        self._ran_at = max(self._ran_at, now)
+        watch_at = NEVER if impatient_at == NEVER else self._watch.ran_at + self._silence_s / 4
+        return min(self._fetch_at, self._pledge_at, impatient_at, watch_at)
 
     @property
     def at_head(self) -> bool:
@@ -354,9 +316,8 @@ class Follower:
     def _on_standing(self, sender: PeerId, said: Standing, now: float) -> list[Effect]:
         place = (said.epoch, said.head_round)
         if sender == self.leader and place == self.ledger.head.place and said.in_view == self.view:
-            working, voting = said.phase not in ("idle", "finished", FOLLOWING), said.phase == "vote"
-            self._busy_since = (now if self._busy_since is None else self._busy_since) if working else None
-            self._voting_since = (now if self._voting_since is None else self._voting_since) if voting else None
+            working = said.phase not in ("idle", "finished", FOLLOWING)
+            self._watch.stands(working=working, voting=said.phase == "vote", now=now)
         return [*self.behind(place, sender, now=now), *self.put_right(sender, place, said.in_view, now=now)]
 
     def _on_proposal(self, sender: PeerId, said: Proposal, now: float) -> list[Effect]:
@@ -375,7 +336,7 @@ class Follower:
             return [Refused(sender, "not locked", f"another block than that of the lock which began view {self.view}")]
         if self._proposal is None or self._proposal.view < said.view:
             self._proposal = said
-            self._act_at = now + FETCH_AFTER_S
+            self._fetch_at = now + FETCH_AFTER_S
         elif self._proposal.block != block:
             return [Refused(sender, "two proposals", f"two blocks in view {said.view} of round {block.round}")]
         return self._advance(now)
@@ -399,8 +360,8 @@ class Follower:
             out = self._promise(structs.replace(self.promises, pledged=said.view, lock=said))
         if said.view > self.view:  # a quorum was there: that is as good a proof as a NewView
             self.view = said.view
-            self._new_leader(now)
-            self._pledge_at = self._raise_at = float("inf")
+            self._watch.begin(now)
+            self._pledge_at = self._raise_at = NEVER
         return [*out, self._vote(said.block, said.view, PRECOMMIT)]
 
     def _accuse_all(self, one: Lock, other: Lock) -> list[Effect]:
@@ -472,13 +433,13 @@ class Follower:
         self.ledger.append(said)
         self.delegation = block.coordinator or self.delegation
         # in the midst of a round its parts are still on their way here: fetching at once would move them twice
-        arriving = self._proposal is not None or not self._held.isdisjoint(block.parts)
+        arriving = self._proposal is not None or self.replica.holds_some(block)
         grace_s = FETCH_AFTER_S if arriving else 0.0
         self._begin_round(now)
-        self._unapplied.append(said)
+        self.replica.follow(said)
         self._catching_up_until = 0.0
-        if self._applying is None:
-            self._act_at = now + grace_s
+        if self.applying is None:
+            self._fetch_at = now + grace_s
         passed_on: list[Effect] = [Send(others, said)] if others else []
         return [*out, Store(said), *passed_on, *self._advance(now)]
 
@@ -504,24 +465,18 @@ class Follower:
         self.promises = Promises(head.epoch, head.round + 1)
         self.view, self.new_view, self._proposal = 0, None, None
         self._pledges.clear()
-        self._new_leader(now)
-        self._pledge_at = self._raise_at = float("inf")
+        self._watch.begin(now)
+        self._pledge_at = self._raise_at = NEVER
 
     def _impatient_at(self) -> float:
         """When we give up the leader, or the one to whom we have pledged ourselves and who has not begun."""
         if not self.votes or self.model is None:
-            return float("inf")
-        silent_at = float("inf") if self.leads else self._heard_at + self._silence_s
+            return NEVER
+        silent_at = NEVER if self.leads else self._watch.heard_at + self._silence_s
         if self.promises.pledged > self.view:  # while its leader is there, the view may still come to its end
             return max(self._raise_at, silent_at)
         alone = len(self.ledger.head.committee) == 1
-        stuck_at = float("inf") if self._busy_since is None else self._busy_since + self._patience.round_s
-        voted_at = float("inf") if self._voting_since is None else self._voting_since + self._patience.vote_s
-        return float("inf") if alone else min(silent_at, stuck_at, voted_at)
-
-    def _new_leader(self, now: float) -> None:
-        """Of a new leader nothing else was heard yet: its silence begins here."""
-        self._heard_at, self._busy_since, self._voting_since = now, None, None
+        return NEVER if alone else min(silent_at, self._watch.stuck_at())
 
     def _give_up(self, view: int, now: float) -> list[Effect]:
         """Pledge ourselves to `view`, durably, and tell all voters."""
@@ -565,10 +520,10 @@ class Follower:
 
     def _enter(self, proof: NewView, now: float) -> list[Effect]:
         self.view, self.new_view = proof.view, proof
-        self._new_leader(now)
+        self._watch.begin(now)
         self._pledges = {view: said for view, said in self._pledges.items() if view > proof.view}
         if self.promises.pledged <= proof.view:
-            self._pledge_at = self._raise_at = float("inf")
+            self._pledge_at = self._raise_at = NEVER
         if self._proposal is not None and self._proposal.view < proof.view:
             self._proposal = None
         return self._say_applied()  # the new leader may not have heard it, and vouches for the model with it
@@ -635,7 +590,7 @@ class Follower:
         """Prevote, unless we have promised otherwise."""
         block, before = said.block, self.promises.prevoted
         if block.model_before != self.model:
-            self._proposal, self.model = None, None
+            self._proposal, self.replica.model = None, None
             return [Resync(f"the committee's model after round {self.model_round} differs from ours")]
         if not self.votes or said.view < self.promises.pledged:
             return []
@@ -652,20 +607,10 @@ class Follower:
         """The organizer began an epoch on an earlier block: what followed it counts no more."""
         self.ledger.rewind(block.parent)
         base = block.round - 1
-        kept = [commit for commit in self._unapplied if commit.block.round <= base]
-        self._unapplied = deque(kept, maxlen=REPLAY_ROUNDS)
-        if self._applying is not None and self._applying.block.round > base:
-            self._applying = None
         out: list[Effect] = [Rewind(base)]
-        if self.model_round > base:
-            self.model = None
+        if self.replica.rewind(base):
             out.append(Resync(f"epoch {block.epoch} begins after round {base}, and our model is of a later one"))
         return out
-
-    def _has_model(self, round_: int, model: bytes) -> None:
-        self.model_round, self.model, self._applying = round_, model, None
-        while self._unapplied and self._unapplied[0].block.round <= round_:
-            self._unapplied.popleft()
 
     def _sign_applied(self, block: Block, model: bytes, cost: Cost) -> list[Effect]:
         payload = applied_payload(self.ledger.run, block.round, block.hash, model)
@@ -682,47 +627,36 @@ class Follower:
 
     def _advance(self, now: float) -> list[Effect]:
         """Apply the next commit, or vote on the proposal, as soon as all of its bytes are held."""
-        if self.model is None or self._applying is not None:
+        if not self.replica.can_go_on:
             return []
-        if self._unapplied:
-            return self._apply_next(now)
+        commit = self.replica.next
+        if commit is not None:
+            if self.replica.missing(commit.block) and commit.block.round == self.model_round + 1:
+                return self._fetch_missing(now) if now >= self._fetch_at else []
+            self._fetch_at = NEVER
+            return self.replica.apply_next(self.ledger.head.round)
         said = self._proposal
-        if said is None or not self.at_head or self._missing(said.block):
+        if said is None or not self.at_head or self.replica.missing(said.block):
             return []
-        self._act_at = float("inf")
+        self._fetch_at = NEVER
         return self._prevote(said)
-
-    def _apply_next(self, now: float) -> list[Effect]:
-        commit = self._unapplied[0]
-        if commit.block.round != self.model_round + 1:
-            self._unapplied.clear()
-            self.model = None
-            return [Resync(f"{self.ledger.head.round - self.model_round} rounds behind: too many to replay")]
-        if self._missing(commit.block):
-            return self._fetch_missing(now) if now >= self._act_at else []
-        self._applying = commit  # kept here: when many more arrive meanwhile, it falls out of `_unapplied`
-        self._act_at = float("inf")
-        return [Apply(commit)]
-
-    def _missing(self, block: Block) -> tuple[tuple[int, bytes], ...]:
-        return tuple((part, digest) for part, digest in enumerate(block.parts) if digest not in self._held)
 
     def _fetch_missing(self, now: float) -> list[Effect]:
         """Ask for the parts of the next commit, or of the proposal, that are not here."""
-        self._act_at = float("inf")
-        if self.model is None or self._applying is not None:
+        self._fetch_at = NEVER
+        if not self.replica.can_go_on:
             return []
-        if self._unapplied:
-            commit = self._unapplied[0]
+        commit = self.replica.next
+        if commit is not None:
             block, donors = commit.block, [ballot.peer for ballot in commit.ballots]
         elif self._proposal is not None:
             block, donors = self._proposal.block, [entry.peer for entry in self._proposal.block.entries]
         else:
             return []
-        missing = self._missing(block)
+        missing = self.replica.missing(block)
         if not missing:
             return []
-        self._act_at = now + RETRY_S
+        self._fetch_at = now + RETRY_S
         # who has come since may have them too; the leader last: its uplink serves everyone
         donors = list(dict.fromkeys([*donors, *sorted(self.ledger.head.voters)]))
         others = [peer for peer in donors if peer not in (self._signer.peer_id, self.leader)]

@@ -22,12 +22,11 @@ from msgspec import Meta, Struct
 
 from dugnad.configs.recipe import decode
 from dugnad.coordinator import effects, sync
-from dugnad.coordinator import follower as following
 from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.checkpoint import name_of
 from dugnad.coordinator.damage import CheckpointError, Damage
 from dugnad.coordinator.effects import Cost, Keep, LeftOut
-from dugnad.coordinator.follower import Follower, Patience
+from dugnad.coordinator.follower import Follower
 from dugnad.coordinator.ledger import Charter, Ledger
 from dugnad.coordinator.mail import Mail
 from dugnad.coordinator.messages import (
@@ -45,6 +44,8 @@ from dugnad.coordinator.messages import (
     Welcome,
     WelcomeRequest,
 )
+from dugnad.coordinator.patience import Patience
+from dugnad.coordinator.replica import REPLAY_ROUNDS
 from dugnad.coordinator.rounds import SHOWN_ROUNDS, Leader
 from dugnad.coordinator.state import SHORT_REPLAY_ROUNDS, Model, Numerics, State
 from dugnad.dht import bulk
@@ -61,7 +62,7 @@ log = logging.getLogger(__name__)
 ROUND_CHANNEL = "dugnad/round/1"
 RESULTS_CHANNEL = "dugnad/results/1"
 CODEC = Codec(ROUND_KINDS)
-KEPT_ROUNDS = following.REPLAY_ROUNDS
+KEPT_ROUNDS = REPLAY_ROUNDS
 """For how many rounds their committed bytes are kept for those who come late."""
 COMMITS_BYTES = 512 * 1024
 """How many bytes of commits one answer holds, about."""
@@ -530,7 +531,7 @@ class Shell:
     async def _take_up_model(self) -> None:
         """Go on with the model of this disk, or take it from peers."""
         head = self.follower.ledger.head.round
-        newest = self.chain.commits(after_round=head - following.REPLAY_ROUNDS - 1)
+        newest = self.chain.commits(after_round=head - REPLAY_ROUNDS - 1)
         blocks = {commit.block.round: commit.block.hash for commit in newest}
         found = await asyncio.to_thread(self.state.take_up, head, blocks)
         if found is None or self._block_at(found[0]) != blocks.get(found[0]):  # an epoch may have undone it meanwhile
@@ -587,7 +588,7 @@ class Shell:
             if first is not None:
                 return 0, first
         offer = await self.asker.state(donor, self.charter, self.genesis.first_model, self.chain.commit, self.signer)
-        if self.follower.ledger.head.round - offer.round > following.REPLAY_ROUNDS:
+        if self.follower.ledger.head.round - offer.round > REPLAY_ROUNDS:
             raise sync.SyncError(f"{donor} offers the model after round {offer.round}, which is too old to replay from")
         known = self._block_at(offer.round)
         model = await self._download(offer.manifest, donor)

@@ -19,10 +19,10 @@ from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.checkpoint import CheckpointMeta, round_of
 from dugnad.coordinator.checkpoints import Checkpoints
 from dugnad.coordinator.damage import CheckpointError, Damage
-from dugnad.coordinator.follower import REPLAY_ROUNDS
 from dugnad.coordinator.ledger import Charter
 from dugnad.coordinator.messages import Block, Genesis, StateOffer
 from dugnad.coordinator.repair import Fetch
+from dugnad.coordinator.replica import REPLAY_ROUNDS
 from dugnad.coordinator.rounds import Assign, Leader
 from dugnad.coordinator.tensorfile import Tensors
 from dugnad.coordinator.votes import Signer

@@ -19,7 +19,7 @@ from dugnad.configs.recipe import Recipe
 from dugnad.coordinator import effects, equivocation, ranges
 from dugnad.coordinator.audit import Audit, audit
 from dugnad.coordinator.effects import Cost, Keep, LeftOut, Promises
-from dugnad.coordinator.follower import Follower, Patience
+from dugnad.coordinator.follower import Follower
 from dugnad.coordinator.keeper import Keeper
 from dugnad.coordinator.ledger import Charter, Ledger
 from dugnad.coordinator.messages import (
@@ -35,6 +35,7 @@ from dugnad.coordinator.messages import (
     delegation_payload,
     epoch_payload,
 )
+from dugnad.coordinator.patience import Patience
 from dugnad.coordinator.rounds import Leader, Phase
 from dugnad.coordinator.state import SHORT_REPLAY_ROUNDS
 from dugnad.coordinator.votes import QuorumRule

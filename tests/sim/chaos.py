@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dugnad.configs.recipe import load
-from dugnad.coordinator.follower import Patience
 from dugnad.coordinator.messages import Voter
+from dugnad.coordinator.patience import Patience
 from dugnad.coordinator.votes import QuorumRule
 from dugnad.dht.identity import PeerId
 from dugnad.peer.invariants import InvariantBroken

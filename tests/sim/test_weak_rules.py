@@ -12,6 +12,7 @@ from msgspec import structs
 from dugnad.coordinator import effects
 from dugnad.coordinator.follower import Follower
 from dugnad.coordinator.messages import Block, Commit, Proposal, Voter
+from dugnad.coordinator.replica import Replica
 from dugnad.coordinator.votes import QuorumRule, weight_of
 from dugnad.dht.identity import PeerId
 from dugnad.peer.invariants import InvariantBroken, Invariants
@@ -76,8 +77,8 @@ def applied_before_commit(patch: pytest.MonkeyPatch) -> None:
 
     def hasty(self: Follower, sender: PeerId, said: Proposal, now: float) -> list[effects.Effect]:
         out = honest(self, sender, said, now)
-        if self.at_head and not self._unapplied and said.block.round == self.ledger.head.round + 1:
-            self._unapplied.append(Commit(said.block, 0, ()))
+        if self.at_head and self.replica.next is None and said.block.round == self.ledger.head.round + 1:
+            self.replica.follow(Commit(said.block, 0, ()))
             out += self._advance(now)
         return out
 
@@ -85,12 +86,12 @@ def applied_before_commit(patch: pytest.MonkeyPatch) -> None:
 
 
 def voted_without_bytes(patch: pytest.MonkeyPatch) -> None:
-    honest = Follower._missing
+    honest = Replica.missing
 
-    def blind(self: Follower, block: Block) -> tuple[tuple[int, bytes], ...]:
-        return () if self._proposal is not None and block is self._proposal.block else honest(self, block)
+    def blind(self: Replica, block: Block) -> tuple[tuple[int, bytes], ...]:
+        return () if self.next is None else honest(self, block)  # nothing to apply: it is asked for a proposal
 
-    patch.setattr(Follower, "_missing", blind)
+    patch.setattr(Replica, "missing", blind)
 
 
 def breaks(volunteers: int, rule: str) -> bool:

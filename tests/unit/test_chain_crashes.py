@@ -16,8 +16,9 @@ import pytest
 
 from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.effects import Promises
-from dugnad.coordinator.follower import Follower, Patience
+from dugnad.coordinator.follower import Follower
 from dugnad.coordinator.messages import Proposal
+from dugnad.coordinator.patience import Patience
 from dugnad.dht.identity import PeerId
 from tests.unit.chains import (
     GENESIS,

@@ -20,7 +20,7 @@ from dugnad.coordinator.effects import (
     Send,
     Store,
 )
-from dugnad.coordinator.follower import FETCH_AFTER_S, REPLAY_ROUNDS, RETRY_S, Follower, Patience
+from dugnad.coordinator.follower import FETCH_AFTER_S, RETRY_S, Follower
 from dugnad.coordinator.ledger import Head, Ledger
 from dugnad.coordinator.messages import (
     PRECOMMIT,
@@ -37,6 +37,8 @@ from dugnad.coordinator.messages import (
     applied_payload,
     vote_payload,
 )
+from dugnad.coordinator.patience import Patience
+from dugnad.coordinator.replica import REPLAY_ROUNDS
 from dugnad.dht.identity import PeerId
 from tests.unit.chains import (
     CHARTER,

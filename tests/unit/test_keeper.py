@@ -10,7 +10,7 @@ import pytest
 from dugnad.configs.recipe import load
 from dugnad.coordinator import ranges
 from dugnad.coordinator.effects import Effect, Refused, Send
-from dugnad.coordinator.follower import FOLLOWING, Follower, Patience
+from dugnad.coordinator.follower import FOLLOWING, Follower
 from dugnad.coordinator.keeper import Keeper
 from dugnad.coordinator.ledger import Ledger
 from dugnad.coordinator.membership import Stage
@@ -30,6 +30,7 @@ from dugnad.coordinator.messages import (
     Voter,
     Welcome,
 )
+from dugnad.coordinator.patience import Patience
 from dugnad.coordinator.rounds import SETTLE_S, Leader, Phase
 from dugnad.dht.identity import PeerId
 from dugnad.optim.plan import assign_parts

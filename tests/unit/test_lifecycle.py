@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from dugnad.configs.recipe import load
 from dugnad.coordinator import ranges
 from dugnad.coordinator.effects import Apply, CatchUp, Fetch, Promises, Refused, Remember, Resync, Rewind, Send, Store
-from dugnad.coordinator.follower import RETRY_S, Follower, Patience
+from dugnad.coordinator.follower import RETRY_S, Follower
 from dugnad.coordinator.ledger import Head, Ledger
 from dugnad.coordinator.membership import Stage
 from dugnad.coordinator.messages import (
@@ -38,6 +38,7 @@ from dugnad.coordinator.messages import (
     ViewChange,
     Vote,
 )
+from dugnad.coordinator.patience import Patience
 from dugnad.coordinator.rounds import SETTLE_S, Leader, Phase
 from dugnad.dht.identity import PeerId
 from dugnad.optim.plan import assign_parts

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from dugnad.configs.recipe import load
 from dugnad.coordinator import ranges
 from dugnad.coordinator.effects import Apply, CatchUp, Effect, Keep, LeftOut, Promises, Refused, Remember, Send, Store
-from dugnad.coordinator.follower import Follower, Patience
+from dugnad.coordinator.follower import Follower
 from dugnad.coordinator.ledger import Charter, Ledger
 from dugnad.coordinator.membership import Stage
 from dugnad.coordinator.messages import (
@@ -36,6 +36,7 @@ from dugnad.coordinator.messages import (
     applied_payload,
     vote_payload,
 )
+from dugnad.coordinator.patience import Patience
 from dugnad.coordinator.rounds import MAX_OWNERS, MAX_VECTORS, SETTLE_S, SHOWN_ROUNDS, Leader, Phase
 from dugnad.dht.identity import PeerId
 from dugnad.optim.plan import assign_parts

@@ -29,6 +29,7 @@ from dugnad.coordinator.messages import (
     StateOffer,
     StateRequest,
 )
+from dugnad.coordinator.replica import REPLAY_ROUNDS
 from dugnad.coordinator.service import Coordinator
 from dugnad.coordinator.shell import CODEC, RESULTS_CHANNEL, ROUND_CHANNEL, ResultsHeader, Shell
 from dugnad.coordinator.state import Model
@@ -527,14 +528,14 @@ async def test_a_model_that_nobody_stands_for_is_not_taken_and_no_byte_of_it_is_
 
 async def test_a_true_model_that_is_too_old_to_replay_from_is_not_fetched(tmp_path: Path) -> None:
     run = Run(ANN, BOB)
-    run.grow(following.REPLAY_ROUNDS + 3)
+    run.grow(REPLAY_ROUNDS + 3)
     donor = Donor(run, BOB)
     donor.offer, donor.models = offer(run, 2), run.models
     async with joining(run, tmp_path, donor) as (role, whys):
         assert "the model after round 2, which is too old to replay from" in await whys.said.get()
         assert not (tmp_path / "incoming").exists()
         donor.offer = offer(run, 3)
-        await role.stands_at(following.REPLAY_ROUNDS + 3)
+        await role.stands_at(REPLAY_ROUNDS + 3)
 
 
 async def test_a_download_that_fails_is_told_in_words_and_tried_again(tmp_path: Path, run: Run) -> None:

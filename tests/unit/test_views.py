@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from dugnad.coordinator.effects import CatchUp, Effect, Promises, Refused, Remember, Send, Store
-from dugnad.coordinator.follower import FOLLOWING, PLEDGE_AGAIN_S, Follower, Patience
+from dugnad.coordinator.follower import FOLLOWING, PLEDGE_AGAIN_S, Follower
 from dugnad.coordinator.ledger import Charter, Ledger
 from dugnad.coordinator.messages import (
     PRECOMMIT,
@@ -28,6 +28,7 @@ from dugnad.coordinator.messages import (
     Vote,
     pledge_payload,
 )
+from dugnad.coordinator.patience import Patience
 from dugnad.coordinator.votes import QuorumRule
 from dugnad.dht.identity import PeerId
 from tests.unit.chains import (
@@ -696,7 +697,7 @@ class Agreeing(RuleBasedStateMachine):
     def a_voter_restarts(self, peer: PeerId) -> None:
         if peer not in self.commits:
             self.voters[peer] = a_voter(peer, promises=self.promises[peer])
-            self.voters[peer]._ran_at = self.voters[peer]._heard_at = self.now
+            self.voters[peer]._watch.ran_at = self.voters[peer]._watch.heard_at = self.now
 
     @rule(peer=st.sampled_from(VOTERS), seconds=st.integers(1, 25))
     def a_voter_loses_patience(self, peer: PeerId, seconds: int) -> None:
