@@ -241,6 +241,18 @@ class Chaos:
         for name in [COORDINATOR, *self.names]:
             self._thaw(name)
             self._back(name)
+        world.after(60.0, self._recover)
+
+    def _recover(self) -> None:
+        """Begin an epoch where half of a committee has lost its disks: a block may name who has just died."""
+        world, chain = self.world, self.world.chain()
+        committee, disks = chain[-1].block.committee, world.disks
+        whole = [v.peer for v in committee if v.peer in disks and disks[v.peer].incarnation == v.incarnation]
+        if not world.charter.rule.decided(committee, whole):
+            world.crash(COORDINATOR)
+            world.recover(COORDINATOR)
+            world.start_coordinator()
+            self.troubles["recover"] += 1
 
 
 def check(seed: int, volunteers: int) -> Chaos:

@@ -21,12 +21,18 @@ def test_who_leaves_waits_for_no_voter_that_was_never_heard_and_leaves_nobody_be
 
 
 def test_every_kind_of_trouble_comes_up() -> None:
-    troubles = sum((check(seed, 3).troubles for seed in range(6)), Counter[str]())
-    assert set(troubles) == set(KINDS)
+    troubles = sum((check(seed, 3).troubles for seed in range(12)), Counter[str]())
+    assert set(KINDS) <= set(troubles)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("volunteers", [3, 7, 16])
 def test_no_rule_breaks_in_300_seeds(volunteers: int) -> None:
+    troubles, longest = Counter[str](), 0.0
     for seed in range(1000, 1300):
-        check(seed, volunteers)
+        chaos = check(seed, volunteers)
+        troubles.update(chaos.troubles)
+        longest = max(longest, chaos.longest_lull)
+    print(f"\n{volunteers} volunteers, 300 seeds, no rule broken: {dict(sorted(troubles.items()))}")
+    print(f"a connected quorum committed within {longest:.0%} of the time that it may take")
+    assert troubles["recover"] <= 3, "the organizer is needed only where a block names who has just died, disk and all"
