@@ -22,8 +22,9 @@ from dugnad.coordinator.damage import CheckpointError, Damage
 from dugnad.coordinator.follower import REPLAY_ROUNDS
 from dugnad.coordinator.ledger import Charter
 from dugnad.coordinator.messages import Block, Genesis, StateOffer
+from dugnad.coordinator.planning import Assign
 from dugnad.coordinator.repair import Fetch
-from dugnad.coordinator.rounds import Assign, Leader
+from dugnad.coordinator.rounds import Leader
 from dugnad.coordinator.tensorfile import Tensors
 from dugnad.coordinator.votes import Signer
 

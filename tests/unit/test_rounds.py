@@ -36,7 +36,8 @@ from dugnad.coordinator.messages import (
     applied_payload,
     vote_payload,
 )
-from dugnad.coordinator.rounds import MAX_OWNERS, MAX_VECTORS, SETTLE_S, SHOWN_ROUNDS, Leader, Phase
+from dugnad.coordinator.planning import MAX_OWNERS, MAX_VECTORS
+from dugnad.coordinator.rounds import SETTLE_S, SHOWN_ROUNDS, Leader, Phase
 from dugnad.dht.identity import PeerId
 from dugnad.optim.plan import assign_parts
 from tests.unit.chains import (
@@ -931,9 +932,9 @@ def test_in_an_open_run_the_next_committee_weighs_what_was_earned_before() -> No
     run.reports(D, leaving=True)
     run.tick(SETTLE_S)
     assert run.leader.plan is None
-    proposal = run.leader._round.proposal if run.leader._round else None
-    assert proposal is not None
-    weights = {voter.peer: voter.weight for voter in proposal.block.committee}
+    poll = run.leader._poll
+    assert poll is not None
+    weights = {voter.peer: voter.weight for voter in poll.proposal.block.committee}
     assert weights == {A: 1, B: 1, C: 1, FOUNDER: 1}, "three have earned something: too few to bear a liar"
 
 
