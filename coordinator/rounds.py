@@ -25,16 +25,15 @@ import msgspec
 
 from dugnad.configs.recipe import Recipe
 from dugnad.coordinator import follower as following
+from dugnad.coordinator.awaited import SETTLE_S, Awaited
 from dugnad.coordinator.committee import Succession
-from dugnad.coordinator.effects import Cost, Effect, Keep, LeftOut, Refused, Send, Store
+from dugnad.coordinator.effects import Cost, Effect, LeftOut, Refused, Send, Store
 from dugnad.coordinator.follower import Follower
 from dugnad.coordinator.ledger import Head
 from dugnad.coordinator.membership import Membership, Stage, stretch
 from dugnad.coordinator.messages import (
     MAX_PEERS,
-    MAX_VOTERS,
     Applied,
-    Ballot,
     Block,
     Commit,
     Contribution,
@@ -48,24 +47,15 @@ from dugnad.coordinator.messages import (
     Standing,
     ViewChange,
     Vote,
-    applied_payload,
 )
 from dugnad.coordinator.planning import Assign, Round
 from dugnad.coordinator.poll import Poll
 from dugnad.coordinator.votes import Signer
+from dugnad.coordinator.vouched import Vouched
 from dugnad.dht.identity import PeerId
 
-SETTLE_S = 5.0
-"""How long those of the last round are awaited, after a commit or a start, to say that they stand at the head.
-
-Who says that it is getting there is awaited for as long as an exchange may take.
-"""
-COUNT_S = 0.5
-"""How often it is counted how many of more than MAX_VOTERS are still awaited."""
 PASS_ON_S = 3.0
 """How long voters may take to pass a commit on, before a member that lacks it is told by the leader."""
-SHOWN_ROUNDS = 8
-"""Of how many rounds the signed model digests are kept to show to joiners."""
 
 
 class Phase(StrEnum):
@@ -106,8 +96,7 @@ class Leader:
         self.follower = follower
         self.validation: tuple[int, float | None] = (0, None)
         """The newest (round, validation loss) that the shell measured."""
-        self.digests: dict[int, dict[PeerId, Applied]] = {}
-        """round -> peer -> what it said it applied, of the newest rounds."""
+        self.vouched = Vouched(follower.ledger, signer)
         self._signer = signer
         self._recipe = recipe
         self._num_parts = num_parts
@@ -120,12 +109,7 @@ class Leader:
         self._led_since = 0.0
         """When we took the lead, and forgot whom we knew."""
         self._next_attempt = started
-        self._awaited: tuple[PeerId, ...] = ()
-        self._held_up_by: PeerId | None = None
-        """One of many awaited: while it is not there, who else is missing need not be counted at every message."""
-        self._count_at = 0.0
-        self._settle_until = 0.0
-        self._settle_limit = 0.0
+        self._awaited = Awaited(self.membership, recipe.rounds.exchange_s)
         self._passed_on_by = 0.0
         self._stand_at = 0.0
         self._told_at: dict[PeerId, float] = {}
@@ -187,7 +171,7 @@ class Leader:
 
     def restore(self, digests: Mapping[int, Mapping[PeerId, Applied]], validation: tuple[int, float | None]) -> None:
         """Take up what this peer's own disk kept of what others signed, and the newest validation loss."""
-        self.digests.update({round_: dict(said) for round_, said in digests.items()})
+        self.vouched.restore(digests)
         self.validation = validation
 
     def synced(self, round_: int, model: bytes, since: Iterable[Commit], *, now: float) -> list[Effect]:
@@ -220,7 +204,7 @@ class Leader:
         """When time alone makes a difference to the round."""
         work = self._round
         if work is None:
-            return self._settle_until if self._awaited else float("inf")
+            return self._awaited.wake_at()
         waits_for_us = self.phase is Phase.REDUCE and not work.missing()
         return float("inf") if waits_for_us else work.deadline
 
@@ -255,12 +239,6 @@ class Leader:
         """Whether averages of these parts, made by `owner` in that attempt, are on their way here."""
         plan = self.plan or self._known_plan()
         return plan is not None and plan.order == order and all(plan.owners[part] == owner for part in parts)
-
-    def state_ballots(self, round_: int, model: bytes) -> tuple[Ballot, ...]:
-        """Who of those that vote next signed that `model` is the digest after `round_`."""
-        said, voters = self.digests.get(round_, {}), self.follower.ledger.head.voters
-        signed = (peer for peer in said if said[peer].model == model and peer in voters)
-        return tuple(Ballot(peer, said[peer].signature) for peer in signed)
 
     def deserted(self, *, now: float) -> bool:
         """Whether we lead a committee of which nobody else is here, though there was time to say so."""
@@ -345,25 +323,10 @@ class Leader:
 
     @property
     def _poll(self) -> Poll | None:
-        return self._round and self._round.poll
+        return None if self._round is None else self._round.poll
 
     def _on_applied(self, sender: PeerId, said: Applied, now: float) -> list[Effect]:
-        ledger = self.follower.ledger
-        if said.block != ledger.block_hash(said.round):
-            return [Refused(sender, "foreign chain", f"it applied another block of round {said.round}, or an old one")]
-        payload = applied_payload(ledger.run, said.round, said.block, said.model)
-        if not self._signer.verify(sender, payload, said.signature):
-            return [Refused(sender, "bad signature", f"model digest after round {said.round}")]
-        kept: list[Effect] = []
-        known_here = sender in (self._signer.peer_id, *ledger.head.voters) or self.membership.report(sender) is not None
-        if known_here and said.round > ledger.head.round - SHOWN_ROUNDS:
-            known = self.digests.setdefault(said.round, {})
-            if sender not in known or known[sender].model != said.model:  # said again, it may have forgotten its cost
-                known[sender] = said
-                kept = [Keep(sender, said)]
-        for old in [r for r in self.digests if r <= ledger.head.round - SHOWN_ROUNDS]:
-            del self.digests[old]
-        return kept
+        return self.vouched.take(sender, said, is_here=self.membership.report(sender) is not None)
 
     # -- decisions
 
@@ -408,7 +371,8 @@ class Leader:
         follower = self.follower
         if not follower.leads or follower.model is None:
             if self._led is not None:
-                self._led, self._awaited, self._held_up_by = None, (), None
+                self._led = None
+                self._awaited.end()
                 self.membership.forget()
             self._round, self.phase, self.reason = None, Phase.FOLLOWING, "another peer leads"
             return False
@@ -416,10 +380,9 @@ class Leader:
         if self._led is None or (self._led != led and follower.view > 0):
             self._round, self.phase, self.reason = None, Phase.IDLE, "taking the lead"
             given_up = {follower.ledger.head.leader(view) for view in range(follower.view)}
-            self._awaited = tuple(sorted(follower.ledger.head.voters - given_up - {self._signer.peer_id}))
-            self._settle_until, self._settle_limit = now + SETTLE_S, now + self._recipe.rounds.exchange_s
+            others = follower.ledger.head.voters - given_up - {self._signer.peer_id}
+            self._awaited.begin(tuple(sorted(others)), now=now)
             self._stand_at = self._led_since = now
-            self._held_up_by = None
         if self._led != led:
             self.membership.resize(follower.ledger.head.contributors)
         self._led = led
@@ -430,28 +393,20 @@ class Leader:
         bound = self.follower.bound_to
         if bound is not None:
             return self._propose_again(bound, now)
-        if now >= self._settle_until:
-            arriving = now < self._settle_limit
-            self._awaited = tuple(p for p in self._awaited if arriving and self.membership.is_arriving(p, head))
-            self._settle_until, self._held_up_by = self._settle_limit, None
-        barred, by = self._barred(), self._held_up_by
-        if by is not None and now < self._count_at and not self.leaving and self.membership.holds_up(by, head, barred):
+        barred = self._barred()
+        self._awaited.tick(head, now=now)
+        if not self.leaving and self._awaited.holds_up(head, barred, now=now):
             return []
         steps = self._recipe.rounds.steps_at(head.global_step)
         if steps == 0:
             self.phase, self.reason = Phase.FINISHED, f"finished: all {head.global_step} steps are done"
             return []
         self.phase = Phase.IDLE
-        decision = self.membership.decide(
-            head, min_peers=self._recipe.rounds.min_peers, awaited=self._awaited, barred=barred
-        )
-        if len(self._awaited) > MAX_VOTERS:
-            missing = (peer for peer in self._awaited if self.membership.holds_up(peer, head, barred))
-            self._held_up_by, self._count_at = next(missing, None), now + COUNT_S
+        decision = self._awaited.decide(head, self._recipe.rounds.min_peers, barred, now=now)
         self.reason = decision.reason
         if decision.members and not (self.leaving and self._others(head)):
             return self._open(decision.members, steps, now)
-        return self._change_committee(now) if self._awaited == () or self.leaving else []
+        return self._change_committee(now) if self._awaited.peers == () or self.leaving else []
 
     def _others(self, head: Head) -> bool:
         """Whether someone else is in the committee, and here."""
@@ -633,9 +588,7 @@ class Leader:
         hearers = tuple(peer for peer in self._hearers() if peer not in passed_on)
         self._passed_on_by = now + PASS_ON_S if passed_on else 0.0
         self._round, self.phase = None, Phase.IDLE
-        self._awaited = self.membership.ready(head)
-        self._settle_until, self._settle_limit = now + SETTLE_S, now + self._recipe.rounds.exchange_s
-        self._held_up_by = None
+        self._awaited.begin(self.membership.ready(head), now=now)
         followed = self.follower.receive(self._signer.peer_id, commit, now=now)
         assert isinstance(followed[0], Store), "a commit is durable before anyone hears of it"
         others = tuple(peer for peer in hearers if peer != self._signer.peer_id)

@@ -45,8 +45,9 @@ from dugnad.coordinator.messages import (
     Welcome,
     WelcomeRequest,
 )
-from dugnad.coordinator.rounds import SHOWN_ROUNDS, Leader
+from dugnad.coordinator.rounds import Leader
 from dugnad.coordinator.state import SHORT_REPLAY_ROUNDS, Model, Numerics, State
+from dugnad.coordinator.vouched import SHOWN_ROUNDS
 from dugnad.dht import bulk
 from dugnad.dht.blobs import Blobs
 from dugnad.dht.budget import GIVE_MBIT, Budget

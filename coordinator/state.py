@@ -164,7 +164,7 @@ class State:
         """The newest model that others can know for true, with the proof if they need one."""
         for round_, model in reversed(tuple(self.models)):
             if self.proven(round_, model, chain, leader):
-                return StateOffer(round_, model.manifest(), leader.state_ballots(round_, model.digest()))
+                return StateOffer(round_, model.manifest(), leader.vouched.ballots(round_, model.digest()))
         return None
 
     def proven(self, round_: int, model: Model, chain: Chain, leader: Leader) -> bool:
@@ -172,7 +172,7 @@ class State:
         if round_ == 0:
             return True
         digest = model.digest()
-        ballots = {ballot.peer: ballot.signature for ballot in leader.state_ballots(round_, digest)}
+        ballots = {ballot.peer: ballot.signature for ballot in leader.vouched.ballots(round_, digest)}
         return sync.is_proven(round_, digest, ballots, self._charter, chain.commit, self._signer)
 
     def lookup(self, digest: bytes) -> bytes | memoryview | None:

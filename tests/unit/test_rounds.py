@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from dugnad.configs.recipe import load
 from dugnad.coordinator import ranges
+from dugnad.coordinator.awaited import SETTLE_S
 from dugnad.coordinator.effects import Apply, CatchUp, Effect, Keep, LeftOut, Promises, Refused, Remember, Send, Store
 from dugnad.coordinator.follower import Follower, Patience
 from dugnad.coordinator.ledger import Charter, Ledger
@@ -37,7 +38,8 @@ from dugnad.coordinator.messages import (
     vote_payload,
 )
 from dugnad.coordinator.planning import MAX_OWNERS, MAX_VECTORS
-from dugnad.coordinator.rounds import SETTLE_S, SHOWN_ROUNDS, Leader, Phase
+from dugnad.coordinator.rounds import Leader, Phase
+from dugnad.coordinator.vouched import SHOWN_ROUNDS
 from dugnad.dht.identity import PeerId
 from dugnad.optim.plan import assign_parts
 from tests.unit.chains import (
@@ -1004,7 +1006,7 @@ def test_what_voters_and_peers_signed_to_have_applied_is_kept_once_and_shown_to_
     assert run.hear(A, other) == [Keep(A, other)]
     run.hear(B, run.applied(B))
     run.hear(C, run.applied(C))
-    shown = run.leader.state_ballots(2, model_after(2))
+    shown = run.leader.vouched.ballots(2, model_after(2))
     assert {ballot.peer for ballot in shown} == {FOUNDER, B, C}
 
 
@@ -1013,7 +1015,7 @@ def test_who_is_not_here_and_has_no_vote_fills_no_books() -> None:
     assert run.hear(EVE, run.applied(EVE)) == []
     run.reports(EVE)
     assert len(run.hear(EVE, run.applied(EVE))) == 1
-    assert {ballot.peer for ballot in run.leader.state_ballots(2, model_after(2))} == {FOUNDER}
+    assert {ballot.peer for ballot in run.leader.vouched.ballots(2, model_after(2))} == {FOUNDER}
 
 
 def test_models_of_other_blocks_or_without_a_signature_are_refused() -> None:
@@ -1031,7 +1033,7 @@ def test_only_the_newest_rounds_are_shown() -> None:
     old = {round_: {A: run.applied(A)} for round_ in range(1, SHOWN_ROUNDS + 3)}
     run.leader.restore(old, (0, None))
     run.hear(A, run.applied(A))
-    assert sorted(run.leader.digests) == list(range(4, SHOWN_ROUNDS + 4))
+    assert sorted(run.leader.vouched.said) == list(range(4, SHOWN_ROUNDS + 4))
 
 
 # -- whose messages these are, and when it wakes
