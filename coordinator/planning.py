@@ -5,7 +5,7 @@ attempt, and with it forgotten what owners hold, which they say again.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,8 +13,20 @@ import msgspec
 
 from dugnad.coordinator import ranges
 from dugnad.coordinator.effects import LeftOut
+from dugnad.coordinator.ledger import Head
 from dugnad.coordinator.membership import Membership, Stage
-from dugnad.coordinator.messages import MAX_VOTERS, Contribution, Entry, Freeze, Have, Plan, Seat
+from dugnad.coordinator.messages import (
+    MAX_VOTERS,
+    Block,
+    Contribution,
+    Delegation,
+    Entry,
+    Freeze,
+    Have,
+    Plan,
+    Seat,
+    Voter,
+)
 from dugnad.coordinator.poll import Poll
 from dugnad.dht.identity import PeerId
 
@@ -84,11 +96,6 @@ class Round:
             self.cursor += fresh
         report = self.membership.report(peer)
         self.seats[peer] = Seat(peer, self.steps, allotted, report.addresses if report else ())
-
-    def undone(self, entries: Iterable[Entry]) -> ranges.Ranges:
-        """What is left to redo when these are what was done."""
-        allotted = [r for seat in self.seats.values() for r in seat.ranges]
-        return ranges.minus((*self.redo, *allotted), [r for entry in entries for r in entry.ranges])
 
     # -- who reduces
 
@@ -221,6 +228,35 @@ class Round:
             if peer in self.whole
         )
 
+    # -- what becomes of it
+
+    def block(
+        self,
+        head: Head,
+        model_before: bytes,
+        parts: tuple[bytes, ...],
+        committee: tuple[Voter, ...],
+        coordinator: Delegation | None,
+    ) -> Block:
+        """The block that says what was done in this round, of which `parts` are the averages, and who votes next."""
+        entries = self.freeze.entries if self.freeze else ()
+        allotted = [r for seat in self.seats.values() for r in seat.ranges]
+        done = [r for entry in entries for r in entry.ranges]
+        return Block(
+            epoch=head.epoch,
+            round=head.round + 1,
+            parent=head.hash,
+            model_before=model_before,
+            global_step=head.global_step + self.steps,
+            steps=self.steps,
+            entries=entries,
+            parts=parts,
+            redo=ranges.minus((*self.redo, *allotted), done),
+            cursor=self.cursor,
+            committee=committee,
+            coordinator=coordinator,
+        )
+
     # -- who is told
 
     @property
@@ -228,16 +264,22 @@ class Round:
         """Whether the whole of everything may be told to every member."""
         return len(self.plan.seats) <= MAX_VOTERS
 
-    def needs_all(self, peer: PeerId, voters: frozenset[PeerId]) -> bool:
-        """Whether `peer` needs every seat: owners send to all members, and a voter may have to lead this round."""
-        return self.is_small or peer in self.owners or peer in voters
+    def plans(self, voters: frozenset[PeerId]) -> list[tuple[tuple[PeerId, ...], Plan]]:
+        """Who is told which plan: the whole one those who need it, the others one each."""
+        whole = tuple(peer for peer in self.plan.members if self._needs_all(peer, voters))
+        others = [peer for peer in self.plan.members if not self._needs_all(peer, voters)]
+        return [(whole, self.plan), *(((peer,), self.plan_for(peer, voters)) for peer in others)]
 
     def plan_for(self, peer: PeerId, voters: frozenset[PeerId]) -> Plan:
         """The plan, without the seats that are nothing to `peer`: it sends its work to the owners, and no further."""
-        if self.needs_all(peer, voters):
+        if self._needs_all(peer, voters):
             return self.plan
         seats = [seat for other in (*self.owners, peer) if (seat := self.plan.seat_of(other)) is not None]
         return msgspec.structs.replace(self.plan, seats=tuple(sorted(seats, key=lambda seat: seat.peer)))
+
+    def _needs_all(self, peer: PeerId, voters: frozenset[PeerId]) -> bool:
+        """Whether `peer` needs every seat: owners send to all members, and a voter may have to lead this round."""
+        return self.is_small or peer in self.owners or peer in voters
 
     @property
     def folding(self) -> tuple[PeerId, ...]:

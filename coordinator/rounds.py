@@ -444,16 +444,8 @@ class Leader:
         work.deadline = max(work.deadline, now + self._recipe.rounds.exchange_s)
         self.phase = Phase.GATHER
         self.reason = f"round {work.plan.round}: {len(work.plan.seats)} peers work, {len(work.owners)} reduce"
-        return self._tell_plan(work, now)
-
-    def _tell_plan(self, work: Round, now: float) -> list[Effect]:
-        voters = self.follower.ledger.head.voters
-        whole = tuple(peer for peer in work.plan.members if work.needs_all(peer, voters))
-        out = self._tell(whole, work.plan, now)
-        for peer in work.plan.members:
-            if not work.needs_all(peer, voters):
-                out += self._tell((peer,), work.plan_for(peer, voters), now)
-        return out
+        plans = work.plans(self.follower.ledger.head.voters)
+        return [effect for to, plan in plans for effect in self._tell(to, plan, now)]
 
     def _abandon(self, reason: str) -> list[Effect]:
         self._round, self.phase, self.reason = None, Phase.IDLE, reason
@@ -529,29 +521,11 @@ class Leader:
         )
 
     def _propose(
-        self,
-        work: Round,
-        parts: tuple[bytes, ...],
-        succession: Succession,
-        members: Mapping[PeerId, bytes],
-        now: float,
+        self, work: Round, parts: tuple[bytes, ...], succession: Succession, members: Mapping[PeerId, bytes], now: float
     ) -> list[Effect]:
-        head, entries = self.follower.ledger.head, work.freeze.entries if work.freeze else ()
         assert self.follower.model is not None
-        block = Block(
-            epoch=head.epoch,
-            round=head.round + 1,
-            parent=head.hash,
-            model_before=self.follower.model,
-            global_step=head.global_step + work.steps,
-            steps=work.steps,
-            entries=entries,
-            parts=parts,
-            redo=work.undone(entries),
-            cursor=work.cursor,
-            committee=succession.committee(members),
-            coordinator=succession.seat(members),
-        )
+        committee, seat = succession.committee(members), succession.seat(members)
+        block = work.block(self.follower.ledger.head, self.follower.model, parts, committee, seat)
         return self._put_to_vote(work, block, now)
 
     def _propose_again(self, block: Block, now: float) -> list[Effect]:
