@@ -41,7 +41,7 @@ class Succession:
             peers.discard(head.coordinator)
         peers -= {peer for peer in peers if membership.report(peer) and not membership.is_live(peer)}
         told = {peer: said.incarnation for peer in peers if (said := membership.report(peer)) is not None}
-        disks = {voter.peer: voter.incarnation for voter in head.committee} | told | mine
+        disks = self._disks | told | mine
         members = {peer: disks[peer] for peer in peers - gone if peer in disks}
         coordinator = delegated.coordinator if delegated is not None else head.coordinator
         return chosen(members, head.voters, coordinator, head.hash)
@@ -68,11 +68,16 @@ class Succession:
         if not members and rule.decided(head.committee, {*self.membership.live(), self.leader}):
             members = self.last_member
         seat = self.seat(members)
-        stays = members.keys() == head.voters
+        stays = members == self._disks
         if not members or (stays and (seat is None or seat.coordinator == head.coordinator)):
             return {}
         # else it would wait for ever for who has died with the disk that the committee knows
         return members if self._can_decide(members) else {}
+
+    @property
+    def _disks(self) -> dict[PeerId, bytes]:
+        """The committee that is, {peer: incarnation}."""
+        return {voter.peer: voter.incarnation for voter in self.ledger.head.committee}
 
     def _is_here(self, peer: PeerId) -> bool:
         return peer == self.leader or self.membership.stands(peer, self.ledger.head)

@@ -829,6 +829,11 @@ def departures(run: Run, *peers: PeerId) -> Block | None:
     return proposals[0].block if proposals else None
 
 
+def disks_of(block: Block | None) -> dict[PeerId, bytes]:
+    assert block is not None
+    return {voter.peer: voter.incarnation for voter in block.committee}
+
+
 def test_between_rounds_who_leaves_is_let_out_by_a_block_of_its_own() -> None:
     run = Run(*TWO, min_peers=4)
     run.reports(A, B, C)
@@ -877,8 +882,28 @@ def test_a_newcomer_votes_from_the_round_after_its_first_contribution_as_the_dis
     run.reports(C, incarnation=b"new disk")
     run.gather(A, B, C, D)
     block = said(run.deliver(*sorted(set(run.plan.owners))), Proposal)[0].block
-    disks = {voter.peer: voter.incarnation for voter in block.committee}
-    assert disks == {FOUNDER: disk_of(FOUNDER), A: disk_of(A), B: disk_of(B), C: b"new disk", D: disk_of(D)}
+    assert disks_of(block) == {FOUNDER: disk_of(FOUNDER), A: disk_of(A), B: disk_of(B), C: b"new disk", D: disk_of(D)}
+
+
+def test_a_voter_on_a_new_disk_is_named_anew_between_rounds_too_for_the_old_one_votes_no_more() -> None:
+    run = Run(*TWO, min_peers=4)
+    run.reports(C, incarnation=b"new disk")
+    block = departures(run, A, B)
+    assert block is not None
+    assert block.entries == ()
+    assert disks_of(block) == {FOUNDER: disk_of(FOUNDER), A: disk_of(A), B: disk_of(B), C: b"new disk"}
+
+
+def test_a_coordinator_on_a_new_disk_is_named_anew_though_too_few_are_here_for_a_round() -> None:
+    run = Run(*TWO, me=ORDER[1], min_peers=4)
+    seat = delegation(FOUNDER, 2)
+    run.hear(FOUNDER, seat)
+    lead_view(run, 1)
+    run.reports(FOUNDER, trains=False, incarnation=b"new disk")
+    block = departures(run, *({A, B, C} - {run.me}))
+    assert block is not None
+    assert block.coordinator == seat
+    assert disks_of(block)[FOUNDER] == b"new disk"
 
 
 def test_when_everyone_who_worked_leaves_the_leader_stays_to_decide() -> None:
