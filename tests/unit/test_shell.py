@@ -14,8 +14,9 @@ import msgspec
 import pytest
 from blake3 import blake3
 
-from dugnad.coordinator import effects, shell, sync
+from dugnad.coordinator import effects, sources, sync
 from dugnad.coordinator import follower as following
+from dugnad.coordinator.averages import RESULTS_CHANNEL, ResultsHeader
 from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.checkpoint import Checkpoint, inspect, read_head
 from dugnad.coordinator.effects import Promises, Remember, Rewind, Send, Store
@@ -30,7 +31,7 @@ from dugnad.coordinator.messages import (
     StateRequest,
 )
 from dugnad.coordinator.service import Coordinator
-from dugnad.coordinator.shell import CODEC, RESULTS_CHANNEL, ROUND_CHANNEL, ResultsHeader, Shell
+from dugnad.coordinator.shell import CODEC, ROUND_CHANNEL, Shell
 from dugnad.coordinator.state import Model
 from dugnad.coordinator.tensorfile import WEIGHTS
 from dugnad.dht import bulk
@@ -392,8 +393,8 @@ async def test_a_promise_is_kept_over_a_restart_and_a_copy_of_the_folder_may_not
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(following, "RETRY_S", 0.01)
-    monkeypatch.setattr(shell, "REPAIR_S", 0.01)
-    monkeypatch.setattr(shell, "LOOK_S", 1e6)
+    monkeypatch.setattr(sources, "REPAIR_S", 0.01)
+    monkeypatch.setattr(sources, "LOOK_S", 1e6)
 
 
 @pytest.fixture
@@ -547,7 +548,7 @@ async def test_a_download_that_fails_is_told_in_words_and_tried_again(tmp_path: 
             assert role.volunteer.reason == why
         donor.may_give.set()
         assert (await role.stands_at(12)).digest() == run.models[12].digest()
-        assert role.downloading is None
+        assert role.sources.downloading is None
 
 
 async def test_the_model_is_asked_for_once_at_a_time(tmp_path: Path, run: Run) -> None:
@@ -574,7 +575,7 @@ async def test_a_model_that_an_epoch_undid_while_it_came_is_not_taken(
     donor = Donor(run, BOB)
     undone = run.models[11]
     async with joining(run, tmp_path, donor) as (role, whys):
-        downloaded = role._download
+        downloaded = role.sources.download
 
         async def download(manifest: bytes, peer: PeerId) -> Model:
             model = await downloaded(manifest, peer)
@@ -584,7 +585,7 @@ async def test_a_model_that_an_epoch_undid_while_it_came_is_not_taken(
                 role.perform(role.volunteer.receive(BOB.peer_id, epoch, now=role.now()))
             return model
 
-        monkeypatch.setattr(role, "_download", download)
+        monkeypatch.setattr(role.sources, "download", download)
         assert "an epoch began before round 11 while its model came" in await whys.said.get()
         assert (await role.stands_at(10)).digest() == run.models[9].digest()
         assert list(role.chain.commits()) == run.commits
