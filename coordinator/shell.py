@@ -33,6 +33,7 @@ from dugnad.coordinator.messages import (
     Message,
     Plan,
 )
+from dugnad.coordinator.phases import PhaseWatch
 from dugnad.coordinator.rounds import Leader
 from dugnad.coordinator.sources import Sources
 from dugnad.coordinator.state import Model, Numerics, State
@@ -107,6 +108,7 @@ class Shell:
             barred=barred,
         )
         self.state = State(genesis, self.charter, self.recipe, numerics, self.signer, directory)
+        self._phases = PhaseWatch(self.leader, metrics)
         self.averages = Averages(self.blobs, self.chain, self.leader, numerics)
         self.answers = Answers(genesis, self.chain, self.state, self.leader)
         self.sources = Sources(
@@ -268,6 +270,7 @@ class Shell:
         with self.or_end():
             for effect in effects:
                 self._perform_one(effect)
+        self._phases.look(now=self.now())
         self._changed.set()
 
     @contextmanager
