@@ -16,6 +16,9 @@ In a swarm of more than MAX_VOTERS a leader would spend its uplink on repeating 
 voters and owners, and to others what concerns them; the Freeze to owners; the Proposal to voters; and voters pass the
 Commit on.
 Every voter carries this machine, and the follower says when it is its turn.
+
+Here stand the phases. Whom a round waits for before it is planned is `awaited`; the round itself, its seats, owners and
+what is held of it, `planning`; its vote `poll`; who votes next `committee`; what proves a model to joiners `vouched`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

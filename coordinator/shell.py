@@ -3,7 +3,7 @@
 A role (`coordinator.service`, `peer.session`) brings the machine; the shell brings the world. Machine calls and their
 effects run on the event loop, one at a time and in order; a Store is durable before the next effect is looked at, so
 nothing that depends on it can leave earlier. What takes long (applying, fetching, catching up) runs beside, and comes
-back as an event.
+back as an event. Averages, answers to others, and where chain and model come from are ideas of their own, beside.
 """
 
 import asyncio
@@ -26,13 +26,7 @@ from dugnad.coordinator.follower import Follower, Patience
 from dugnad.coordinator.ledger import Charter, Ledger
 from dugnad.coordinator.machine import Machine
 from dugnad.coordinator.mail import Mail
-from dugnad.coordinator.messages import (
-    ROUND_KINDS,
-    Commit,
-    Genesis,
-    Message,
-    Plan,
-)
+from dugnad.coordinator.messages import ROUND_KINDS, Commit, Genesis, Message, Plan
 from dugnad.coordinator.phases import PhaseWatch
 from dugnad.coordinator.rounds import Leader
 from dugnad.coordinator.sources import Sources
@@ -108,7 +102,6 @@ class Shell:
             barred=barred,
         )
         self.state = State(genesis, self.charter, self.recipe, numerics, self.signer, directory)
-        self._phases = PhaseWatch(self.leader, metrics)
         self.averages = Averages(self.blobs, self.chain, self.leader, numerics)
         self.answers = Answers(genesis, self.chain, self.state, self.leader)
         self.sources = Sources(
@@ -128,6 +121,7 @@ class Shell:
         """What we give to those who fetch; whoever made the role may set another before it serves."""
         self.done = asyncio.Event()
         """Set when the role has nothing more to do."""
+        self._phases = PhaseWatch(self.leader, metrics)
         self._numerics = numerics
         self._accuse = accuse
         self._aftermath: asyncio.Queue[tuple[Commit, Model]] = asyncio.Queue()
