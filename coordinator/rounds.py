@@ -244,10 +244,13 @@ class Leader:
         return plan is not None and plan.order == order and all(plan.owners[part] == owner for part in parts)
 
     def deserted(self, *, now: float) -> bool:
-        """Whether we lead a committee of which nobody else is here, though there was time to say so."""
-        head, between = self.follower.ledger.head, self.phase in (Phase.IDLE, Phase.FINISHED)
+        """Whether we lead a committee of which nobody else is here, though there was time to say so.
+
+        Also while votes are awaited: none will come, and an epoch may have begun without us.
+        """
+        head, works = self.follower.ledger.head, self.phase in (Phase.FOLLOWING, Phase.GATHER, Phase.REDUCE)
         unheard = now < self._led_since + SETTLE_S and head.voters != {self._signer.peer_id}
-        return between and not unheard and not self._others(head)
+        return not works and not unheard and not self._others(head)
 
     def _hearers(self) -> tuple[PeerId, ...]:
         """Whom a leader keeps in touch with: who is here, and the voters, who may not know yet whom to report to."""

@@ -949,6 +949,17 @@ def test_who_has_just_taken_the_lead_is_deserted_only_once_the_others_could_have
     assert not run.leader.deserted(now=run.now)
 
 
+def test_who_waits_alone_for_votes_is_deserted_as_well_and_looks_for_another_chain() -> None:
+    run, _ = voting()
+    run.stay(SETTLE_S, A, B, C, stage=Stage.REDUCING)
+    assert run.leader.phase is Phase.VOTE
+    assert not run.leader.deserted(now=run.now)
+    for peer in (A, B, C):
+        run.leader.lost(peer, "no route", now=run.now)
+    assert run.leader.phase is Phase.VOTE
+    assert run.leader.deserted(now=run.now)
+
+
 def test_in_an_open_run_the_next_committee_weighs_what_was_earned_before() -> None:
     charter = Charter.of(GENESIS, open_to_all=True)
     ledger = Ledger(charter, FakeSigner(FOUNDER))
