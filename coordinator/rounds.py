@@ -16,36 +16,30 @@ In a swarm of more than MAX_VOTERS a leader would spend its uplink on repeating 
 voters and owners, and to others what concerns them; the Freeze to owners; the Proposal to voters; and voters pass the
 Commit on.
 Every voter carries this machine, and the follower says when it is its turn.
+
+Here stand the phases. Whom a round waits for before it is planned is `awaited`; the round itself, its seats, owners and
+what is held of it, `planning`; its vote `poll`; who votes next `committee`; what proves a model to joiners `vouched`.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
 
 import msgspec
 
 from dugnad.configs.recipe import Recipe
-from dugnad.coordinator import equivocation, ranges
 from dugnad.coordinator import follower as following
-from dugnad.coordinator.effects import Accuse, Cost, Effect, Keep, LeftOut, Refused, Send, Store
-from dugnad.coordinator.equivocation import side
+from dugnad.coordinator.awaited import SETTLE_S, Awaited
+from dugnad.coordinator.committee import Succession
+from dugnad.coordinator.effects import Cost, Effect, LeftOut, Refused, Send, Store
 from dugnad.coordinator.follower import Follower
 from dugnad.coordinator.ledger import Head
 from dugnad.coordinator.membership import Membership, Stage, stretch
 from dugnad.coordinator.messages import (
     MAX_PEERS,
-    MAX_VOTERS,
-    PRECOMMIT,
-    PREVOTE,
     Applied,
-    Ballot,
     Block,
     Commit,
     Contribution,
-    Delegation,
-    Entry,
     Freeze,
     Have,
     Lock,
@@ -53,41 +47,18 @@ from dugnad.coordinator.messages import (
     Plan,
     Proposal,
     Report,
-    Seat,
     Standing,
     ViewChange,
     Vote,
-    Voter,
-    applied_payload,
-    vote_payload,
 )
-from dugnad.coordinator.votes import Signer, chosen, weight_of
+from dugnad.coordinator.planning import Assign, Round
+from dugnad.coordinator.poll import Poll
+from dugnad.coordinator.votes import Signer
+from dugnad.coordinator.vouched import Vouched
 from dugnad.dht.identity import PeerId
 
-MAX_VECTORS = 2
-"""How many vectors of one contributor an owner holds: the newest, and one of a seat that was changed."""
-MAX_OWNERS = 64
-"""How many reduce at most: above that, connections and messages cost more than the work that is shared."""
-SETTLE_S = 5.0
-"""How long those of the last round are awaited, after a commit or a start, to say that they stand at the head.
-
-Who says that it is getting there is awaited for as long as an exchange may take.
-"""
-COUNT_S = 0.5
-"""How often it is counted how many of more than MAX_VOTERS are still awaited."""
 PASS_ON_S = 3.0
 """How long voters may take to pass a commit on, before a member that lacks it is told by the leader."""
-SHOWN_ROUNDS = 8
-"""Of how many rounds the signed model digests are kept to show to joiners."""
-
-
-class Assign(Protocol):
-    """`optim.plan.assign_parts`, which this floor does not import."""
-
-    def __call__(
-        self, num_parts: int, members: Sequence[tuple[PeerId, float]], *, previous: tuple[PeerId, ...] | None
-    ) -> tuple[PeerId, ...]:
-        """Return the owner of each part."""
 
 
 class Phase(StrEnum):
@@ -99,41 +70,6 @@ class Phase(StrEnum):
     REDUCE = "reduce"
     VOTE = "vote"
     FINISHED = "finished"
-
-
-@dataclass(slots=True)
-class _Round:
-    """One round in the making; `seats` holds everyone who was ever given work in it, for the data ranges' sake."""
-
-    redo: ranges.Ranges
-    cursor: int
-    steps: int
-    plan: Plan
-    deadline: float
-    seats: dict[PeerId, Seat] = field(default_factory=dict)
-    contributions: dict[PeerId, Contribution] = field(default_factory=dict)
-    held: dict[tuple[PeerId, PeerId], tuple[bytes, ...]] = field(default_factory=dict)
-    """(owner, contributor) -> roots of what the owner holds whole in this attempt: MAX_VECTORS at most, newest last."""
-    holders: Counter[tuple[PeerId, bytes]] = field(default_factory=Counter)
-    """(contributor, root) -> how many owners hold it: the same, counted."""
-    owners: tuple[PeerId, ...] = ()
-    """Who owns parts in the plan, in peer-id order."""
-    owners_seen: int = -1
-    """At which `Membership.changes` all of them were there."""
-    whole: set[PeerId] = field(default_factory=set)
-    """Whose contributions every owner holds whole."""
-    awaited: PeerId | None = None
-    """Who was waited for when we looked last: while it still is, nobody else needs a look."""
-    slow: set[PeerId] = field(default_factory=set)
-    """Owners that were here and did not deliver."""
-    freeze: Freeze | None = None
-    results: dict[int, bytes] = field(default_factory=dict)
-    proposal: Proposal | None = None
-    ballots: dict[int, dict[PeerId, Ballot]] = field(default_factory=lambda: {PREVOTE: {}, PRECOMMIT: {}})
-    """phase -> who voted for the proposal."""
-    lock: Lock | None = None
-    strange: dict[tuple[PeerId, int], Vote] = field(default_factory=dict)
-    """(voter, phase) -> a vote in this view for another block than ours."""
 
 
 class Leader:
@@ -163,27 +99,21 @@ class Leader:
         self.follower = follower
         self.validation: tuple[int, float | None] = (0, None)
         """The newest (round, validation loss) that the shell measured."""
-        self.digests: dict[int, dict[PeerId, Applied]] = {}
-        """round -> peer -> what it said it applied, of the newest rounds."""
+        self.vouched = Vouched(follower.ledger, signer)
         self._signer = signer
         self._recipe = recipe
         self._num_parts = num_parts
         self._assign = assign
         self._known_plan = known_plan
         self._barred = barred
-        self._round: _Round | None = None
+        self._round: Round | None = None
         self._led: tuple[bytes, int] | None = None
         """(head, view) that we lead."""
         self._led_at = 0.0
         """When we took the lead, and forgot whom we knew."""
         self._committed_at = 0.0
         self._next_attempt = started
-        self._awaited: tuple[PeerId, ...] = ()
-        self._held_up_by: PeerId | None = None
-        """One of many awaited: while it is not there, who else is missing need not be counted at every message."""
-        self._count_at = 0.0
-        self._settle_until = 0.0
-        self._settle_limit = 0.0
+        self._awaited = Awaited(self.membership, recipe.rounds.exchange_s)
         self._passed_on_by = 0.0
         self._stand_at = 0.0
         self._told_at: dict[PeerId, float] = {}
@@ -245,7 +175,7 @@ class Leader:
 
     def restore(self, digests: Mapping[int, Mapping[PeerId, Applied]], validation: tuple[int, float | None]) -> None:
         """Take up what this peer's own disk kept of what others signed, and the newest validation loss."""
-        self.digests.update({round_: dict(said) for round_, said in digests.items()})
+        self.vouched.restore(digests)
         self.validation = validation
 
     def synced(self, round_: int, model: bytes, since: Iterable[Commit], *, now: float) -> list[Effect]:
@@ -278,8 +208,8 @@ class Leader:
         """When time alone makes a difference to the round."""
         work = self._round
         if work is None:
-            return self._settle_until if self._awaited else float("inf")
-        waits_for_us = self.phase is Phase.REDUCE and not self._missing(work)
+            return self._awaited.wake_at()
+        waits_for_us = self.phase is Phase.REDUCE and not work.missing()
         return float("inf") if waits_for_us else work.deadline
 
     # -- what others may ask
@@ -314,16 +244,14 @@ class Leader:
         plan = self.plan or self._known_plan()
         return plan is not None and plan.order == order and all(plan.owners[part] == owner for part in parts)
 
-    def state_ballots(self, round_: int, model: bytes) -> tuple[Ballot, ...]:
-        """Who of those that vote next signed that `model` is the digest after `round_`."""
-        said, voters = self.digests.get(round_, {}), self.follower.ledger.head.voters
-        signed = (peer for peer in said if said[peer].model == model and peer in voters)
-        return tuple(Ballot(peer, said[peer].signature) for peer in signed)
-
     def deserted(self, *, now: float) -> bool:
-        """Whether we lead, and nobody else of the committee is here, though there was time to say so."""
-        waits = self.phase in (Phase.IDLE, Phase.FINISHED) and now >= max(self._led_at, self._committed_at) + SETTLE_S
-        return waits and not self._others(self.follower.ledger.head)
+        """Whether we lead, and nobody else of the committee is here, though there was time to say so.
+
+        Also while votes are awaited: none will come.
+        """
+        works = self.phase in (Phase.FOLLOWING, Phase.GATHER, Phase.REDUCE)
+        unheard = now < max(self._led_at, self._committed_at) + SETTLE_S
+        return not works and not unheard and not self._others(self.follower.ledger.head)
 
     def _hearers(self) -> tuple[PeerId, ...]:
         """Whom a leader keeps in touch with: who is here, and the voters, who may not know yet whom to report to."""
@@ -361,18 +289,15 @@ class Leader:
 
     def _unheard(self, peer: PeerId, said: Report) -> Message | None:
         """What `peer`, by its own report, has not heard yet."""
-        work = self._round
+        work, voters = self._round, self.follower.ledger.head.voters
         if work is None:
             return None
         if self.phase is Phase.VOTE:
-            if peer not in self.follower.ledger.head.voters:
-                return None
-            if work.lock is not None:
-                return work.lock if peer not in work.ballots[PRECOMMIT] else None
-            return work.proposal if peer not in work.ballots[PREVOTE] else None
+            assert work.poll is not None
+            return work.poll.unheard(peer) if peer in voters else None
         if (said.round, said.view, said.attempt) != work.plan.order:
-            return self._plan_for(work, peer) if work.plan.seat_of(peer) else None
-        if peer not in self._folding(work):
+            return work.plan_for(peer, voters) if work.plan.seat_of(peer) else None
+        if peer not in work.folding:
             return None
         return work.freeze if said.stage in (Stage.TRAINING, Stage.CONTRIBUTED) else None
 
@@ -382,19 +307,7 @@ class Leader:
             return [LeftOut(sender, "stale contribution", f"round {said.round}; this is round {head.round + 1}")]
         if work is None:
             return []  # we have only just taken the lead; it is said again
-        seat = work.seats.get(sender)
-        if seat is None:
-            return [LeftOut(sender, "no seat", f"no work was given in round {said.round}")]
-        samples = ranges.count(said.ranges)
-        if not samples or said.ranges != ranges.take(seat.ranges, samples)[0]:
-            return [LeftOut(sender, "other samples", "it was trained on others than those of its seat")]
-        if said.tokens != samples * self._recipe.model.context:
-            return [LeftOut(sender, "bad contribution", f"{said.tokens} tokens in {samples} samples")]
-        if not abs(said.loss) < float("inf"):
-            return [LeftOut(sender, "non-finite", "its loss is not a finite number")]
-        work.contributions[sender] = said
-        self._look_whether_whole(work, sender)
-        return []
+        return [*work.promise(sender, said, self._recipe.model.context)]
 
     def _on_have(self, sender: PeerId, said: Have, now: float) -> list[Effect]:
         work = self._round
@@ -402,89 +315,25 @@ class Leader:
             return []
         if sender not in work.owners:
             return [Refused(sender, "no seat", "it holds parts that nobody gave it")]
-        for contributor, root in said.vectors:
-            known = work.held.get((sender, contributor), ())
-            if contributor not in work.seats or root in known:
-                continue
-            work.holders[contributor, root] += 1
-            for old in known[: len(known) + 1 - MAX_VECTORS]:
-                work.holders[contributor, old] -= 1
-            work.held[sender, contributor] = (*known, root)[-MAX_VECTORS:]
-            self._look_whether_whole(work, contributor)
+        work.hold(sender, said)
         return []
 
-    @staticmethod
-    def _look_whether_whole(work: _Round, peer: PeerId) -> None:
-        said = work.contributions.get(peer)
-        if said is not None and work.holders[peer, said.root] == len(work.owners):
-            work.whole.add(peer)
-        else:
-            work.whole.discard(peer)
-
     def _on_vote(self, sender: PeerId, said: Vote, now: float) -> list[Effect]:
-        work, ledger = self._round, self.follower.ledger
-        if work is None or work.proposal is None:
-            return []
-        block, view, voter = work.proposal.block, work.proposal.view, ledger.head.voter(sender)
-        if (said.epoch, said.round, said.view) != (block.epoch, block.round, view):
-            return []
-        if voter is None:
-            return [Refused(sender, "not a member", "it has no vote in this round")]
-        ours = said.block == block.hash
-        if sender in work.ballots[said.phase] if ours else (sender, said.phase) in work.strange:
-            return []
-        if not self._signer.verify(sender, self._payload(said, voter), said.signature):
-            return [Refused(sender, "bad signature", f"vote on round {said.round}, maybe of another disk of that peer")]
-        if ours:
-            work.ballots[said.phase][sender] = Ballot(sender, said.signature)
-        else:
-            work.strange[sender, said.phase] = said
-        return self._accuse(work, voter, said)
-
-    def _payload(self, said: Vote, voter: Voter) -> bytes:
-        run = self.follower.ledger.run
-        return vote_payload(run, said.epoch, said.round, said.view, said.phase, said.block, voter.incarnation)
-
-    def _accuse(self, work: _Round, voter: Voter, said: Vote) -> list[Effect]:
-        """A voter that voted for our block and for another in one view, if that is what `said` shows."""
-        ballot, strange = work.ballots[said.phase].get(voter.peer), work.strange.get((voter.peer, said.phase))
-        if ballot is None or strange is None or work.proposal is None:
-            return []
-        true = msgspec.structs.replace(said, block=work.proposal.block.hash, signature=ballot.signature)
-        return [Accuse(*(side(voter.peer, self._payload(vote, voter), vote.signature) for vote in (true, strange)))]
+        poll = self._poll
+        return [] if poll is None else poll.count(sender, said)
 
     def _on_view_change(self, sender: PeerId, said: ViewChange, now: float) -> list[Effect]:
-        """A voter gives us up; it has not voted to commit our block and forgotten that."""
-        work, accused = self._round, list[Effect]()
-        ballot = None if work is None else work.ballots[PRECOMMIT].get(sender)
-        if work is not None and work.proposal is not None and ballot is not None:
-            block, view, voter = work.proposal.block, work.proposal.view, self.follower.ledger.head.voter(sender)
-            same_round = (said.epoch, said.round) == (block.epoch, block.round)
-            if voter is not None and same_round and said.view > view >= said.pledge.locked:
-                vote = Vote(block.epoch, block.round, view, PRECOMMIT, block.hash, ballot.signature)
-                pledged = equivocation.pledge(
-                    self.follower.ledger.run, said.epoch, said.round, said.view, said.pledge, voter.incarnation
-                )
-                accused = [Accuse(side(sender, self._payload(vote, voter), vote.signature), pledged)]
+        """A voter gives us up."""
+        poll = self._poll
+        accused = [] if poll is None else poll.given_up(sender, said)
         return [*accused, *self.follower.receive(sender, said, now=now)]
 
+    @property
+    def _poll(self) -> Poll | None:
+        return None if self._round is None else self._round.poll
+
     def _on_applied(self, sender: PeerId, said: Applied, now: float) -> list[Effect]:
-        ledger = self.follower.ledger
-        if said.block != ledger.block_hash(said.round):
-            return [Refused(sender, "foreign chain", f"it applied another block of round {said.round}, or an old one")]
-        payload = applied_payload(ledger.run, said.round, said.block, said.model)
-        if not self._signer.verify(sender, payload, said.signature):
-            return [Refused(sender, "bad signature", f"model digest after round {said.round}")]
-        kept: list[Effect] = []
-        known_here = sender in (self._signer.peer_id, *ledger.head.voters) or self.membership.report(sender) is not None
-        if known_here and said.round > ledger.head.round - SHOWN_ROUNDS:
-            known = self.digests.setdefault(said.round, {})
-            if sender not in known or known[sender].model != said.model:  # said again, it may have forgotten its cost
-                known[sender] = said
-                kept = [Keep(sender, said)]
-        for old in [r for r in self.digests if r <= ledger.head.round - SHOWN_ROUNDS]:
-            del self.digests[old]
-        return kept
+        return self.vouched.take(sender, said, is_here=self.membership.report(sender) is not None)
 
     # -- decisions
 
@@ -529,7 +378,8 @@ class Leader:
         follower = self.follower
         if not follower.leads or follower.model is None:
             if self._led is not None:
-                self._led, self._awaited, self._held_up_by = None, (), None
+                self._led = None
+                self._awaited.end()
                 self.membership.forget()
             self._round, self.phase, self.reason = None, Phase.FOLLOWING, "another peer leads"
             return False
@@ -537,10 +387,9 @@ class Leader:
         if self._led is None or (self._led != led and follower.view > 0):
             self._round, self.phase, self.reason = None, Phase.IDLE, "taking the lead"
             given_up = {follower.ledger.head.leader(view) for view in range(follower.view)}
-            self._awaited = tuple(sorted(follower.ledger.head.voters - given_up - {self._signer.peer_id}))
-            self._settle_until, self._settle_limit = now + SETTLE_S, now + self._recipe.rounds.exchange_s
+            others = follower.ledger.head.voters - given_up - {self._signer.peer_id}
+            self._awaited.begin(tuple(sorted(others)), now=now)
             self._stand_at = self._led_at = now
-            self._held_up_by = None
         if self._led != led:
             self.membership.resize(follower.ledger.head.contributors)
         self._led = led
@@ -551,28 +400,20 @@ class Leader:
         bound = self.follower.bound_to
         if bound is not None:
             return self._propose_again(bound, now)
-        if now >= self._settle_until:
-            arriving = now < self._settle_limit
-            self._awaited = tuple(p for p in self._awaited if arriving and self.membership.is_arriving(p, head))
-            self._settle_until, self._held_up_by = self._settle_limit, None
-        barred, by = self._barred(), self._held_up_by
-        if by is not None and now < self._count_at and not self.leaving and self.membership.holds_up(by, head, barred):
+        barred = self._barred()
+        self._awaited.tick(head, now=now)
+        if not self.leaving and self._awaited.holds_up(head, barred, now=now):
             return []
         steps = self._recipe.rounds.steps_at(head.global_step)
         if steps == 0:
             self.phase, self.reason = Phase.FINISHED, f"finished: all {head.global_step} steps are done"
             return []
         self.phase = Phase.IDLE
-        decision = self.membership.decide(
-            head, min_peers=self._recipe.rounds.min_peers, awaited=self._awaited, barred=barred
-        )
-        if len(self._awaited) > MAX_VOTERS:
-            missing = (peer for peer in self._awaited if self.membership.holds_up(peer, head, barred))
-            self._held_up_by, self._count_at = next(missing, None), now + COUNT_S
+        decision = self._awaited.decide(head, self._recipe.rounds.min_peers, barred, now=now)
         self.reason = decision.reason
         if decision.members and not (self.leaving and self._others(head)):
             return self._open(decision.members, steps, now)
-        return self._change_committee(now) if self._awaited == () or self.leaving else []
+        return self._change_committee(now) if self._awaited.peers == () or self.leaving else []
 
     def _others(self, head: Head) -> bool:
         """Whether someone else is in the committee, and here."""
@@ -581,36 +422,19 @@ class Leader:
     def _open(self, members: Sequence[PeerId], steps: int, now: float) -> list[Effect]:
         head = self.follower.ledger.head
         deadline = now + self._recipe.rounds.train_s + self._recipe.rounds.exchange_s
-        work = _Round(head.redo, head.cursor, steps, self._empty_plan(), deadline)
-        self._inherit(work, head)
+        work = self._new_round(steps, deadline)
+        known = self._known_plan()
+        if known is not None and known.head == head.hash:
+            work.inherit(known.seats)
         for peer in sorted(set(members) - work.seats.keys()):
-            work.seats[peer] = self._seat(work, peer)
+            work.give_seat(peer, steps * self._recipe.inner.batch_sequences)
         self._round = work
         return self._attempt(work, now)
 
-    def _inherit(self, work: _Round, head: Head) -> None:
-        """Keep the seats that a leader before us gave in this round: work on them may be done already."""
-        known = self._known_plan()
-        if known is None or known.head != head.hash:
-            return
-        given = [r for seat in known.seats for r in seat.ranges]
-        cursor = max([head.cursor, *(end for _, end in given)])
-        allowed = ranges.normal((*head.redo, (head.cursor, cursor)))
-        if not ranges.disjoint(given) or ranges.minus(given, allowed):
-            return  # no seats at all rather than such as no block may have
-        work.cursor, work.redo = cursor, ranges.minus(allowed, given)
-        work.seats.update((seat.peer, seat) for seat in known.seats)
-
-    def _seat(self, work: _Round, peer: PeerId) -> Seat:
-        """Allot samples to `peer`: first those that others left undone, then new ones."""
-        samples = work.steps * self._recipe.inner.batch_sequences
-        allotted, work.redo = ranges.take(work.redo, samples)
-        fresh = samples - ranges.count(allotted)
-        if fresh:
-            allotted = (*allotted, (work.cursor, work.cursor + fresh))
-            work.cursor += fresh
-        report = self.membership.report(peer)
-        return Seat(peer, work.steps, allotted, report.addresses if report else ())
+    def _new_round(self, steps: int, deadline: float = float("inf")) -> Round:
+        """A round in which nobody has work yet."""
+        head = self.follower.ledger.head
+        return Round(self.membership, head.redo, head.cursor, steps, self._empty_plan(), deadline)
 
     def _empty_plan(self) -> Plan:
         head, rounds = self.follower.ledger.head, self._recipe.rounds
@@ -619,118 +443,27 @@ class Leader:
             (), (), (), rounds.train_s, rounds.exchange_s,
         )  # fmt: skip
 
-    def _attempt(self, work: _Round, now: float) -> list[Effect]:
+    def _attempt(self, work: Round, now: float) -> list[Effect]:
         """Plan the round, first or again, for those who are here; their data ranges stay as they were."""
-        seats = tuple(seat for peer, seat in sorted(work.seats.items()) if self._may_reduce(peer))
-        if not seats:
+        if not work.attempt(self._empty_plan(), self._assign, self._num_parts):
             return self._abandon("everyone who had work is gone")
-        able = self._able(work, tuple(seat.peer for seat in seats))
-        owners = self._owners(work, able)
-        backups = self._backups(owners, sorted(able))
-        work.plan = msgspec.structs.replace(self._empty_plan(), seats=seats, owners=owners, backups=backups)
         self._next_attempt += 1
         work.deadline = max(work.deadline, now + self._recipe.rounds.exchange_s)
-        work.freeze, work.proposal = None, None
-        work.owners, work.owners_seen = tuple(sorted(set(owners))), -1
-        work.held.clear()
-        work.holders.clear()
-        work.whole.clear()
-        work.results.clear()
         self.phase = Phase.GATHER
-        self.reason = f"round {work.plan.round}: {len(seats)} peers work, {len(work.owners)} reduce"
-        return self._tell_plan(work, now)
-
-    def _tell_plan(self, work: _Round, now: float) -> list[Effect]:
-        whole = tuple(peer for peer in work.plan.members if self._needs_all(work, peer))
-        out = self._tell(whole, work.plan, now)
-        for peer in work.plan.members:
-            if not self._needs_all(work, peer):
-                out += self._tell((peer,), self._plan_for(work, peer), now)
-        return out
-
-    def _plan_for(self, work: _Round, peer: PeerId) -> Plan:
-        """The plan, without the seats that are nothing to `peer`: it sends its work to the owners, and no further."""
-        if self._needs_all(work, peer):
-            return work.plan
-        seats = [seat for other in (*work.owners, peer) if (seat := work.plan.seat_of(other)) is not None]
-        return msgspec.structs.replace(work.plan, seats=tuple(sorted(seats, key=lambda seat: seat.peer)))
-
-    def _needs_all(self, work: _Round, peer: PeerId) -> bool:
-        """Whether `peer` needs every seat: owners send to all members, and a voter may have to lead this round."""
-        few = len(work.plan.seats) <= MAX_VOTERS
-        return few or peer in work.owners or peer in self.follower.ledger.head.voters
-
-    def _folding(self, work: _Round) -> tuple[PeerId, ...]:
-        """Who is told of the frozen set: owners fold it; others, as long as they are few, see how far the round is."""
-        return work.plan.members if len(work.plan.seats) <= MAX_VOTERS else work.owners
-
-    def _able(self, work: _Round, members: tuple[PeerId, ...]) -> dict[PeerId, float]:
-        """Who of `members` may own parts, with its uplink."""
-        reports = {peer: report for peer in members if (report := self.membership.report(peer))}
-        able = [peer for peer in members if reports[peer].accepts and peer not in work.slow]
-        if not able:
-            work.slow.clear()
-            able = list(members)
-        # who does not know its uplink counts as the slowest who does
-        slowest = min((reports[peer].uplink for peer in able if reports[peer].uplink > 0), default=1.0)
-        weighed = {peer: reports[peer].uplink or slowest for peer in able}
-        before = set(work.plan.owners)
-        fastest = sorted(able, key=lambda peer: (peer not in before, -weighed[peer], peer))[:MAX_OWNERS]
-        return {peer: weighed[peer] for peer in fastest}
-
-    def _owners(self, work: _Round, able: Mapping[PeerId, float]) -> tuple[PeerId, ...]:
-        plan = work.plan
-        if not plan.owners:
-            return self._assign(self._num_parts, list(able.items()), previous=None)
-        promoted = tuple(
-            owner if owner in able else backup for owner, backup in zip(plan.owners, plan.backups, strict=True)
-        )
-        if set(promoted) <= able.keys():
-            return promoted
-        return self._assign(self._num_parts, list(able.items()), previous=promoted)
-
-    @staticmethod
-    def _backups(owners: tuple[PeerId, ...], able: Sequence[PeerId]) -> tuple[PeerId, ...]:
-        """Who takes a part over when its owner is lost: the parts of one owner go to many, one after the other."""
-        if len(able) == 1:
-            return owners
-        nth: Counter[PeerId] = Counter()
-        at = {peer: index for index, peer in enumerate(able)}
-        backups: list[PeerId] = []
-        for owner in owners:
-            step = 1 + nth[owner] % (len(able) - 1)
-            nth[owner] += 1
-            backups.append(able[(at[owner] + step) % len(able)])
-        return tuple(backups)
+        self.reason = f"round {work.plan.round}: {len(work.plan.seats)} peers work, {len(work.owners)} reduce"
+        plans = work.plans(self.follower.ledger.head.voters)
+        return [effect for to, plan in plans for effect in self._tell(to, plan, now)]
 
     def _abandon(self, reason: str) -> list[Effect]:
         self._round, self.phase, self.reason = None, Phase.IDLE, reason
         return []
 
-    def _lost_owners(self, work: _Round) -> list[PeerId]:
-        if work.owners_seen == self.membership.changes:
-            return []
-        lost = [peer for peer in work.owners if not self._may_reduce(peer)]
-        work.owners_seen = -1 if lost else self.membership.changes
-        return lost
-
-    def _may_reduce(self, peer: PeerId) -> bool:
-        """Whether `peer` is here and has not started anew, its bytes forgotten."""
-        said = self.membership.report(peer)
-        return said is not None and said.stage != Stage.SYNCING and self.membership.is_live(peer)
-
-    def _declined(self, work: _Round, peer: PeerId) -> bool:
-        """Whether `peer` knows this plan and says that it has nothing to contribute to it."""
-        said = self.membership.report(peer)
-        known = said is not None and (said.round, said.view, said.attempt) == work.plan.order
-        return known and said is not None and said.stage == Stage.WAITING
-
     def _gather(self, now: float) -> list[Effect]:
         work = self._round
         assert work is not None
-        if self._lost_owners(work):
+        if work.lost_owners():
             return self._attempt(work, now)
-        waiting = self._waits_for(work) is not None
+        waiting = work.waits_for() is not None
         self.reason = f"round {work.plan.round}: {len(work.whole)} of {len(work.plan.seats)} contributions held"
         if waiting and now < work.deadline:
             return []
@@ -738,33 +471,11 @@ class Leader:
             return self._freeze(work, now)
         if not waiting:
             return self._abandon("nobody's work could be gathered")
-        self._mark_slow(work, {owner for owner in work.owners if self._holds_nothing(work, owner)})
+        work.mark_slow({owner for owner in work.owners if work.holds_nothing(owner)})
         return self._attempt(work, now)
 
-    def _waits_for(self, work: _Round) -> PeerId | None:
-        """A member that is here and may still contribute, if there is one."""
-        if work.awaited is None or not self._may_contribute(work, work.awaited):
-            work.awaited = next((peer for peer in work.plan.members if self._may_contribute(work, peer)), None)
-        return work.awaited
-
-    def _may_contribute(self, work: _Round, peer: PeerId) -> bool:
-        return peer not in work.whole and self.membership.is_live(peer) and not self._declined(work, peer)
-
-    def _holds_nothing(self, work: _Round, owner: PeerId) -> bool:
-        promised = {peer: said.root for peer, said in work.contributions.items() if peer != owner}
-        return bool(promised) and not any(root in work.held.get((owner, p), ()) for p, root in promised.items())
-
-    @staticmethod
-    def _mark_slow(work: _Round, owners: set[PeerId]) -> None:
-        if owners != set(work.owners):
-            work.slow |= owners
-
-    def _freeze(self, work: _Round, now: float) -> list[Effect]:
-        entries = tuple(
-            Entry(peer, said.root, said.tokens, said.loss, said.ranges)
-            for peer, said in sorted(work.contributions.items())
-            if peer in work.whole
-        )
+    def _freeze(self, work: Round, now: float) -> list[Effect]:
+        entries = work.entries()
         work.freeze = Freeze(*work.plan.order, entries)
         work.deadline = now + self._recipe.rounds.exchange_s
         self.phase = Phase.REDUCE
@@ -773,159 +484,92 @@ class Leader:
             LeftOut(peer, "late", f"not all of its bytes were there when round {work.plan.round} was frozen")
             for peer in sorted(work.contributions.keys() - counted)
         ]
-        return [*late, *self._tell(self._folding(work), work.freeze, now)]
+        return [*late, *self._tell(work.folding, work.freeze, now)]
 
     def _reduce(self, now: float) -> list[Effect]:
         work = self._round
         assert work is not None
         assert work.freeze is not None
-        if self._lost_owners(work):
+        if work.lost_owners():
             return self._attempt(work, now)
-        missing = self._missing(work)
+        missing = work.missing()
         self.reason = f"round {work.plan.round}: {self._num_parts - len(missing)} of {self._num_parts} parts reduced"
         if missing and now >= work.deadline:
-            self._mark_slow(work, {work.plan.owners[part] for part in missing})
+            work.mark_slow({work.plan.owners[part] for part in missing})
             return self._attempt(work, now)
         if missing or not self.follower.at_head or self.follower.model is None:
             return []
         parts = tuple(work.results[part] for part in range(self._num_parts))
-        members = self._next_members(entry.peer for entry in work.freeze.entries) or self._last_member
-        return self._propose(work, work.freeze.entries, parts, members, now)
-
-    def _missing(self, work: _Round) -> list[int]:
-        return [part for part in range(self._num_parts) if part not in work.results]
+        succession = self._succession()
+        members = succession.members(entry.peer for entry in work.freeze.entries) or succession.last_member
+        return self._propose(work, parts, succession, members, now)
 
     def _change_committee(self, now: float) -> list[Effect]:
         """Between rounds: a block that changes nothing but the committee, where someone is to go or to come."""
-        head, follower = self.follower.ledger.head, self.follower
-        if not follower.at_head or follower.model is None:
+        if not self.follower.at_head or self.follower.model is None:
             return []
-        heard = {peer for peer in head.voters if self.membership.report(peer) or peer == self._signer.peer_id}
-        if heard != head.voters and now < self._led_at + SETTLE_S:
-            return []  # the others may be here, and have not said so yet
-        here = {*self.membership.live(), self._signer.peer_id}
-        if not follower.ledger.rule.decided(head.committee, here):
-            return []  # if the others come back, they should find the committee that they know
-        members = self._next_members(heard) or self._last_member
-        seat = self._coordinator(members)
-        stays = members.keys() == head.voters
-        if stays and (seat is None or seat.coordinator == head.coordinator):
+        succession = self._succession()
+        members = succession.change(settled=now >= self._led_at + SETTLE_S)
+        if not members:
             return []
-        if not self._can_decide(members, seat):
-            return []  # it would wait for ever for who has died with the disk that the committee knows
-        self._round = _Round(head.redo, head.cursor, 0, self._empty_plan(), float("inf"))
-        return self._propose(self._round, (), (), members, now)
+        self._round = self._new_round(steps=0)
+        return self._propose(self._round, (), succession, members, now)
 
-    def _next_members(self, stay: Iterable[PeerId]) -> dict[PeerId, bytes]:
-        """Who of those that `stay`, and the coordinator, may vote next, {peer: incarnation}; not who leaves."""
-        head, mine = self.follower.ledger.head, {self._signer.peer_id: self.follower.incarnation}
-        gone = self.membership.leaving() | self._barred() | (mine.keys() if self.leaving else frozenset())
-        delegated = self.follower.delegation
-        peers = set(stay)
-        if delegated is not None and self._is_here(delegated.coordinator):
-            peers.add(delegated.coordinator)
-        elif head.coordinator is not None and not self._is_here(head.coordinator):
-            peers.discard(head.coordinator)
-        peers -= {peer for peer in peers if self.membership.report(peer) and not self.membership.is_live(peer)}
-        known = {voter.peer: voter.incarnation for voter in head.committee}
-        told = {peer: said.incarnation for peer in peers if (said := self.membership.report(peer)) is not None}
-        members = {peer: (known | told | mine)[peer] for peer in peers - gone if peer in known | told | mine}
-        coordinator = delegated.coordinator if delegated is not None else head.coordinator
-        return chosen(members, head.voters, coordinator, head.hash)
-
-    @property
-    def _last_member(self) -> dict[PeerId, bytes]:
-        """Us: when all are leaving, somebody must be left to let the others go, and to go last."""
-        return {self._signer.peer_id: self.follower.incarnation}
-
-    def _is_here(self, peer: PeerId) -> bool:
-        return peer == self._signer.peer_id or self.membership.stands(peer, self.follower.ledger.head)
-
-    def _coordinator(self, members: Mapping[PeerId, bytes]) -> Delegation | None:
-        """Who has the coordinator's seat in a committee of `members`."""
-        delegated = self.follower.delegation
-        return delegated if delegated is not None and delegated.coordinator in members else None
-
-    def _can_decide(self, members: Mapping[PeerId, bytes], seat: Delegation | None) -> bool:
-        """Whether those of `members` who are here, each with the disk that is named, are a quorum among them."""
-        rule, reports = self.follower.ledger.rule, self.membership.report
-        committee = rule.weigh(members, None if seat is None else seat.coordinator, self.follower.ledger.credit)
-        live = {
-            peer for peer in self.membership.live() if (said := reports(peer)) and said.incarnation == members.get(peer)
-        }
-        return rule.decided(committee, live | {self._signer.peer_id})
+    def _succession(self) -> Succession:
+        follower = self.follower
+        return Succession(
+            follower.ledger,
+            self.membership,
+            self._signer.peer_id,
+            follower.incarnation,
+            follower.delegation,
+            self._barred(),
+            self.leaving,
+        )
 
     def _propose(
-        self,
-        work: _Round,
-        entries: tuple[Entry, ...],
-        parts: tuple[bytes, ...],
-        members: Mapping[PeerId, bytes],
-        now: float,
+        self, work: Round, parts: tuple[bytes, ...], succession: Succession, members: Mapping[PeerId, bytes], now: float
     ) -> list[Effect]:
-        head = self.follower.ledger.head
         assert self.follower.model is not None
-        allotted = [r for seat in work.seats.values() for r in seat.ranges]
-        done = [r for entry in entries for r in entry.ranges]
-        seat = self._coordinator(members)
-        coordinator = None if seat is None else seat.coordinator
-        block = Block(
-            epoch=head.epoch,
-            round=head.round + 1,
-            parent=head.hash,
-            model_before=self.follower.model,
-            global_step=head.global_step + work.steps,
-            steps=work.steps,
-            entries=entries,
-            parts=parts,
-            redo=ranges.minus((*work.redo, *allotted), done),
-            cursor=work.cursor,
-            committee=self.follower.ledger.rule.weigh(members, coordinator, self.follower.ledger.credit),
-            coordinator=seat,
-        )
+        committee, seat = succession.committee(members), succession.seat(members)
+        block = work.block(self.follower.ledger.head, self.follower.model, parts, committee, seat)
         return self._put_to_vote(work, block, now)
 
     def _propose_again(self, block: Block, now: float) -> list[Effect]:
         """Propose what a lock, or our own prevote of before a restart, binds us to."""
-        head = self.follower.ledger.head
-        self._round = _Round(head.redo, head.cursor, block.steps, self._empty_plan(), float("inf"))
+        self._round = self._new_round(block.steps)
         return self._put_to_vote(self._round, block, now)
 
-    def _put_to_vote(self, work: _Round, block: Block, now: float) -> list[Effect]:
-        work.proposal = Proposal(self.follower.view, block)
+    def _put_to_vote(self, work: Round, block: Block, now: float) -> list[Effect]:
+        work.poll = Poll(Proposal(self.follower.view, block), self.follower.ledger, self._signer)
         work.deadline = float("inf")
         self.phase = Phase.VOTE
         # members without a vote, if few, get it too: they hold its parts and may apply it without asking for them
-        members = set(work.plan.members) if len(work.plan.seats) <= MAX_VOTERS else set()
+        members = set(work.plan.members) if work.is_small else set()
         to = tuple(sorted(self.follower.ledger.head.voters | members | {self._signer.peer_id}))
-        return self._tell(to, work.proposal, now)
+        return self._tell(to, work.poll.proposal, now)
 
     def _count_votes(self, now: float) -> list[Effect]:
-        work = self._round
-        assert work is not None
-        assert work.proposal is not None
-        head, rule = self.follower.ledger.head, self.follower.ledger.rule
-        phase = PREVOTE if work.lock is None else PRECOMMIT
-        given = work.ballots[phase]
-        if not rule.decided(head.committee, given):
-            have, need = weight_of(head.committee, given), rule.needed(head.committee)
-            absent = [peer for peer in head.voters if peer not in given and not self.membership.is_live(peer)]
+        poll, head = self._poll, self.follower.ledger.head
+        assert poll is not None
+        if not poll.is_decided:
+            absent = [peer for peer in head.voters if peer not in poll.given and not self.membership.is_live(peer)]
             gone = f"; {len(absent)} voters are gone" if absent else ""
-            what = "votes" if phase == PREVOTE else "votes to commit"
-            self.reason = f"round {head.round + 1}: {have} of {need} {what}{gone}"
+            self.reason = f"round {head.round + 1}: {poll.progress()}{gone}"
             return []
-        ballots = tuple(ballot for peer, ballot in sorted(given.items()))
-        if work.lock is None:
-            work.lock = Lock(work.proposal.view, work.proposal.block, ballots)
-            return self._tell(tuple(sorted(head.voters)), work.lock, now)
-        commit = Commit(work.proposal.block, work.proposal.view, ballots)
+        proposal, ballots = poll.proposal, poll.certificate()
+        if poll.lock is None:
+            poll.lock = Lock(proposal.view, proposal.block, ballots)
+            return self._tell(tuple(sorted(head.voters)), poll.lock, now)
+        return self._commit(Commit(proposal.block, proposal.view, ballots), now)
+
+    def _commit(self, commit: Commit, now: float) -> list[Effect]:
+        head = self.follower.ledger.head
         passed_on = {peer for voter in head.voters for peer in self.follower.passes_on(voter, commit)}
         hearers = tuple(peer for peer in self._hearers() if peer not in passed_on)
         self._passed_on_by = now + PASS_ON_S if passed_on else 0.0
         self._round, self.phase, self._committed_at = None, Phase.IDLE, now
-        self._awaited = self.membership.ready(head)
-        self._settle_until, self._settle_limit = now + SETTLE_S, now + self._recipe.rounds.exchange_s
-        self._held_up_by = None
+        self._awaited.begin(self.membership.ready(head), now=now)
         followed = self.follower.receive(self._signer.peer_id, commit, now=now)
         assert isinstance(followed[0], Store), "a commit is durable before anyone hears of it"
         others = tuple(peer for peer in hearers if peer != self._signer.peer_id)

@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Literal
 
 from dugnad.coordinator import history
 from dugnad.coordinator.effects import Cost
@@ -29,13 +28,6 @@ GOODBYE_S = 10.0
 """How long members of a finished run are awaited to take note and leave."""
 BEHIND_ROUNDS = 4
 """When more rounds than these wait to be measured, some are left out: checkpoints, which wait as well, matter more."""
-
-
-_PHASES: dict[Phase, Literal["gather", "reduce", "vote"]] = {
-    Phase.GATHER: "gather",
-    Phase.REDUCE: "reduce",
-    Phase.VOTE: "vote",
-}
 
 
 class Coordinator(Shell):
@@ -80,9 +72,6 @@ class Coordinator(Shell):
             report_s=rounds.report_s,
             leave_s=rounds.train_s + rounds.exchange_s,
         )
-        self._phase = (Phase.FOLLOWING, self.now())
-        self._order = (0, 0, 0)
-        """Of the newest plan that was counted."""
         self._yielded = False
 
     def stop(self) -> None:
@@ -94,25 +83,12 @@ class Coordinator(Shell):
     def perform(self, effects: Sequence[object]) -> None:
         """Do the effects, and see whether the run, or our part in it, has come to its end."""
         super().perform(effects)
-        self._watch_phase()
         if self.machine.yields and not self._yielded:
             self._yielded = True
             log.warning(self.machine.reason)
         over = (self.leader.finished and self.follower.ledger.head.round > 0) or self.machine.may_go(now=self.now())
         if over and self.follower.at_head:
             self.finish()
-
-    def _watch_phase(self) -> None:
-        phase, now, plan = self.leader.phase, self.now(), self.machine.plan
-        before, since = self._phase
-        if phase is not before:
-            if before in _PHASES:
-                self.metrics.phase_took(_PHASES[before], now - since)
-            self._phase = (phase, now)
-        if plan is not None and plan.order > self._order:
-            if plan.order[:2] == self._order[:2]:
-                self.metrics.attempt_failed()
-            self._order = plan.order
 
     def on_applied(self, commit: Commit, model: Model, cost: Cost) -> None:
         """Count the round; it is measured and saved beside, and the next one does not wait for that."""

@@ -3,96 +3,48 @@
 A role (`coordinator.service`, `peer.session`) brings the machine; the shell brings the world. Machine calls and their
 effects run on the event loop, one at a time and in order; a Store is durable before the next effect is looked at, so
 nothing that depends on it can leave earlier. What takes long (applying, fetching, catching up) runs beside, and comes
-back as an event.
+back as an event. Averages, answers to others, and where chain and model come from are ideas of their own, beside.
 """
 
 import asyncio
 import logging
-import random
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Protocol
-
-import msgspec
-from blake3 import blake3
-from msgspec import Meta, Struct
+from typing import Any
 
 from dugnad.configs.recipe import decode
 from dugnad.coordinator import effects, sync
+from dugnad.coordinator.answers import Answers
+from dugnad.coordinator.averages import HEADER_BYTES, RESULTS_CHANNEL, Averages
 from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.checkpoint import name_of
-from dugnad.coordinator.damage import CheckpointError, Damage
 from dugnad.coordinator.effects import Cost, Keep, LeftOut
 from dugnad.coordinator.follower import Follower
 from dugnad.coordinator.ledger import Charter, Ledger
+from dugnad.coordinator.machine import Machine
 from dugnad.coordinator.mail import Mail
-from dugnad.coordinator.messages import (
-    MAX_PARTS,
-    ROUND_KINDS,
-    Applied,
-    Commit,
-    Commits,
-    CommitsRequest,
-    Digest,
-    Genesis,
-    Message,
-    Plan,
-    StateRequest,
-    Welcome,
-    WelcomeRequest,
-)
+from dugnad.coordinator.messages import ROUND_KINDS, Commit, Genesis, Message, Plan
 from dugnad.coordinator.patience import Patience
-from dugnad.coordinator.replica import REPLAY_ROUNDS
-from dugnad.coordinator.rounds import SHOWN_ROUNDS, Leader
-from dugnad.coordinator.state import SHORT_REPLAY_ROUNDS, Model, Numerics, State
+from dugnad.coordinator.phases import PhaseWatch
+from dugnad.coordinator.rounds import Leader
+from dugnad.coordinator.sources import Sources
+from dugnad.coordinator.state import Model, Numerics, State
+from dugnad.coordinator.vouched import SHOWN_ROUNDS
 from dugnad.dht import bulk
 from dugnad.dht.blobs import Blobs
 from dugnad.dht.budget import GIVE_MBIT, Budget
-from dugnad.dht.download import Incoming, Progress, download
 from dugnad.dht.identity import Identity, PeerId, nickname, verify
-from dugnad.dht.transport import Transport, TransportError
+from dugnad.dht.transport import Transport
 from dugnad.dht.wire import Codec, WireError, open_sealed, seal
 from dugnad.monitoring.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
 ROUND_CHANNEL = "dugnad/round/1"
-RESULTS_CHANNEL = "dugnad/results/1"
 CODEC = Codec(ROUND_KINDS)
-KEPT_ROUNDS = REPLAY_ROUNDS
-"""For how many rounds their committed bytes are kept for those who come late."""
-COMMITS_BYTES = 512 * 1024
-"""How many bytes of commits one answer holds, about."""
-SILENCE_S = 5.0
-"""How long a transfer may stand still."""
-
-
-LOOK_S = 5.0
-"""How often one asks somebody how far the chain has come, on average."""
-REPAIR_S = 4.0
-"""How long after a start, or a failure, other keepers are asked for what is damaged here."""
-DONORS_ASKED = 8
-"""Of how many, one after the other, the newest model is asked, before it is tried again later."""
-
-
-class ResultsHeader(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What stands before the bytes of encoded averages: of which view, which parts, with which digests."""
-
-    round: int
-    view: int
-    attempt: int
-    parts: Annotated[tuple[tuple[int, Digest], ...], Meta(min_length=1, max_length=MAX_PARTS)]
-
-    @property
-    def order(self) -> tuple[int, int, int]:
-        """As `Plan.order`."""
-        return (self.round, self.view, self.attempt)
-
-
-_results_header = msgspec.msgpack.Decoder(ResultsHeader)
 
 
 class KeySigner:
@@ -102,49 +54,6 @@ class KeySigner:
         self.peer_id = identity.peer_id
         self.sign = identity.sign
         self.verify = verify
-
-
-class Machine(Protocol):
-    """What the shell drives: a `Keeper` or a `Volunteer`."""
-
-    @property
-    def plan(self) -> Plan | None:
-        """The plan of the round under way."""
-
-    def restore(self, digests: Mapping[int, Mapping[PeerId, Applied]], validation: tuple[int, float | None]) -> None:
-        """What the disk kept of what others signed."""
-
-    def receive(self, sender: PeerId, message: Message, *, now: float) -> Sequence[object]:
-        """Take a message."""
-
-    def result(
-        self, owner: PeerId, order: tuple[int, int, int], parts: dict[int, bytes], *, now: float
-    ) -> Sequence[object]:
-        """Averages are here."""
-
-    def holds(self, digests: tuple[bytes, ...], *, now: float) -> Sequence[object]:
-        """Blobs are here."""
-
-    def synced(self, round_: int, model: bytes, since: Iterable[Commit], *, now: float) -> Sequence[object]:
-        """A model is here."""
-
-    def sync_failed(self, why: str, *, now: float) -> Sequence[object]:
-        """No model could be had."""
-
-    def applied(self, round_: int, model: bytes, cost: Cost, *, now: float) -> Sequence[object]:
-        """A round is applied."""
-
-    def damaged(self, digests: tuple[bytes, ...], *, now: float) -> Sequence[object]:
-        """Blobs of the round being applied are damaged."""
-
-    def lost(self, peer: PeerId, why: str, *, now: float) -> Sequence[object]:
-        """A peer does not answer."""
-
-    def tick(self, *, now: float) -> Sequence[object]:
-        """Time has passed."""
-
-    def wake_at(self) -> float:
-        """When to tick next."""
 
 
 class Shell:
@@ -194,31 +103,33 @@ class Shell:
             barred=barred,
         )
         self.state = State(genesis, self.charter, self.recipe, numerics, self.signer, directory)
-        self.asker = sync.Asker(transport, identity, self.run)
+        self.averages = Averages(self.blobs, self.chain, self.leader, numerics)
+        self.answers = Answers(genesis, self.chain, self.state, self.leader)
+        self.sources = Sources(
+            identity,
+            genesis,
+            numerics,
+            transport=transport,
+            chain=self.chain,
+            state=self.state,
+            follower=self.follower,
+            signer=self.signer,
+            incoming=directory / "incoming",
+            contacts=contacts,
+            take=lambda donor, commit: self.perform(self.machine.receive(donor, commit, now=self.now())),
+        )
         self.budget = Budget.of_mbit(GIVE_MBIT)
         """What we give to those who fetch; whoever made the role may set another before it serves."""
         self.done = asyncio.Event()
         """Set when the role has nothing more to do."""
-        self.downloading: Progress | None = None
-        """How far the model is that we take from peers."""
-        self._incoming = directory / "incoming"
+        self._phases = PhaseWatch(self.leader, metrics)
         self._numerics = numerics
-        self._part_bytes = tuple(numerics.part_bytes)
-        self._contacts = contacts
         self._accuse = accuse
-        self._rng = random.Random()
         self._aftermath: asyncio.Queue[tuple[Commit, Model]] = asyncio.Queue()
         """Rounds that are applied, and not yet measured and saved."""
         self._changed = asyncio.Event()
-        self._attempted: dict[bytes, int] = {}
-        """Blobs of attempts at rounds that are not committed yet -> the round."""
-        self._averages: tuple[tuple[int, int, int], dict[int, bytes]] = ((0, 0, 0), {})
-        """(round, term, view), and the digest of each part that has come in it."""
-        self._fetching: set[bytes] = set()
         self._came_at_round = 0
         """The head of the chain when we got a model: what is applied up to there is only replayed."""
-        self._forgotten_round = 0
-        """Up to which round the parts of old commits are deleted."""
         self._syncing = False
         """Whether the model is being taken from peers: what comes of that the machine hears."""
         self._finishing = False
@@ -251,18 +162,6 @@ class Shell:
         log.debug("%s is unreachable: %s", nickname(peer), why)
         self.perform(self.machine.lost(peer, why, now=self.now()))
 
-    async def answer(self, sender: PeerId, question: Message) -> Message | None:
-        """The answer to one who joins or catches up; None where there is none."""
-        match question:
-            case WelcomeRequest():
-                return Welcome(self.genesis)
-            case CommitsRequest(epoch, after_round):
-                return self._commits_after(epoch, after_round)
-            case StateRequest():
-                return self.state.offer(self.chain, self.leader)
-            case _:
-                return None
-
     def on_applied(self, commit: Commit, model: Model, cost: Cost) -> None:
         """A round is in place; the machine has not heard of it yet."""
 
@@ -294,15 +193,15 @@ class Shell:
                     await self.transport.serve(sync.CHANNEL, self._on_question)
                     await bulk.serve_blobs(self.transport, self.lookup, budget=self.budget)
                     await bulk.serve_push(
-                        self.transport, RESULTS_CHANNEL, self._accept_results, self._take_results,
-                        header_cap=512 * 1024, total_cap=sum(self._part_bytes),
+                        self.transport, RESULTS_CHANNEL, self._accept_averages, self._take_averages,
+                        header_cap=HEADER_BYTES, total_cap=sum(self._numerics.part_bytes),
                     )  # fmt: skip
                     await self.begin()
                     await self._take_up_model()
                     self.spawn(self._drive())
-                    self.spawn(self._keep_looking())
+                    self.spawn(self.sources.keep_looking())
                     self.spawn(self._measure_and_save())
-                    self.spawn(self._keep_repairing())
+                    self.spawn(self.sources.keep_repairing())
                     await self.done.wait()
                     await self._mail.flush(within_s=2.0)
                     raise _Done
@@ -366,6 +265,7 @@ class Shell:
         with self.or_end():
             for effect in effects:
                 self._perform_one(effect)
+        self._phases.look(now=self.now())
         self._changed.set()
 
     @contextmanager
@@ -401,7 +301,7 @@ class Shell:
             case effects.Fetch(wanted, donors):
                 self.spawn(self._fetch(wanted, donors))
             case effects.CatchUp(donor, after):
-                self.spawn(self._catch_up(donor, after))
+                self.spawn(self.sources.catch_up(donor, after))
             case effects.Resync(reason):
                 self._resync(reason)
             case Keep(peer, said):
@@ -436,7 +336,7 @@ class Shell:
             return  # another epoch began meanwhile
         self.state.models.append((block.round, model))
         self.metrics.phase_took("apply", self.now() - since)
-        self._forget_blobs(commit)
+        self.averages.forget(commit)
         cost = self._cost()
         self.on_applied(commit, model, cost)
         self._aftermath.put_nowait((commit, model))
@@ -449,92 +349,27 @@ class Shell:
         self._sent_before, self._applied_at = sent, now
         return cost
 
-    def _forget_blobs(self, applied: Commit) -> None:
-        """Delete what failed attempts at this round left, and the parts of the round that is too old now."""
-        number = applied.block.round
-        stale = {digest for digest, round_ in self._attempted.items() if round_ <= number} - set(applied.block.parts)
-        self._attempted = {digest: round_ for digest, round_ in self._attempted.items() if round_ > number}
-        self.follower.forget(stale)
-        if number - KEPT_ROUNDS > self._forgotten_round:
-            old = number - KEPT_ROUNDS
-            for commit in self.chain.commits(after_round=self._forgotten_round, limit=old - self._forgotten_round):
-                stale.update(commit.block.parts)
-            self._forgotten_round = old
-        if stale:  # two rounds may have had the same averages
-            stale -= self._kept_parts(number)
-        for digest in stale:
-            self.blobs.delete(digest)
-
-    def _kept_parts(self, head_round: int) -> set[bytes]:
-        commits = self.chain.commits(after_round=max(0, head_round - KEPT_ROUNDS))
-        return {digest for commit in commits for digest in commit.block.parts}
-
     def _take_up(self) -> None:
         """Take up what this folder keeps of the run: the chain, and the bytes of recent rounds."""
         head, here = self.chain.head_round(), self.blobs.digests()
         self.follower.restore(self.chain.commits(), here, self.chain.promises())
         measured = max(self.chain.validation().items(), default=(0, None))
         self.machine.restore(self.chain.applieds(after_round=head - SHOWN_ROUNDS), measured)
-        # what belongs to no round yet may have been voted for: it goes when the next round is in place without it
-        self._attempted = dict.fromkeys(here - self._kept_parts(head), head + 1)
-        self._forgotten_round = max(0, head - KEPT_ROUNDS)
+        self.averages.take_up(here)
 
     async def _fetch(self, wanted: Sequence[tuple[int, bytes]], donors: Sequence[PeerId]) -> None:
-        # what is on its way already is not asked for again: on a slow line the two would only slow each other down
-        sizes = {digest: self._part_bytes[part] for part, digest in wanted if digest not in self._fetching}
-        missing = {digest: size for digest, size in sizes.items() if not self.blobs.has(digest)}
-        self._fetching |= missing.keys()
-        self._attempted.update(dict.fromkeys(missing, self.follower.ledger.head.round + 1))
-        try:
-            if missing:
-                await self.fetch(donors, missing, kind="fetch", on_blob=lambda _, data: void(self.blobs.put(data)))
-        except TransportError as error:
-            log.info("%d parts could not be fetched yet: %s", len(missing), error)
-        finally:
-            self._fetching -= missing.keys()
-        here = tuple(digest for digest in sizes if self.blobs.has(digest))
+        async def fetch(sizes: Mapping[bytes, int], on_blob: bulk.OnBlob) -> None:
+            await self.sources.fetch(donors, sizes, kind="fetch", on_blob=on_blob)
+
+        here = await self.averages.fetch(wanted, fetch)
         self.perform(self.machine.holds(here, now=self.now()))
-
-    async def fetch(
-        self, donors: Sequence[PeerId], sizes: Mapping[bytes, int], *, kind: str, on_blob: bulk.OnBlob
-    ) -> None:
-        """Get blobs, {digest: bytes}, from any of `donors`. Raises TransportError if one can't be had."""
-        others = [peer for peer in donors if peer != self.identity.peer_id]
-        await bulk.fetch_all(self.transport, others, sizes, kind=kind, timeout_s=SILENCE_S, on_blob=on_blob)
-
-    async def _catch_up(self, donor: PeerId, after: tuple[int, int]) -> None:
-        try:
-            await self._take_commits(donor, after)
-        except (TransportError, WireError, sync.SyncError) as error:
-            log.debug("could not catch up after round %d: %s", after[1], error)
-
-    async def _take_commits(self, donor: PeerId, after: tuple[int, int]) -> None:
-        def take(commit: Commit) -> tuple[int, int]:
-            self.perform(self.machine.receive(donor, commit, now=self.now()))
-            return self.follower.ledger.head.place
-
-        await self.asker.commits(donor, after, take)
-
-    async def _keep_looking(self) -> None:
-        """Ask somebody now and then how far the chain has come: we may hear no leader, or one whose epoch is over."""
-        while True:
-            await asyncio.sleep(LOOK_S * (0.5 + self._rng.random()))
-            others = sorted(self._known_peers())
-            if others:
-                await self._catch_up(self._rng.choice(others), self.follower.ledger.head.place)
-
-    def _known_peers(self) -> set[PeerId]:
-        return {*self.follower.ledger.head.voters, *self._contacts()} - {self.identity.peer_id}
 
     # -- the model
 
     async def _take_up_model(self) -> None:
         """Go on with the model of this disk, or take it from peers."""
-        head = self.follower.ledger.head.round
-        newest = self.chain.commits(after_round=head - REPLAY_ROUNDS - 1)
-        blocks = {commit.block.round: commit.block.hash for commit in newest}
-        found = await asyncio.to_thread(self.state.take_up, head, blocks)
-        if found is None or self._block_at(found[0]) != blocks.get(found[0]):  # an epoch may have undone it meanwhile
+        found = await self.sources.own_model()
+        if found is None:
             self._resync("there is none on this disk from which the chain's head can be reached")
         else:
             await self._go_on_from(*found)
@@ -550,11 +385,6 @@ class Shell:
         since = self.chain.commits(after_round=round_)
         self.perform(self.machine.synced(round_, digest, since, now=self.now()))
 
-    def _block_at(self, round_: int) -> bytes | None:
-        """The hash of a round's block in our chain."""
-        commit = self.chain.commit(round_)
-        return None if commit is None else commit.block.hash
-
     def _resync(self, reason: str) -> None:
         if not self._syncing:
             self._syncing = True
@@ -563,77 +393,14 @@ class Shell:
 
     async def _sync(self) -> None:
         """Take the chain and the model from whoever has them."""
-        first = [peer for peer in self.follower.contacts(now=self.now()) if peer != self.identity.peer_id]
-        rest = sorted(self._known_peers())
-        self._rng.shuffle(rest)
-        why = "nobody is known who could have the model"
-        for donor in list(dict.fromkeys([*first, *rest]))[:DONORS_ASKED]:
-            try:
-                found = await self._sync_with(donor)
-            except (TransportError, WireError, sync.SyncError, ValueError) as error:
-                why = str(error)
-                log.debug("no model from %s: %s", nickname(donor), error)
-            else:
-                await self._go_on_from(*found)
-                return
-        log.info("no model yet: %s", why)
-        self._syncing = False
-        self.perform(self.machine.sync_failed(why, now=self.now()))
-
-    async def _sync_with(self, donor: PeerId) -> tuple[int, Model]:
-        """A proven (round, model) from which the head can be reached."""
-        await self._take_commits(donor, self.follower.ledger.head.place)
-        if self.follower.ledger.head.round <= SHORT_REPLAY_ROUNDS and self.state.newest is None:
-            first = await asyncio.to_thread(self.state.first_model)
-            if first is not None:
-                return 0, first
-        offer = await self.asker.state(donor, self.charter, self.genesis.first_model, self.chain.commit, self.signer)
-        if self.follower.ledger.head.round - offer.round > REPLAY_ROUNDS:
-            raise sync.SyncError(f"{donor} offers the model after round {offer.round}, which is too old to replay from")
-        known = self._block_at(offer.round)
-        model = await self._download(offer.manifest, donor)
-        if self._block_at(offer.round) != known:
-            raise sync.SyncError(f"an epoch began before round {offer.round} while its model came")
-        log.info("the model after round %d is here, verified", offer.round)
-        return offer.round, model
-
-    async def _download(self, manifest: bytes, donor: PeerId) -> Model:
-        """The model of `manifest`, which is proven, from everyone who has it. Raises ValueError if it can't be one."""
-
-        def told(progress: Progress) -> None:
-            self.downloading = progress
-
-        wanted = self._numerics.wanted(manifest)
-        donors = [*sorted(self._known_peers() - {donor}), donor]  # the last serves all who ask what the newest is
-        incoming = Incoming(self._incoming, self.state.lookup)
         try:
-            await download(self.transport, donors, wanted, incoming, timeout_s=SILENCE_S, told=told)
-            model = await asyncio.to_thread(self._numerics.model_from, manifest, incoming.chunk)
-            await asyncio.to_thread(incoming.clear)
-        finally:
-            self.downloading = None
-        return model
-
-    async def _keep_repairing(self) -> None:
-        """Replace damaged checkpoints from other keepers, as soon as one of them can be reached."""
-
-        async def fetch(wanted: Mapping[bytes, int], on_blob: bulk.OnBlob) -> None:
-            await self.fetch(sorted(self._known_peers()), wanted, kind="state", on_blob=on_blob)
-
-        async def repaired(damage: Damage) -> bool:
-            try:
-                await self.state.repair(damage, fetch, self.chain.commit)
-            except CheckpointError as error:
-                log.debug("%s", error)
-                return False
-            log.info("%s is whole again: what was damaged came from other keepers", damage.path.name)
-            return True
-
-        left = self.state.damaged
-        while left:
-            await asyncio.sleep(REPAIR_S * (0.5 + self._rng.random()))
-            # one that is gone became too old to be kept
-            left = [damage for damage in left if damage.path.exists() and not await repaired(damage)]
+            found = await self.sources.model(now=self.now())
+        except sync.SyncError as error:
+            log.info("no model yet: %s", error)
+            self._syncing = False
+            self.perform(self.machine.sync_failed(str(error), now=self.now()))
+        else:
+            await self._go_on_from(*found)
 
     async def _measure_and_save(self) -> None:
         every = self.recipe.checkpoints.every_rounds
@@ -664,107 +431,51 @@ class Shell:
     # -- what others send and ask
 
     async def _on_message(self, peer: PeerId, raw: bytes) -> bytes:
-        try:
-            sender, message = open_sealed(raw, self.run, CODEC)
-            if sender != peer:
-                raise WireError("not the sender", f"{peer} brought a message of {sender}")
-        except WireError as error:
-            self._rejected(peer, error)
-        else:
-            assert isinstance(message, Message)
-            self.metrics.message_passed("received", CODEC.tag_of(message))
+        message = self._opened(peer, raw, CODEC)
+        if message is not None:
             with self.or_end():
-                self.perform(self.machine.receive(sender, message, now=self.now()))
+                self.perform(self.machine.receive(peer, message, now=self.now()))
         return b""
 
     async def _on_question(self, peer: PeerId, raw: bytes) -> bytes:
-        try:
-            sender, question = open_sealed(raw, self.run, sync.CODEC)
-            if sender != peer:
-                raise WireError("not the sender", f"{peer} brought a question of {sender}")
-        except WireError as error:
-            self._rejected(peer, error)
-            return b""
-        assert isinstance(question, Message)
-        self.metrics.message_passed("received", sync.CODEC.tag_of(question))
-        reply = None if self._over else await self.answer(sender, question)
+        question = self._opened(peer, raw, sync.CODEC)
+        reply = None if question is None or self._over else self.answers.to(question)
         if reply is None:
             return b""
         self.metrics.message_passed("sent", sync.CODEC.tag_of(reply))
         return seal(self.identity, self.run, sync.CODEC, reply)
 
-    def _rejected(self, peer: PeerId, error: WireError) -> None:
-        self.metrics.rejected_message(error.reason)
-        log.debug("dropped what %s sent: %s", nickname(peer), error)
-
-    def _commits_after(self, epoch: int, round_: int) -> Commits:
-        begins = self.chain.epoch_begins(after_epoch=epoch)
-        round_ = round_ if begins is None else min(round_, begins - 1)
-        chosen: list[Commit] = []
-        size = 0
-        for commit in self.chain.commits(after_round=round_, limit=1024):
-            size += len(msgspec.msgpack.encode(commit))
-            if chosen and size > COMMITS_BYTES:
-                break
-            chosen.append(commit)
-        return Commits(*self.follower.ledger.head.place, tuple(chosen))
+    def _opened(self, peer: PeerId, raw: bytes, codec: Codec) -> Message | None:
+        """What `peer` says, if these are words of its own."""
+        try:
+            sender, message = open_sealed(raw, self.run, codec)
+            if sender != peer:
+                raise WireError("not the sender", f"{peer} brought a message of {sender}")
+        except WireError as error:
+            self.metrics.rejected_message(error.reason)
+            log.debug("dropped what %s sent: %s", nickname(peer), error)
+            return None
+        assert isinstance(message, Message)
+        self.metrics.message_passed("received", codec.tag_of(message))
+        return message
 
     def lookup(self, digest: bytes) -> bytes | memoryview | None:
         """A blob that we can give: of a model that is here, or of a recent round; called in a thread."""
         chunk = self.state.lookup(digest)
         return self.blobs.get(digest) if chunk is None else chunk
 
-    def _accept_results(self, sender: PeerId, raw: bytes, sizes: tuple[int, ...]) -> str | None:
-        if self._over:
-            return "this peer is leaving"
-        try:
-            header = _results_header.decode(raw)
-        except msgspec.DecodeError as error:
-            return f"malformed header: {error}"
-        if not all(0 <= part < len(self._part_bytes) for part, _ in header.parts):
-            return f"the vector has {len(self._part_bytes)} parts"
-        if sizes != tuple(self._part_bytes[part] for part, _ in header.parts):
-            return "a part has another size than the layout gives it"
-        if not self.leader.expects(sender, header.order, [part for part, _ in header.parts]):
-            return f"round {header.round} is not under way here"
-        order, came = self._averages
-        if order == header.order and any(came.get(part, digest) != digest for part, digest in header.parts):
-            return "other averages came for this part"  # else one owner could fill the disk
-        return None
+    def _accept_averages(self, sender: PeerId, raw: bytes, sizes: tuple[int, ...]) -> str | None:
+        return "this peer is leaving" if self._over else self.averages.refuses(sender, raw, sizes)
 
-    async def _take_results(self, sender: PeerId, raw: bytes, buffers: list[bytearray]) -> bytes:
-        header = _results_header.decode(raw)
-        why = await asyncio.to_thread(self._fault, header, buffers)
-        if why is not None:
-            log.warning("averages of %s refused: %s", nickname(sender), why)
-            raise bulk.PushRefused(sender, why)
+    async def _take_averages(self, sender: PeerId, raw: bytes, buffers: list[bytearray]) -> bytes:
         try:
-            await self.store_attempt(header.round, buffers)
+            header = await self.averages.take(sender, raw, buffers)
         except OSError as error:  # our disk, not their stream: it must not pass for a broken transfer
             self.fail(error)
             raise bulk.PushRefused(sender, "the disk here takes no more") from error
-        if self._averages[0] != header.order:
-            self._averages = (header.order, {})
-        self._averages[1].update(header.parts)
         with self.or_end():
             self.perform(self.machine.result(sender, header.order, dict(header.parts), now=self.now()))
         return b""
-
-    def _fault(self, header: ResultsHeader, buffers: Sequence[bytearray]) -> str | None:
-        for (part, digest), buffer in zip(header.parts, buffers, strict=True):
-            if blake3(buffer).digest() != digest:
-                return f"part {part} is not what its digest promised"
-            try:
-                self._numerics.check_part(buffer)
-            except ValueError as error:
-                return f"part {part}: {error}"
-        return None
-
-    async def store_attempt(self, round_: int, buffers: Sequence[bytes | bytearray | memoryview]) -> tuple[bytes, ...]:
-        """Store averages of an attempt at `round_` durably, and return their digests."""
-        digests = await asyncio.to_thread(lambda: tuple(self.blobs.put(buffer) for buffer in buffers))
-        self._attempted.update(dict.fromkeys(digests, round_))
-        return digests
 
 
 class _Done(Exception):
@@ -773,7 +484,3 @@ class _Done(Exception):
 
 async def _raise(error: Exception) -> None:
     raise error
-
-
-def void(_: object) -> None:
-    """Drop a value where a function that returns nothing is asked for."""

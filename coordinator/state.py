@@ -21,9 +21,10 @@ from dugnad.coordinator.checkpoints import Checkpoints
 from dugnad.coordinator.damage import CheckpointError, Damage
 from dugnad.coordinator.ledger import Charter
 from dugnad.coordinator.messages import Block, Genesis, StateOffer
+from dugnad.coordinator.planning import Assign
 from dugnad.coordinator.repair import Fetch
 from dugnad.coordinator.replica import REPLAY_ROUNDS
-from dugnad.coordinator.rounds import Assign, Leader
+from dugnad.coordinator.rounds import Leader
 from dugnad.coordinator.tensorfile import Tensors
 from dugnad.coordinator.votes import Signer
 
@@ -163,7 +164,7 @@ class State:
         """The newest model that others can know for true, with the proof if they need one."""
         for round_, model in reversed(tuple(self.models)):
             if self.proven(round_, model, chain, leader):
-                return StateOffer(round_, model.manifest(), leader.state_ballots(round_, model.digest()))
+                return StateOffer(round_, model.manifest(), leader.vouched.ballots(round_, model.digest()))
         return None
 
     def proven(self, round_: int, model: Model, chain: Chain, leader: Leader) -> bool:
@@ -171,7 +172,7 @@ class State:
         if round_ == 0:
             return True
         digest = model.digest()
-        ballots = {ballot.peer: ballot.signature for ballot in leader.state_ballots(round_, digest)}
+        ballots = {ballot.peer: ballot.signature for ballot in leader.vouched.ballots(round_, digest)}
         return sync.is_proven(round_, digest, ballots, self._charter, chain.commit, self._signer)
 
     def lookup(self, digest: bytes) -> bytes | memoryview | None:

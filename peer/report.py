@@ -23,7 +23,7 @@ def of_coordinator(role: Coordinator) -> Report:
     return {
         **_of_any(role, "coordinator"),
         "state": role.leader.phase,
-        "reason": f"taking the model: {role.downloading}" if role.downloading else role.machine.reason,
+        "reason": _taking(role) or role.machine.reason,
         "val_loss": val_loss,
         "val_round": val_round,
         "peers": _reported(role.leader),
@@ -42,7 +42,7 @@ def of_volunteer(role: Session, swarm: Swarm) -> Report:
     return {
         **_of_any(role, "volunteer"),
         "state": volunteer.stage,
-        "reason": f"taking the model: {role.downloading}" if role.downloading else volunteer.why(now=role.now()),
+        "reason": _taking(role) or volunteer.why(now=role.now()),
         "val_loss": standing.val_loss if standing else None,
         "val_round": standing.val_round if standing else 0,
         "loss": role.loss,
@@ -77,6 +77,12 @@ def _reported(leader: Leader) -> list[Report]:
             }
         )
     return peers
+
+
+def _taking(role: Shell) -> str:
+    """How far the model is that it takes from others, in words, if it takes one."""
+    progress = role.sources.downloading
+    return f"taking the model: {progress}" if progress else ""
 
 
 def _of_any(role: Shell, name: str) -> Report:

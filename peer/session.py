@@ -13,9 +13,11 @@ from pathlib import Path
 
 import msgspec
 
+from dugnad.coordinator.averages import RESULTS_CHANNEL, ResultsHeader
 from dugnad.coordinator.effects import Cost
 from dugnad.coordinator.messages import Commit, Genesis, Plan
-from dugnad.coordinator.shell import RESULTS_CHANNEL, SILENCE_S, ResultsHeader, Shell
+from dugnad.coordinator.shell import Shell
+from dugnad.coordinator.sources import SILENCE_S
 from dugnad.coordinator.state import Model
 from dugnad.dht import bulk
 from dugnad.dht.identity import Identity, PeerId, nickname
@@ -234,7 +236,7 @@ class Session(Shell):
 
     async def _fold(self, plan: Plan, fold: reducing.Fold) -> None:
         averages = await self._exchange.fold(fold.parts, fold.entries)
-        digests = await self.store_attempt(plan.round, list(averages.values()))
+        digests = await self.averages.store(plan.round, list(averages.values()))
         results = dict(zip(averages, digests, strict=True))
         self.perform(self.machine.folded(plan, results, now=self.now()))
 

@@ -24,8 +24,8 @@ TORCH = {"torch", "bitsandbytes", "transformers"}
 """torch, and what imports it."""
 IMPURE = {"asyncio", "time", "random", "socket", "os"}
 PURE = {
-    *(f"coordinator/{name}.py" for name in ("audit", "follower", "ledger", "membership", "messages")),
-    *(f"coordinator/{name}.py" for name in ("ranges", "rounds", "votes")),
+    *(f"coordinator/{name}.py" for name in ("audit", "awaited", "committee", "follower", "ledger", "membership")),
+    *(f"coordinator/{name}.py" for name in ("messages", "planning", "poll", "ranges", "rounds", "votes", "vouched")),
     *(f"dht/{name}.py" for name in ("budget", "chunks", "crdt", "gossip", "records", "wire")),
     *(f"optim/{name}.py" for name in ("plan", "reduce")),
     "peer/lifecycle.py",

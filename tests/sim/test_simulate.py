@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dugnad.configs.recipe import load
-from dugnad.coordinator.follower import Follower
+from dugnad.coordinator.replica import Replica
 from dugnad.peer import cli, simulate
 from dugnad.peer.simulate import Asked, Found, SimulationError, bytes_per_s
 from dugnad.peer.traffic import BULK
@@ -109,7 +109,7 @@ def test_a_broken_rule_ends_the_run_with_its_seed_and_what_replays_it(
     file = tmp_path / "found.json"
     arguments = ["tiny-books", "--peers", "4", "--churn", "0.25", "--uplink", "5mbit", "--seed", "7", "--rounds", "5"]
     with monkeypatch.context() as broken:
-        broken.setattr(Follower, "_missing", lambda self, block: ())  # votes and applies without the bytes
+        broken.setattr(Replica, "missing", lambda self, block: ())  # votes and applies without the bytes
         status, out, _ = command(*arguments, "--json", str(file))
         replayed = next(line for line in out.splitlines() if line.startswith("replay"))
         words = shlex.split(replayed.removeprefix("replay"))

@@ -15,6 +15,7 @@ from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.checkpoint import CheckpointMeta
 from dugnad.coordinator.checkpoints import Checkpoints
 from dugnad.coordinator.ledger import Charter, Ledger
+from dugnad.coordinator.machine import Machine
 from dugnad.coordinator.messages import (
     PRECOMMIT,
     Ballot,
@@ -26,7 +27,7 @@ from dugnad.coordinator.messages import (
     epoch_payload,
     vote_payload,
 )
-from dugnad.coordinator.shell import KeySigner, Machine, Shell
+from dugnad.coordinator.shell import KeySigner, Shell
 from dugnad.coordinator.state import Model
 from dugnad.coordinator.tensorfile import Tensors
 from dugnad.dht.blobs import Blobs

@@ -9,6 +9,7 @@ import pytest
 
 from dugnad.configs.recipe import load
 from dugnad.coordinator import ranges
+from dugnad.coordinator.awaited import SETTLE_S
 from dugnad.coordinator.effects import Effect, Refused, Send
 from dugnad.coordinator.follower import FOLLOWING, Follower
 from dugnad.coordinator.keeper import Keeper
@@ -31,7 +32,7 @@ from dugnad.coordinator.messages import (
     Welcome,
 )
 from dugnad.coordinator.patience import Patience
-from dugnad.coordinator.rounds import SETTLE_S, Leader, Phase
+from dugnad.coordinator.rounds import Leader, Phase
 from dugnad.dht.identity import PeerId
 from dugnad.optim.plan import assign_parts
 from tests.unit.chains import (

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from dugnad.configs.recipe import load
 from dugnad.coordinator import ranges
+from dugnad.coordinator.awaited import SETTLE_S
 from dugnad.coordinator.effects import Apply, CatchUp, Fetch, Promises, Refused, Remember, Resync, Rewind, Send, Store
 from dugnad.coordinator.follower import RETRY_S, Follower
 from dugnad.coordinator.ledger import Head, Ledger
@@ -39,7 +40,7 @@ from dugnad.coordinator.messages import (
     Vote,
 )
 from dugnad.coordinator.patience import Patience
-from dugnad.coordinator.rounds import SETTLE_S, Leader, Phase
+from dugnad.coordinator.rounds import Leader, Phase
 from dugnad.dht.identity import PeerId
 from dugnad.optim.plan import assign_parts
 from dugnad.optim.reduce import Deliver, Drop, Fold, Upload, Weighed

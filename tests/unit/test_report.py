@@ -24,7 +24,7 @@ def shown_peers(monkeypatch: pytest.MonkeyPatch, **said: object) -> list[dict[st
     role: Any = SimpleNamespace(
         leader=SimpleNamespace(validation=(0, None), plan=None, membership=membership, phase="idle"),
         machine=SimpleNamespace(reason=""),
-        downloading=None,
+        sources=SimpleNamespace(downloading=None),
         identity=SimpleNamespace(peer_id=STRANGER),
     )
     peers: list[dict[str, Any]] = report.of_coordinator(role)["peers"]

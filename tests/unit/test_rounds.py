@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from dugnad.configs.recipe import load
 from dugnad.coordinator import ranges
+from dugnad.coordinator.awaited import SETTLE_S
 from dugnad.coordinator.effects import Apply, CatchUp, Effect, Keep, LeftOut, Promises, Refused, Remember, Send, Store
 from dugnad.coordinator.follower import Follower
 from dugnad.coordinator.ledger import Charter, Ledger
@@ -37,7 +38,9 @@ from dugnad.coordinator.messages import (
     vote_payload,
 )
 from dugnad.coordinator.patience import Patience
-from dugnad.coordinator.rounds import MAX_OWNERS, MAX_VECTORS, SETTLE_S, SHOWN_ROUNDS, Leader, Phase
+from dugnad.coordinator.planning import MAX_OWNERS, MAX_VECTORS
+from dugnad.coordinator.rounds import Leader, Phase
+from dugnad.coordinator.vouched import SHOWN_ROUNDS
 from dugnad.dht.identity import PeerId
 from dugnad.optim.plan import assign_parts
 from tests.unit.chains import (
@@ -827,6 +830,11 @@ def departures(run: Run, *peers: PeerId) -> Block | None:
     return proposals[0].block if proposals else None
 
 
+def disks_of(block: Block | None) -> dict[PeerId, bytes]:
+    assert block is not None
+    return {voter.peer: voter.incarnation for voter in block.committee}
+
+
 def test_between_rounds_who_leaves_is_let_out_by_a_block_of_its_own() -> None:
     run = Run(*TWO, min_peers=4)
     run.reports(A, B, C)
@@ -882,8 +890,28 @@ def test_a_newcomer_votes_from_the_round_after_its_first_contribution_as_the_dis
     run.reports(C, incarnation=b"new disk")
     run.gather(A, B, C, D)
     block = said(run.deliver(*sorted(set(run.plan.owners))), Proposal)[0].block
-    disks = {voter.peer: voter.incarnation for voter in block.committee}
-    assert disks == {FOUNDER: disk_of(FOUNDER), A: disk_of(A), B: disk_of(B), C: b"new disk", D: disk_of(D)}
+    assert disks_of(block) == {FOUNDER: disk_of(FOUNDER), A: disk_of(A), B: disk_of(B), C: b"new disk", D: disk_of(D)}
+
+
+def test_a_voter_on_a_new_disk_is_named_anew_between_rounds_too_for_the_old_one_votes_no_more() -> None:
+    run = Run(*TWO, min_peers=4)
+    run.reports(C, incarnation=b"new disk")
+    block = departures(run, A, B)
+    assert block is not None
+    assert block.entries == ()
+    assert disks_of(block) == {FOUNDER: disk_of(FOUNDER), A: disk_of(A), B: disk_of(B), C: b"new disk"}
+
+
+def test_a_coordinator_on_a_new_disk_is_named_anew_though_too_few_are_here_for_a_round() -> None:
+    run = Run(*TWO, me=ORDER[1], min_peers=4)
+    seat = delegation(FOUNDER, 2)
+    run.hear(FOUNDER, seat)
+    lead_view(run, 1)
+    run.reports(FOUNDER, trains=False, incarnation=b"new disk")
+    block = departures(run, *({A, B, C} - {run.me}))
+    assert block is not None
+    assert block.coordinator == seat
+    assert disks_of(block)[FOUNDER] == b"new disk"
 
 
 def test_when_everyone_who_worked_leaves_the_leader_stays_to_decide() -> None:
@@ -929,6 +957,17 @@ def test_who_has_just_taken_the_lead_is_deserted_only_once_the_others_could_have
     assert not run.leader.deserted(now=run.now)
 
 
+def test_who_waits_alone_for_votes_is_deserted_as_well_and_looks_for_another_chain() -> None:
+    run, _ = voting()
+    run.stay(SETTLE_S, A, B, C, stage=Stage.REDUCING)
+    assert run.leader.phase is Phase.VOTE
+    assert not run.leader.deserted(now=run.now)
+    for peer in (A, B, C):
+        run.leader.lost(peer, "no route", now=run.now)
+    assert run.leader.phase is Phase.VOTE
+    assert run.leader.deserted(now=run.now)
+
+
 def test_in_an_open_run_the_next_committee_weighs_what_was_earned_before() -> None:
     charter = Charter.of(GENESIS, open_to_all=True)
     ledger = Ledger(charter, FakeSigner(FOUNDER))
@@ -939,9 +978,9 @@ def test_in_an_open_run_the_next_committee_weighs_what_was_earned_before() -> No
     run.reports(D, leaving=True)
     run.tick(SETTLE_S)
     assert run.leader.plan is None
-    proposal = run.leader._round.proposal if run.leader._round else None
-    assert proposal is not None
-    weights = {voter.peer: voter.weight for voter in proposal.block.committee}
+    poll = run.leader._poll
+    assert poll is not None
+    weights = {voter.peer: voter.weight for voter in poll.proposal.block.committee}
     assert weights == {A: 1, B: 1, C: 1, FOUNDER: 1}, "three have earned something: too few to bear a liar"
 
 
@@ -1011,7 +1050,7 @@ def test_what_voters_and_peers_signed_to_have_applied_is_kept_once_and_shown_to_
     assert run.hear(A, other) == [Keep(A, other)]
     run.hear(B, run.applied(B))
     run.hear(C, run.applied(C))
-    shown = run.leader.state_ballots(2, model_after(2))
+    shown = run.leader.vouched.ballots(2, model_after(2))
     assert {ballot.peer for ballot in shown} == {FOUNDER, B, C}
 
 
@@ -1020,7 +1059,7 @@ def test_who_is_not_here_and_has_no_vote_fills_no_books() -> None:
     assert run.hear(EVE, run.applied(EVE)) == []
     run.reports(EVE)
     assert len(run.hear(EVE, run.applied(EVE))) == 1
-    assert {ballot.peer for ballot in run.leader.state_ballots(2, model_after(2))} == {FOUNDER}
+    assert {ballot.peer for ballot in run.leader.vouched.ballots(2, model_after(2))} == {FOUNDER}
 
 
 def test_models_of_other_blocks_or_without_a_signature_are_refused() -> None:
@@ -1038,7 +1077,7 @@ def test_only_the_newest_rounds_are_shown() -> None:
     old = {round_: {A: run.applied(A)} for round_ in range(1, SHOWN_ROUNDS + 3)}
     run.leader.restore(old, (0, None))
     run.hear(A, run.applied(A))
-    assert sorted(run.leader.digests) == list(range(4, SHOWN_ROUNDS + 4))
+    assert sorted(run.leader.vouched.said) == list(range(4, SHOWN_ROUNDS + 4))
 
 
 # -- whose messages these are, and when it wakes

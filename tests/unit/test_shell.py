@@ -14,11 +14,13 @@ import msgspec
 import pytest
 from blake3 import blake3
 
-from dugnad.coordinator import effects, shell, sync
+from dugnad.coordinator import effects, ranges, sources, sync
 from dugnad.coordinator import follower as following
+from dugnad.coordinator.averages import RESULTS_CHANNEL, ResultsHeader
 from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.checkpoint import Checkpoint, inspect, read_head
 from dugnad.coordinator.effects import Promises, Remember, Rewind, Send, Store
+from dugnad.coordinator.membership import Stage
 from dugnad.coordinator.messages import (
     Commits,
     CommitsRequest,
@@ -26,12 +28,13 @@ from dugnad.coordinator.messages import (
     Message,
     Plan,
     Proposal,
+    Report,
     StateOffer,
     StateRequest,
 )
 from dugnad.coordinator.replica import REPLAY_ROUNDS
 from dugnad.coordinator.service import Coordinator
-from dugnad.coordinator.shell import CODEC, RESULTS_CHANNEL, ROUND_CHANNEL, ResultsHeader, Shell
+from dugnad.coordinator.shell import CODEC, ROUND_CHANNEL, Shell
 from dugnad.coordinator.state import Model
 from dugnad.coordinator.tensorfile import WEIGHTS
 from dugnad.dht import bulk
@@ -41,10 +44,10 @@ from dugnad.dht.identity import Identity, PeerId
 from dugnad.dht.transport import Transport
 from dugnad.dht.wire import open_sealed, seal
 from dugnad.monitoring.metrics import Metrics
-from dugnad.peer.lifecycle import Abilities
+from dugnad.peer.lifecycle import Abilities, Work
 from dugnad.peer.session import Session
 from tests.unit.memory_transport import MemoryTransport, network
-from tests.unit.shells import ANN, BOB, EVE, LAYOUT, ORGANIZER, Role, Run, SmallNumerics, serving
+from tests.unit.shells import ANN, BOB, EVE, LAYOUT, ORGANIZER, RECIPE, Role, Run, SmallNumerics, serving
 from tests.unit.still import Still
 
 SHORT = Run(ANN)
@@ -188,6 +191,56 @@ async def test_a_machine_that_fails_on_a_message_ends_the_role(tmp_path: Path, m
         await greet(stranger)
 
     assert await ending(tmp_path, play) == [mistake]
+
+
+# -- what is counted
+
+
+async def test_whoever_leads_counts_how_long_its_phases_took_and_which_attempts_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(Chain(tmp_path / "chain.sqlite")) as chain:
+        run = Run(ANN, incarnation=chain.incarnation())
+    async with network() as net:
+        role = Role(net.join(ANN.peer_id), tmp_path, run.genesis)
+    now = 0.0
+    monkeypatch.setattr(role, "now", lambda: now)
+    monkeypatch.setattr(role, "_perform_one", lambda effect: None)
+    volunteer, head = role.volunteer, role.follower.ledger.head
+    report = Report(
+        epoch=0, head_round=0, head=head.hash, in_view=0, incarnation=bytes(8), trains=True, stage=Stage.WAITING,
+        round=0, view=0, attempt=0, step=0, of_steps=0, leaving=False, accepts=True, uplink=1e6, addresses=(),
+    )  # fmt: skip
+
+    def counted(metric: str, **labels: str) -> float | None:
+        return role.metrics.registry.get_sample_value(metric, labels)
+
+    def took(phase: str) -> float | None:
+        return counted("dugnad_phase_duration_seconds_sum", phase=phase)
+
+    def plan() -> Plan:
+        assert volunteer.plan is not None
+        return volunteer.plan
+
+    role.perform(volunteer.synced(0, run.models[0].digest(), (), now=now))
+    role.perform(volunteer.receive(BOB.peer_id, report, now=now))
+    assert plan().members == tuple(sorted([ANN.peer_id, BOB.peer_id]))
+    assert counted("dugnad_failed_attempts_total") == 0
+    now = 3.0
+    role.perform(volunteer.lost(BOB.peer_id, "no route", now=now))
+    assert plan().members == (ANN.peer_id,)
+    assert counted("dugnad_failed_attempts_total") == 1
+    now = 10.0
+    samples = ranges.count(plan().seats[0].ranges)
+    work = Work(blake3(b"root").digest(), samples, samples * RECIPE.model.context, 2.0)
+    role.perform(volunteer.trained(plan(), work, now=now))
+    assert took("gather") == 10.0
+    now = 14.0
+    results = {part: blake3(bytes([part])).digest() for part in range(len(LAYOUT.parts))}
+    role.perform(volunteer.folded(plan(), results, now=now))
+    assert took("reduce") == 4.0
+    assert role.follower.ledger.head.round == 1
+    role.chain.close()
 
 
 # -- averages
@@ -393,8 +446,8 @@ async def test_a_promise_is_kept_over_a_restart_and_a_copy_of_the_folder_may_not
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(following, "RETRY_S", 0.01)
-    monkeypatch.setattr(shell, "REPAIR_S", 0.01)
-    monkeypatch.setattr(shell, "LOOK_S", 1e6)
+    monkeypatch.setattr(sources, "REPAIR_S", 0.01)
+    monkeypatch.setattr(sources, "LOOK_S", 1e6)
 
 
 @pytest.fixture
@@ -548,7 +601,7 @@ async def test_a_download_that_fails_is_told_in_words_and_tried_again(tmp_path: 
             assert role.volunteer.reason == why
         donor.may_give.set()
         assert (await role.stands_at(12)).digest() == run.models[12].digest()
-        assert role.downloading is None
+        assert role.sources.downloading is None
 
 
 async def test_the_model_is_asked_for_once_at_a_time(tmp_path: Path, run: Run) -> None:
@@ -575,7 +628,7 @@ async def test_a_model_that_an_epoch_undid_while_it_came_is_not_taken(
     donor = Donor(run, BOB)
     undone = run.models[11]
     async with joining(run, tmp_path, donor) as (role, whys):
-        downloaded = role._download
+        downloaded = role.sources.download
 
         async def download(manifest: bytes, peer: PeerId) -> Model:
             model = await downloaded(manifest, peer)
@@ -585,7 +638,7 @@ async def test_a_model_that_an_epoch_undid_while_it_came_is_not_taken(
                 role.perform(role.volunteer.receive(BOB.peer_id, epoch, now=role.now()))
             return model
 
-        monkeypatch.setattr(role, "_download", download)
+        monkeypatch.setattr(role.sources, "download", download)
         assert "an epoch began before round 11 while its model came" in await whys.said.get()
         assert (await role.stands_at(10)).digest() == run.models[9].digest()
         assert list(role.chain.commits()) == run.commits

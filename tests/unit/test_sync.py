@@ -14,7 +14,8 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dugnad.coordinator import shell, sync
+from dugnad.coordinator import answers, shell, sync
+from dugnad.coordinator.averages import RESULTS_CHANNEL, ResultsHeader
 from dugnad.coordinator.ledger import Ledger, LedgerError
 from dugnad.coordinator.messages import (
     ROUND_KINDS,
@@ -33,7 +34,6 @@ from dugnad.coordinator.messages import (
     WelcomeRequest,
     applied_payload,
 )
-from dugnad.coordinator.shell import RESULTS_CHANNEL, ResultsHeader
 from dugnad.coordinator.sync import CHANNEL, CODEC, Asker, SyncError
 from dugnad.dht import bulk
 from dugnad.dht.identity import Identity, PeerId
@@ -595,7 +595,7 @@ async def a_role(directory: Path) -> AsyncIterator[tuple[Role, Still, MemoryTran
 async def test_a_role_gives_its_whole_chain_to_one_who_asks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page_bytes: int
 ) -> None:
-    monkeypatch.setattr(shell, "COMMITS_BYTES", page_bytes)
+    monkeypatch.setattr(answers, "COMMITS_BYTES", page_bytes)
     run = Run(OTHER, ME)
     run.grow(6)
     run.begin_epoch(4)
