@@ -17,8 +17,9 @@ test: setup ## units and simulations on two cores, then sockets and processes on
 	$(BIN)/pytest -q -n 2 --dist loadgroup -m "not (net or e2e or soak)"
 	$(BIN)/pytest -q -m "(net or e2e) and not soak"
 
-soak: setup ## what takes half an hour: 900 seeds of chaos, random kills of real processes; keeps its output in docs/
-	set -o pipefail; $(BIN)/pytest -v --no-header --durations 0 --durations-min 1 -m soak --timeout 0 | tee docs/soak.txt
+soak: setup ## what takes most of an hour: 900 seeds of chaos, 200 kills of real processes, large swarms; keeps its output
+	set -o pipefail; $(BIN)/pytest -v -rP -p no:logging --no-header -n 2 --dist loadgroup -m soak --timeout 0 \
+		--durations 0 --durations-min 1 | tee docs/soak.txt
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check
