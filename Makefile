@@ -3,6 +3,7 @@
 
 SHELL := /bin/bash
 BIN := .venv/bin
+SOAK := $(BIN)/pytest -v -rP -p no:logging --no-header --durations 0 --durations-min 1 -m soak --timeout 0
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -14,12 +15,11 @@ demo: setup ## a whole run on this machine: volunteers come, go and are killed, 
 	$(BIN)/dugnad demo tiny-books
 
 test: setup ## units and simulations on two cores, then sockets and processes one at a time
-	$(BIN)/pytest -q -n 2 --dist loadgroup -m "not (net or e2e or soak)"
+	$(BIN)/pytest -q -n 2 -m "not (net or e2e or soak)"
 	$(BIN)/pytest -q -m "(net or e2e) and not soak"
 
-soak: setup ## what takes most of an hour: 900 seeds of chaos, 200 kills of real processes, large swarms; keeps its output
-	set -o pipefail; $(BIN)/pytest -v -rP -p no:logging --no-header -n 2 --dist loadgroup -m soak --timeout 0 \
-		--durations 0 --durations-min 1 | tee docs/soak.txt
+soak: setup ## what takes an hour: 900 seeds of chaos, large swarms, 200 kills of real processes; keeps its output
+	set -o pipefail; ($(SOAK) -n 2 tests/sim && $(SOAK) tests/e2e) | tee docs/soak.txt
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check

@@ -16,7 +16,7 @@ from tests.e2e.processes import QUICK, Running
 from tests.e2e.test_commands import audited
 from tests.e2e.test_survival import assert_one_history
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(0), pytest.mark.xdist_group("processes")]  # one after the other
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(0)]
 
 KILLS = 100
 ROUNDS = 80
