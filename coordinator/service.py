@@ -8,19 +8,17 @@ It holds nothing that the peers do not hold, but for the run key. What it keeps 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from dugnad.coordinator import history
 from dugnad.coordinator.effects import Cost
 from dugnad.coordinator.keeper import Keeper
-from dugnad.coordinator.messages import Commit, Delegation, Genesis, delegation_payload
+from dugnad.coordinator.messages import Commit, Delegation, delegation_payload
 from dugnad.coordinator.rounds import Phase
 from dugnad.coordinator.shell import Shell
 from dugnad.coordinator.state import Model, Numerics
+from dugnad.coordinator.surroundings import Surroundings
 from dugnad.dht.identity import Identity, PeerId
-from dugnad.dht.transport import Transport
-from dugnad.monitoring.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -36,38 +34,17 @@ class Coordinator(Shell):
     machine: Keeper
 
     def __init__(
-        self,
-        identity: Identity,
-        genesis: Genesis,
-        organizer: Identity,
-        numerics: Numerics,
-        *,
-        transport: Transport,
-        directory: Path,
-        metrics: Metrics,
-        addresses: tuple[str, ...] = (),
-        contacts: Callable[[], Iterable[PeerId]] = tuple,
-        barred: Callable[[], frozenset[PeerId]] = frozenset,
-        accuse: Callable[[bytes, bytes], object] = lambda first, second: None,
+        self, around: Surroundings, organizer: Identity, numerics: Numerics, *, addresses: tuple[str, ...] = ()
     ) -> None:
-        super().__init__(
-            identity,
-            genesis,
-            numerics,
-            transport=transport,
-            directory=directory,
-            metrics=metrics,
-            contacts=contacts,
-            barred=barred,
-            accuse=accuse,
-        )
+        super().__init__(around, numerics)
+        me = self.identity.peer_id
         term = self.chain.next_term(at_s=time.time())
-        signature = organizer.sign(delegation_payload(self.run, identity.peer_id, term))
+        signature = organizer.sign(delegation_payload(self.run, me, term))
         rounds = self.recipe.rounds
         self.machine = Keeper(
-            identity.peer_id,
+            me,
             self.leader,
-            Delegation(identity.peer_id, term, signature),
+            Delegation(me, term, signature),
             addresses=addresses,
             report_s=rounds.report_s,
             leave_s=rounds.train_s + rounds.exchange_s,

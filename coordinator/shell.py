@@ -10,9 +10,8 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from dugnad.configs.recipe import decode
@@ -26,20 +25,19 @@ from dugnad.coordinator.follower import Follower
 from dugnad.coordinator.ledger import Charter, Ledger
 from dugnad.coordinator.machine import Machine
 from dugnad.coordinator.mail import Mail
-from dugnad.coordinator.messages import ROUND_KINDS, Commit, Genesis, Message, Plan
+from dugnad.coordinator.messages import ROUND_KINDS, Commit, Message, Plan
 from dugnad.coordinator.patience import Patience
 from dugnad.coordinator.phases import PhaseWatch
 from dugnad.coordinator.rounds import Leader
 from dugnad.coordinator.sources import Sources
 from dugnad.coordinator.state import Model, Numerics, State
+from dugnad.coordinator.surroundings import Surroundings
 from dugnad.coordinator.vouched import SHOWN_ROUNDS
 from dugnad.dht import bulk
 from dugnad.dht.blobs import Blobs
-from dugnad.dht.budget import GIVE_MBIT, Budget
+from dugnad.dht.budget import Budget
 from dugnad.dht.identity import Identity, PeerId, nickname, verify
-from dugnad.dht.transport import Transport
 from dugnad.dht.wire import Codec, WireError, open_sealed, seal
-from dugnad.monitoring.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -57,35 +55,19 @@ class KeySigner:
 
 
 class Shell:
-    """The world around one machine in one run; a role derives from it and says what only the role knows.
-
-    contacts: peers of the run that are known from elsewhere, for one who hears of no leader. barred: who gets no seat
-    and no vote. accuse: hears the two halves of each proof that a voter lies.
-    """
+    """The world around one machine in one run; a role derives from it and says what only the role knows."""
 
     machine: Machine
 
-    def __init__(
-        self,
-        identity: Identity,
-        genesis: Genesis,
-        numerics: Numerics,
-        *,
-        transport: Transport,
-        directory: Path,
-        metrics: Metrics,
-        contacts: Callable[[], Iterable[PeerId]] = tuple,
-        barred: Callable[[], frozenset[PeerId]] = frozenset,
-        accuse: Callable[[bytes, bytes], object] = lambda first, second: None,
-    ) -> None:
-        self.identity, self.genesis, self.run = identity, genesis, genesis.run
-        self.recipe = decode(genesis.recipe)
-        self.transport, self.metrics = transport, metrics
-        self.chain = Chain(directory / "chain.sqlite")
-        self.chain.found(genesis)
-        self.blobs = Blobs(directory / "blobs")
-        self.signer = KeySigner(identity)
-        self.charter = Charter.of(genesis, open_to_all=self.recipe.admission.kind == "open")
+    def __init__(self, around: Surroundings, numerics: Numerics) -> None:
+        self.identity, self.genesis, self.run = around.identity, around.genesis, around.genesis.run
+        self.recipe = decode(self.genesis.recipe)
+        self.transport, self.metrics = around.transport, around.metrics
+        self.chain = Chain(around.directory / "chain.sqlite")
+        self.chain.found(self.genesis)
+        self.blobs = Blobs(around.directory / "blobs")
+        self.signer = KeySigner(self.identity)
+        self.charter = Charter.of(self.genesis, open_to_all=self.recipe.admission.kind == "open")
         self.follower = Follower(
             self.signer,
             Ledger(self.charter, self.signer),
@@ -100,31 +82,27 @@ class Shell:
             numerics.assign_parts,
             started=int(time.time()),
             known_plan=self.known_plan,
-            barred=barred,
+            barred=around.barred,
         )
-        self.state = State(genesis, self.charter, self.recipe, numerics, self.signer, directory)
+        self.state = State(self.genesis, self.charter, self.recipe, numerics, self.signer, around.directory)
         self.averages = Averages(self.blobs, self.chain, self.leader, numerics)
-        self.answers = Answers(genesis, self.chain, self.state, self.leader)
+        self.answers = Answers(self.genesis, self.chain, self.state, self.leader)
         self.sources = Sources(
-            identity,
-            genesis,
+            around,
             numerics,
-            transport=transport,
             chain=self.chain,
             state=self.state,
             follower=self.follower,
             signer=self.signer,
-            incoming=directory / "incoming",
-            contacts=contacts,
             take=lambda donor, commit: self.perform(self.machine.receive(donor, commit, now=self.now())),
         )
-        self.budget = Budget.of_mbit(GIVE_MBIT)
-        """What we give to those who fetch; whoever made the role may set another before it serves."""
+        self.budget = Budget.of_mbit(around.give_mbit)
+        """What we give to those who fetch."""
         self.done = asyncio.Event()
         """Set when the role has nothing more to do."""
-        self._phases = PhaseWatch(self.leader, metrics)
+        self._phases = PhaseWatch(self.leader, self.metrics)
         self._numerics = numerics
-        self._accuse = accuse
+        self._accuse = around.accuse
         self._aftermath: asyncio.Queue[tuple[Commit, Model]] = asyncio.Queue()
         """Rounds that are applied, and not yet measured and saved."""
         self._changed = asyncio.Event()

@@ -3,21 +3,21 @@
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
 from dugnad.coordinator import sync
 from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.damage import CheckpointError, Damage
 from dugnad.coordinator.follower import Follower
-from dugnad.coordinator.messages import Commit, Genesis
+from dugnad.coordinator.messages import Commit
 from dugnad.coordinator.replica import REPLAY_ROUNDS
 from dugnad.coordinator.state import SHORT_REPLAY_ROUNDS, Model, Numerics, State
+from dugnad.coordinator.surroundings import Surroundings
 from dugnad.coordinator.votes import Signer
 from dugnad.dht import bulk
 from dugnad.dht.download import Incoming, Progress, download
-from dugnad.dht.identity import Identity, PeerId, nickname
-from dugnad.dht.transport import Transport, TransportError
+from dugnad.dht.identity import PeerId, nickname
+from dugnad.dht.transport import TransportError
 from dugnad.dht.wire import WireError
 
 log = logging.getLogger(__name__)
@@ -41,32 +41,28 @@ class Sources:
 
     def __init__(
         self,
-        identity: Identity,
-        genesis: Genesis,
+        around: Surroundings,
         numerics: Numerics,
         *,
-        transport: Transport,
         chain: Chain,
         state: State,
         follower: Follower,
         signer: Signer,
-        incoming: Path,
-        contacts: Callable[[], Iterable[PeerId]],
         take: Callable[[PeerId, Commit], None],
     ) -> None:
         self.downloading: Progress | None = None
         """How far the model is that we take from peers."""
-        self._me = identity.peer_id
-        self._genesis = genesis
+        self._me = around.identity.peer_id
+        self._genesis = around.genesis
         self._numerics = numerics
-        self._transport = transport
-        self._asker = sync.Asker(transport, identity, genesis.run)
+        self._transport = around.transport
+        self._asker = sync.Asker(around.transport, around.identity, around.genesis.run)
         self._chain = chain
         self._state = state
         self._follower = follower
         self._signer = signer
-        self._incoming = incoming
-        self._contacts = contacts
+        self._incoming = around.directory / "incoming"
+        self._contacts = around.contacts
         self._take = take
         self._rng = random.Random()
 

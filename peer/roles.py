@@ -15,8 +15,9 @@ from dugnad.coordinator import equivocation
 from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.messages import Genesis, Welcome
 from dugnad.coordinator.service import Coordinator
+from dugnad.coordinator.surroundings import Surroundings
 from dugnad.coordinator.sync import Asker, SyncError
-from dugnad.dht.budget import GIVE_MBIT, Budget
+from dugnad.dht.budget import GIVE_MBIT
 from dugnad.dht.evidence import Proofs
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId, nickname, public_key_of, verify
@@ -78,6 +79,20 @@ class Place:
     def contacts(self) -> list[PeerId]:
         """The members of the run that gossip tells of."""
         return list(self.swarm.roles())
+
+    def surroundings(self, genesis: Genesis, folder: Folder, network: Network) -> Surroundings:
+        """What a role here is given."""
+        return Surroundings(
+            identity=self.identity,
+            genesis=genesis,
+            transport=self.host,
+            directory=folder.path,
+            metrics=self.face.metrics,
+            give_mbit=network.give_mbit,
+            contacts=self.contacts,
+            barred=self.swarm.quarantined,
+            accuse=self.accuse,
+        )
 
     def accuse(self, first: bytes, second: bytes) -> None:
         """Spread the proof that a voter lies."""
@@ -151,19 +166,8 @@ async def join(
             told(recipe, nickname(place.identity.peer_id), place.url)
             numerics = Numerics(recipe, threads=threads)
             await asyncio.to_thread(numerics.prepare, to_train=True)
-            role = Session(
-                place.identity,
-                genesis,
-                numerics,
-                transport=place.host,
-                directory=folder.path,
-                metrics=place.face.metrics,
-                abilities=Abilities(addresses=place.host.addresses(), accepts=True, uplink=UNKNOWN_UPLINK),
-                contacts=place.contacts,
-                barred=place.swarm.quarantined,
-                accuse=place.accuse,
-            )
-            role.budget = Budget.of_mbit(network.give_mbit)
+            abilities = Abilities(addresses=place.host.addresses(), accepts=True, uplink=UNKNOWN_UPLINK)
+            role = Session(place.surroundings(genesis, folder, network), numerics, abilities=abilities)
             place.face.role, place.face.invite = role, encode_invite(place.invite(genesis, recipe.name))
             with folder.inhabited("volunteer", invite.run, recipe.name, place.url):
                 await _until_done(role, place, folder, role.leave, "leaving after this round; Ctrl+C again leaves now")
@@ -196,20 +200,8 @@ async def _coordinate(
     network: Network,
     told: Callable[[str, str], None],
 ) -> None:
-    role = Coordinator(
-        place.identity,
-        genesis,
-        folder.organizer(),
-        numerics,
-        transport=place.host,
-        directory=folder.path,
-        metrics=place.face.metrics,
-        addresses=place.host.addresses(),
-        contacts=place.contacts,
-        barred=place.swarm.quarantined,
-        accuse=place.accuse,
-    )
-    role.budget = Budget.of_mbit(network.give_mbit)
+    around = place.surroundings(genesis, folder, network)
+    role = Coordinator(around, folder.organizer(), numerics, addresses=place.host.addresses())
     name = numerics.recipe.name
     place.face.role, place.face.invite = role, encode_invite(place.invite(genesis, name))
     with folder.inhabited("coordinator", genesis.run, name, place.url):

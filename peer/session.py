@@ -7,22 +7,21 @@ Training runs in a thread, one interval at a time, and is asked to stop between 
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import msgspec
 
 from dugnad.coordinator.averages import RESULTS_CHANNEL, ResultsHeader
 from dugnad.coordinator.effects import Cost
-from dugnad.coordinator.messages import Commit, Genesis, Plan
+from dugnad.coordinator.messages import Commit, Plan
 from dugnad.coordinator.shell import Shell
 from dugnad.coordinator.sources import SILENCE_S
 from dugnad.coordinator.state import Model
+from dugnad.coordinator.surroundings import Surroundings
 from dugnad.dht import bulk
-from dugnad.dht.identity import Identity, PeerId, nickname
-from dugnad.dht.transport import Transport, TransportError
-from dugnad.monitoring.metrics import Metrics
+from dugnad.dht.identity import PeerId, nickname
+from dugnad.dht.transport import TransportError
 from dugnad.optim import reduce as reducing
 from dugnad.optim.codec import NonFinite
 from dugnad.optim.exchange import Exchange
@@ -51,33 +50,10 @@ class Session(Shell):
 
     machine: Volunteer
 
-    def __init__(
-        self,
-        identity: Identity,
-        genesis: Genesis,
-        numerics: Numerics,
-        *,
-        transport: Transport,
-        directory: Path,
-        metrics: Metrics,
-        abilities: Abilities,
-        contacts: Callable[[], Iterable[PeerId]] = tuple,
-        barred: Callable[[], frozenset[PeerId]] = frozenset,
-        accuse: Callable[[bytes, bytes], object] = lambda first, second: None,
-    ) -> None:
-        super().__init__(
-            identity,
-            genesis,
-            numerics,
-            transport=transport,
-            directory=directory,
-            metrics=metrics,
-            contacts=contacts,
-            barred=barred,
-            accuse=accuse,
-        )
+    def __init__(self, around: Surroundings, numerics: Numerics, *, abilities: Abilities) -> None:
+        super().__init__(around, numerics)
         self.machine = Volunteer(
-            identity.peer_id,
+            self.identity.peer_id,
             self.leader,
             abilities,
             num_parts=len(numerics.part_bytes),
@@ -88,7 +64,7 @@ class Session(Shell):
         self.tokens_per_s = 0.0
         self.left_because = ""
         self._numerics: Numerics = numerics
-        self._exchange = Exchange(transport, numerics.layout, expects=self.machine.takes, received=self._received)
+        self._exchange = Exchange(self.transport, numerics.layout, expects=self.machine.takes, received=self._received)
         self._training: asyncio.Task[None] | None = None
         self._order = _Order()
         self._trained_s = 0.0

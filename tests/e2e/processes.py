@@ -110,3 +110,7 @@ class Running:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+
+
+Start = Callable[..., Running]
+"""Starts a command: its name, then its arguments."""

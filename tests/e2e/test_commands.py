@@ -15,25 +15,9 @@ from typing import Any
 import pytest
 
 from dugnad.coordinator.chain import Chain
-from tests.e2e.processes import PATIENCE_S, QUICK, Running, dugnad
+from tests.e2e.processes import PATIENCE_S, QUICK, Running, Start, dugnad
 
 pytestmark = pytest.mark.timeout(240)
-
-Start = Callable[..., Running]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Start commands; whatever still runs is ended with the test."""
-    running: list[Running] = []
-
-    def begin(name: str, *arguments: str | Path) -> Running:
-        running.append(Running(tmp_path / name, *arguments))
-        return running[-1]
-
-    yield begin
-    for one in running:
-        one.close()
 
 
 def begin_run(start: Start, volunteers: int, rounds: int) -> tuple[Running, list[Running]]:

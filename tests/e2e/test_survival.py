@@ -3,33 +3,16 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dugnad.coordinator.chain import Chain
-from tests.e2e.processes import PATIENCE_S, QUICK, Running, dugnad
+from tests.e2e.processes import PATIENCE_S, QUICK, Running, Start, dugnad
 from tests.e2e.test_commands import at_round, audited
 
 pytestmark = pytest.mark.timeout(240)
-
-Start = Callable[..., Running]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Start commands; whatever still runs is ended with the test."""
-    running: list[Running] = []
-
-    def begin(name: str, *arguments: str | Path) -> Running:
-        running.append(Running(tmp_path / name, *arguments))
-        return running[-1]
-
-    yield begin
-    for one in running:
-        one.close()
 
 
 def launched(start: Start, volunteers: int, *, rounds: int) -> tuple[Running, list[Running]]:
@@ -146,7 +129,7 @@ def test_all_are_killed_at_once_and_go_on_from_their_disks(start: Start) -> None
     assert not any("taking the model from peers" in one.text().rpartition("run  ")[2] for one in again[:1])
 
 
-def test_a_coordinator_comes_back_on_an_empty_disk_with_the_run_key_and_leads_again(
+def test_a_coordinator_comes_back_on_an_empty_disk_with_the_run_key_and_of_two_the_newer_leads(
     start: Start, tmp_path: Path
 ) -> None:
     coordinator, volunteers = launched(start, 3, rounds=200)
@@ -162,7 +145,13 @@ def test_a_coordinator_comes_back_on_an_empty_disk_with_the_run_key_and_leads_ag
     two_rounds_later(volunteers[0])
     told = volunteers[0].until(lambda said: said["coordinator"]["alive"], "the coordinator")
     assert told["coordinator"]["peer"] == said["peer"]
-    assert_one_history([elsewhere, *(one.directory for one in volunteers)])
+
+    # and the first one is started again by mistake: the newer word of the organizer counts
+    first = start("coordinator", "launch", "--resume", coordinator.directory)
+    first.until(lambda said: said["leads"] and said["round"] > told["round"], "the lead of the newer one")
+    back.until(lambda said: said["reason"].startswith("yields: "), "the older one to say that it yields")
+    assert "yields: another coordinator was started later" in back.text()
+    assert_one_history([elsewhere, *(one.directory for one in (coordinator, *volunteers))])
 
 
 def test_the_organizer_begins_an_epoch_when_most_of_a_committee_is_gone_for_good(start: Start) -> None:

@@ -29,6 +29,7 @@ from dugnad.coordinator.messages import (
 )
 from dugnad.coordinator.shell import KeySigner, Shell
 from dugnad.coordinator.state import Model
+from dugnad.coordinator.surroundings import Surroundings
 from dugnad.coordinator.tensorfile import Tensors
 from dugnad.dht.blobs import Blobs
 from dugnad.dht.identity import Identity, PeerId
@@ -214,15 +215,15 @@ class Role(Shell):
         contacts: Sequence[PeerId] = (),
         numerics: SmallNumerics | None = None,
     ) -> None:
-        super().__init__(
-            me,
-            genesis,
-            numerics or SmallNumerics(),
+        around = Surroundings(
+            identity=me,
+            genesis=genesis,
             transport=transport,
             directory=directory,
             metrics=Metrics("volunteer", "run"),
             contacts=lambda: contacts,
         )
+        super().__init__(around, numerics or SmallNumerics())
         report_s = RECIPE.rounds.report_s
         abilities = Abilities(addresses=(), accepts=True, uplink=1.0)
         self.volunteer = Volunteer(me.peer_id, self.leader, abilities, num_parts=len(LAYOUT.parts), report_s=report_s)

@@ -36,6 +36,7 @@ from dugnad.coordinator.replica import REPLAY_ROUNDS
 from dugnad.coordinator.service import Coordinator
 from dugnad.coordinator.shell import CODEC, ROUND_CHANNEL, Shell
 from dugnad.coordinator.state import Model
+from dugnad.coordinator.surroundings import Surroundings
 from dugnad.coordinator.tensorfile import WEIGHTS
 from dugnad.dht import bulk
 from dugnad.dht.blobs import Blobs
@@ -756,21 +757,22 @@ async def test_a_checkpoint_of_a_round_that_the_chain_has_otherwise_is_left_alon
     assert read_head(kept) == before
 
 
+def around(transport: Transport, folder: Path, run: Run, *contacts: PeerId) -> Surroundings:
+    return Surroundings(
+        identity=EVE, genesis=run.genesis, transport=transport, directory=folder, metrics=Metrics("volunteer", "run"),
+        contacts=lambda: contacts,
+    )  # fmt: skip
+
+
 def volunteer(transport: Transport, folder: Path, run: Run) -> tuple[Shell, Callable[[], None]]:
     abilities = Abilities(addresses=(), accepts=True, uplink=1.0)
     numerics: Any = SmallNumerics()
-    session = Session(
-        EVE, run.genesis, numerics,
-        transport=transport, directory=folder, metrics=Metrics("volunteer", "run"), abilities=abilities,
-    )  # fmt: skip
+    session = Session(around(transport, folder, run), numerics, abilities=abilities)
     return session, session.leave
 
 
 def coordinator(transport: Transport, folder: Path, run: Run) -> tuple[Shell, Callable[[], None]]:
-    role = Coordinator(
-        EVE, run.genesis, ORGANIZER, SmallNumerics(),
-        transport=transport, directory=folder, metrics=Metrics("coordinator", "run"),
-    )  # fmt: skip
+    role = Coordinator(around(transport, folder, run), ORGANIZER, SmallNumerics())
     return role, role.stop
 
 
@@ -820,11 +822,8 @@ async def test_a_coordinator_that_could_not_have_the_model_asks_again_until_it_h
     donor.offer = offer(run, 12)
     async with network() as net, asyncio.timeout(LONG_S):
         await donor.serve(net.join(BOB.peer_id))
-        role = Coordinator(
-            EVE, run.genesis, ORGANIZER, SmallNumerics(),
-            transport=net.join(EVE.peer_id), directory=tmp_path, metrics=Metrics("coordinator", "run"),
-            contacts=lambda: [BOB.peer_id],
-        )  # fmt: skip
+        here = around(net.join(EVE.peer_id), tmp_path, run, BOB.peer_id)
+        role = Coordinator(here, ORGANIZER, SmallNumerics())
         async with serving(role):
             while donor.asked.count(StateRequest()) < 3:
                 await asyncio.sleep(0.001)

@@ -1,0 +1,35 @@
+"""What a role is given by the process that it lives in."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dugnad.coordinator.messages import Genesis
+from dugnad.dht.budget import GIVE_MBIT
+from dugnad.dht.identity import Identity, PeerId
+from dugnad.dht.transport import Transport
+from dugnad.monitoring.metrics import Metrics
+
+
+def _hears_nothing(first: bytes, second: bytes) -> None:
+    """Accusations lead to nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Surroundings:
+    """Of a role in one run; of the functions, a role that is alone can do without."""
+
+    identity: Identity
+    genesis: Genesis
+    transport: Transport
+    directory: Path
+    """Where it keeps what must survive it."""
+    metrics: Metrics
+    give_mbit: float = GIVE_MBIT
+    """What it gives at most to those who fetch, megabits a second."""
+    contacts: Callable[[], Iterable[PeerId]] = tuple
+    """Peers of the run that are known from elsewhere, for one who hears of no leader."""
+    barred: Callable[[], frozenset[PeerId]] = frozenset
+    """Who gets no seat and no vote."""
+    accuse: Callable[[bytes, bytes], None] = _hears_nothing
+    """Hears the two halves of each proof that a voter lies."""
