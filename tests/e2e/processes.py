@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,15 @@ from dugnad.peer import ask
 
 QUICK = Path(__file__).parent / "quick.toml"
 PATIENCE_S = 60.0
+
+
+def endless(directory: Path, *, seed: int = 1) -> Path:
+    """The quick recipe with steps for days, in that directory; another seed makes another model of other data."""
+    text = QUICK.read_text()
+    assert text.count("10000") == 3
+    recipe = directory / "endless.toml"
+    recipe.write_text(re.sub("^seed = 1$", f"seed = {seed}", text.replace("10000", "10000000"), flags=re.MULTILINE))
+    return recipe
 
 
 def dugnad(

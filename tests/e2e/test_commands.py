@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from dugnad.coordinator.chain import Chain
-from tests.e2e.processes import PATIENCE_S, QUICK, Running, Start, dugnad
+from tests.e2e.processes import PATIENCE_S, QUICK, Running, Start, dugnad, endless
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -253,8 +253,12 @@ def test_of_two_joins_started_at_once_in_one_folder_one_is_refused(start: Start)
     assert f"dugnad: {twins[0].directory}: " in twins[0].text()
 
 
-def test_a_corrupt_checkpoint_is_named_and_what_is_damaged_comes_from_other_keepers(start: Start) -> None:
-    coordinator, _ = begin_run(start, 2, rounds=200)
+def test_a_corrupt_checkpoint_is_named_and_what_is_damaged_comes_from_other_keepers(
+    start: Start, tmp_path: Path
+) -> None:
+    coordinator = start("coordinator", "launch", endless(tmp_path))
+    for k in range(2):
+        start(f"volunteer-{k}", "join", coordinator.invite())
     coordinator.until(at_round(5), "fifth round")
     coordinator.interrupt()
     assert coordinator.ended() == 0, coordinator.text()

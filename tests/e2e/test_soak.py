@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 
 from dugnad.coordinator import history
 from dugnad.coordinator.chain import Chain
-from tests.e2e.processes import QUICK, Running
+from tests.e2e.processes import Running, endless
 from tests.e2e.test_commands import audited
 from tests.e2e.test_survival import assert_one_history
 
@@ -34,17 +33,6 @@ def running() -> Iterator[list[Running]]:
         one.close()
 
 
-def long_recipe(tmp_path: Path, *, seed: int = 1) -> Path:
-    """The quick recipe, with another model and other data for each seed, and steps enough for hours."""
-    text = QUICK.read_text()
-    for line, instead in (("total_steps = 4000", "total_steps = 400000"), ("until_step = 4000", "until_step = 400000")):
-        assert line in text
-        text = text.replace(line, instead)
-    recipe = tmp_path / "long.toml"
-    recipe.write_text(re.sub(r"^seed = 1$", f"seed = {seed}", text, flags=re.MULTILINE))
-    return recipe
-
-
 def in_step_beyond(round_: int) -> Callable[[dict[str, Any]], bool]:
     return lambda said: bool(said["round"] > round_ and said["model_round"] == said["round"])
 
@@ -55,7 +43,7 @@ def test_whoever_is_killed_at_random_moments_comes_up_healthy_every_time(
 ) -> None:
     """Healthy: it takes up the round that its peers committed meanwhile, and the chain grows from there."""
     rng = random.Random(victim)
-    coordinator = Running(tmp_path / "coordinator", "launch", long_recipe(tmp_path))
+    coordinator = Running(tmp_path / "coordinator", "launch", endless(tmp_path))
     running.append(coordinator)
     invite = coordinator.invite()
     volunteers = [Running(tmp_path / f"v{k}", "join", invite) for k in range(3)]
@@ -112,7 +100,7 @@ def a_run(tmp_path: Path, running: list[Running], *, seed: int, disturbed: bool)
     """What a run of four volunteers learned, if nobody dies, or somebody every few seconds."""
     rng = random.Random(seed)
     tmp_path.mkdir()
-    coordinator = Running(tmp_path / "coordinator", "launch", long_recipe(tmp_path, seed=seed))
+    coordinator = Running(tmp_path / "coordinator", "launch", endless(tmp_path, seed=seed))
     running.append(coordinator)
     invite = coordinator.invite()
     volunteers = {k: Running(tmp_path / f"v{k}", "join", invite) for k in range(4)}

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 from dugnad.coordinator.chain import Chain
-from tests.e2e.processes import PATIENCE_S, QUICK, Running, Start, dugnad
+from tests.e2e.processes import PATIENCE_S, Running, Start, dugnad, endless
 from tests.e2e.test_commands import at_round, audited
 
 pytestmark = pytest.mark.timeout(240)
 
 
-def launched(start: Start, volunteers: int, *, rounds: int) -> tuple[Running, list[Running]]:
-    """A coordinator and so many volunteers, all in the committee."""
-    coordinator = start("coordinator", "launch", QUICK, "--rounds", str(rounds))
+def launched(start: Start, directory: Path, volunteers: int) -> tuple[Running, list[Running]]:
+    """A coordinator and so many volunteers, all in the committee, of a run without an end."""
+    coordinator = start("coordinator", "launch", endless(directory))
     invite = coordinator.invite()
     others = [start(f"v{k}", "join", invite) for k in range(volunteers)]
     coordinator.until(lambda said: at_round(2)(said) and len(said["committee"]) == volunteers + 1, "a full committee")
@@ -79,8 +79,8 @@ def assert_one_history(directories: list[Path]) -> None:
     assert found["digests_agree"]
 
 
-def test_one_death_after_the_other_costs_no_round_and_no_data(start: Start) -> None:
-    coordinator, volunteers = launched(start, 6, rounds=200)
+def test_one_death_after_the_other_costs_no_round_and_no_data(start: Start, tmp_path: Path) -> None:
+    coordinator, volunteers = launched(start, tmp_path, 6)
     coordinator.until(at_round(3), "third round")
     everyone = [coordinator, *volunteers]
     coordinator.kill()
@@ -115,8 +115,8 @@ def test_one_death_after_the_other_costs_no_round_and_no_data(start: Start) -> N
     assert_one_history([one.directory for one in everyone])
 
 
-def test_all_are_killed_at_once_and_go_on_from_their_disks(start: Start) -> None:
-    coordinator, volunteers = launched(start, 3, rounds=200)
+def test_all_are_killed_at_once_and_go_on_from_their_disks(start: Start, tmp_path: Path) -> None:
+    coordinator, volunteers = launched(start, tmp_path, 3)
     coordinator.until(at_round(5), "fifth round")
     everyone = [coordinator, *volunteers]
     for one in everyone:
@@ -132,7 +132,7 @@ def test_all_are_killed_at_once_and_go_on_from_their_disks(start: Start) -> None
 def test_a_coordinator_comes_back_on_an_empty_disk_with_the_run_key_and_of_two_the_newer_leads(
     start: Start, tmp_path: Path
 ) -> None:
-    coordinator, volunteers = launched(start, 3, rounds=200)
+    coordinator, volunteers = launched(start, tmp_path, 3)
     coordinator.kill()
     two_rounds_later(volunteers[0])
     elsewhere = tmp_path / "elsewhere"
@@ -154,8 +154,8 @@ def test_a_coordinator_comes_back_on_an_empty_disk_with_the_run_key_and_of_two_t
     assert_one_history([elsewhere, *(one.directory for one in (coordinator, *volunteers))])
 
 
-def test_the_organizer_begins_an_epoch_when_most_of_a_committee_is_gone_for_good(start: Start) -> None:
-    coordinator, volunteers = launched(start, 4, rounds=200)
+def test_the_organizer_begins_an_epoch_when_most_of_a_committee_is_gone_for_good(start: Start, tmp_path: Path) -> None:
+    coordinator, volunteers = launched(start, tmp_path, 4)
     for one in volunteers[:3]:
         one.kill()
     last = volunteers[3]

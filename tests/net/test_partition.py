@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.processes import QUICK, Running
+from tests.e2e.processes import Running, endless
 from tests.e2e.test_commands import at_round, audited
 from tests.e2e.test_survival import blocks
 from tests.net.internet import Internet, internet, why_not
@@ -40,7 +40,7 @@ def roles(net: Internet, tmp_path: Path) -> Iterator[list[Running]]:
         return one
 
     try:
-        coordinator = begin(1, "coordinator", "launch", QUICK)
+        coordinator = begin(1, "coordinator", "launch", endless(tmp_path))
         invite = coordinator.invite()
         for number in range(2, HOSTS + 1):
             begin(number, f"v{number}", "join", invite)
