@@ -7,6 +7,7 @@ Training runs in a thread, one interval at a time, and is asked to stop between 
 import asyncio
 import logging
 import threading
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -67,6 +68,7 @@ class Session(Shell):
         self._exchange = Exchange(self.transport, numerics.layout, expects=self.machine.takes, received=self._received)
         self._training: asyncio.Task[None] | None = None
         self._order = _Order()
+        self._complaints: deque[object] = deque(maxlen=64)
         self._trained_s = 0.0
         self._contributed_at: float | None = None
 
@@ -197,6 +199,12 @@ class Session(Shell):
 
     # -- the exchange
 
+    def _complain(self, about: object, text: str, *words: object) -> None:
+        """Log it once: what fails is tried again each second."""
+        if about not in self._complaints:
+            self._complaints.append(about)
+            log.info(text, *words)
+
     def _received(self, contributor: PeerId, root: bytes, parts: tuple[int, ...]) -> None:
         with self.or_end():
             self.perform(self.machine.received(contributor, root, parts, now=self.now()))
@@ -205,7 +213,7 @@ class Session(Shell):
         try:
             await self._exchange.upload(owner, root, parts)
         except TransportError as error:
-            log.info("upload to %s: %s", nickname(owner), error)
+            self._complain((owner, root), "upload to %s: %s", nickname(owner), error)
             self.perform(self.machine.upload_failed(owner, root, parts, now=self.now()))
         else:
             self.perform(self.machine.uploaded(owner, root, parts, now=self.now()))
@@ -225,5 +233,5 @@ class Session(Shell):
             await bulk.push(self.transport, to, RESULTS_CHANNEL, header, payloads, kind=kind, timeout_s=SILENCE_S)
         except TransportError as failed:
             error = str(failed)
-            log.info("averages for %s: %s", nickname(to), error)
+            self._complain((to, plan.order), "averages for %s: %s", nickname(to), error)
         self.perform(self.machine.delivered(to, error=error, now=self.now()))
