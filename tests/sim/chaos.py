@@ -241,10 +241,15 @@ class Chaos:
         for name in [COORDINATOR, *self.names]:
             self._thaw(name)
             self._back(name)
-        world.after(60.0, self._recover)
+        world.after(150.0, self._recover)
 
     def _recover(self) -> None:
-        """Begin an epoch where half of a committee has lost its disks: a block may name who has just died."""
+        """Begin an epoch where half of a committee has lost its disks: a block may name who has just died.
+
+        Who was about to leave when the calm began has left by now, and may hold the vote that is missing.
+        """
+        for name in [COORDINATOR, *self.names]:
+            self._back(name)
         world, chain = self.world, self.world.chain()
         committee, disks = chain[-1].block.committee, world.disks
         whole = [v.peer for v in committee if v.peer in disks and disks[v.peer].incarnation == v.incarnation]
