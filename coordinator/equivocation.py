@@ -17,8 +17,10 @@ import msgspec
 from msgspec import Meta, Struct
 
 from dugnad.coordinator.messages import (
+    PLEDGE_DOMAIN,
     PRECOMMIT,
     PREVOTE,
+    VOTE_DOMAIN,
     Lock,
     Pledge,
     Voter,
@@ -30,7 +32,6 @@ from dugnad.dht.wire import WireError
 
 SORT = "votes"
 """What this sort of evidence is called."""
-_VOTE, _PLEDGE = b"dugnad/vote/2", b"dugnad/pledge/1"
 
 Verify = Callable[[PeerId, bytes, bytes], bool]
 
@@ -131,10 +132,10 @@ def _parse(raw: bytes) -> Signed:
 
 def _words(said: Signed) -> _Vote | _Pledge:
     try:
-        if said.payload.startswith(_VOTE):
-            return _votes.decode(said.payload.removeprefix(_VOTE))
-        if said.payload.startswith(_PLEDGE):
-            return _pledges.decode(said.payload.removeprefix(_PLEDGE))
+        if said.payload.startswith(VOTE_DOMAIN):
+            return _votes.decode(said.payload.removeprefix(VOTE_DOMAIN))
+        if said.payload.startswith(PLEDGE_DOMAIN):
+            return _pledges.decode(said.payload.removeprefix(PLEDGE_DOMAIN))
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise WireError("malformed", f"a vote or a pledge: {error}") from error
     raise WireError("malformed", "neither a vote nor a pledge")

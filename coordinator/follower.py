@@ -365,7 +365,7 @@ class Follower:
         return [*out, self._vote(said.block, said.view, PRECOMMIT)]
 
     def _accuse_all(self, one: Lock, other: Lock) -> list[Effect]:
-        """Two quorums prevoted two blocks in one view: whoever is in both lied, or says that others did."""
+        """Two quorums prevoted two blocks in one view: whoever is in both lied."""
         run, committee = self.ledger.run, self.ledger.head.committee
         first, second = (equivocation.prevotes(run, lock, committee) for lock in (one, other))
         return [Accuse(first[peer], second[peer]) for peer in sorted(first.keys() & second.keys())]

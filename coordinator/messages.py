@@ -433,6 +433,10 @@ SYNC_KINDS: tuple[Kind, ...] = (
 """Questions and answers of one who joins or catches up."""
 
 
+VOTE_DOMAIN, PLEDGE_DOMAIN = b"dugnad/vote/2", b"dugnad/pledge/1"
+"""What signed votes and pledges begin with."""
+
+
 def delegation_payload(run: bytes, coordinator: PeerId, term: int) -> bytes:
     """What the organizer signs so that `coordinator` may have the coordinator's seat, from `term` on."""
     return b"dugnad/delegation/1" + msgspec.msgpack.encode((run, coordinator, term))
@@ -440,14 +444,14 @@ def delegation_payload(run: bytes, coordinator: PeerId, term: int) -> bytes:
 
 def vote_payload(run: bytes, epoch: int, round_: int, view: int, phase: int, block: bytes, incarnation: bytes) -> bytes:
     """What a voter signs, as the incarnation that the committee names."""
-    return b"dugnad/vote/2" + msgspec.msgpack.encode((run, epoch, round_, view, phase, block, incarnation))
+    return VOTE_DOMAIN + msgspec.msgpack.encode((run, epoch, round_, view, phase, block, incarnation))
 
 
 def pledge_payload(
     run: bytes, epoch: int, round_: int, view: int, locked: int, block: bytes, incarnation: bytes
 ) -> bytes:
     """What a voter signs who will vote in no view of that round before `view`."""
-    return b"dugnad/pledge/1" + msgspec.msgpack.encode((run, epoch, round_, view, locked, block, incarnation))
+    return PLEDGE_DOMAIN + msgspec.msgpack.encode((run, epoch, round_, view, locked, block, incarnation))
 
 
 def epoch_payload(run: bytes, block: bytes) -> bytes:

@@ -19,7 +19,6 @@ from dugnad.coordinator import effects, sync
 from dugnad.coordinator.answers import Answers
 from dugnad.coordinator.averages import HEADER_BYTES, RESULTS_CHANNEL, Averages
 from dugnad.coordinator.chain import Chain
-from dugnad.coordinator.checkpoint import name_of
 from dugnad.coordinator.effects import Cost, Keep, LeftOut
 from dugnad.coordinator.follower import Follower
 from dugnad.coordinator.ledger import Charter, Ledger
@@ -397,12 +396,12 @@ class Shell:
 
     async def _save_last(self) -> None:
         """Save the newest model, if it is of the chain and no checkpoint of it was written yet."""
-        newest, follower, saved = self.state.newest, self.follower, self.state.checkpoint
-        if newest is None or follower.model is None:
+        newest = self.state.newest
+        if newest is None or self.follower.model is None:
             return  # before it began, or a model that counts no more
         round_, model = newest
         commit = self.chain.commit(round_)
-        if commit is not None and (saved is None or saved.name != name_of(round_)):
+        if commit is not None and self.state.saved != commit.block.hash:
             val_round, val_loss = self.leader.validation
             await self.save(commit, model, val_loss if val_round == round_ else None)
 

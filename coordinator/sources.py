@@ -33,9 +33,8 @@ DONORS_ASKED = 8
 
 
 class Sources:
-    """Takes chain, model and blobs of one run, for the peer that `leader` is part of.
+    """Takes chain, model and blobs of one run, for the peer whose chain `follower` keeps.
 
-    incoming: the folder of a model that is under way. contacts: peers of the run that are known from elsewhere.
     take: hands a commit of that peer to the machine.
     """
 

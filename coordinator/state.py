@@ -96,6 +96,8 @@ class State:
         self.checkpoints = Checkpoints(directory / "checkpoints", recipe.checkpoints.keep, signer)
         self.checkpoint: Path | None = None
         """The newest checkpoint."""
+        self.saved: bytes | None = None
+        """The hash of the block that it is the model after."""
         self.damaged: list[Damage] = []
         """Checkpoints that were found damaged, and are to be replaced from other keepers."""
         self._genesis = genesis
@@ -126,7 +128,7 @@ class State:
                 break
             found = self._load(path, blocks)
             if found is not None:
-                self.checkpoint = path
+                self.checkpoint, self.saved = path, blocks[round_of(path)]
                 return found
         founder = self._signer.peer_id == self._genesis.founder
         first = self.first_model() if head <= SHORT_REPLAY_ROUNDS else None
@@ -186,7 +188,7 @@ class State:
     def save(self, block: Block, model: Model, val_loss: float | None) -> None:
         """Write the checkpoint of the model after `block`. Blocks on the disk. Raises CheckpointError."""
         meta = self._meta(block, model.digest().hex(), val_loss)
-        self.checkpoint = self.checkpoints.save(block.round, model.tensors(), meta=meta)
+        self.checkpoint, self.saved = self.checkpoints.save(block.round, model.tensors(), meta=meta), block.hash
 
     async def repair(self, damage: Damage, fetch: Fetch, commit_of: sync.CommitOf) -> None:
         """Replace what is damaged in a checkpoint by what other keepers have. Raises CheckpointError."""

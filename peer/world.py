@@ -557,9 +557,10 @@ class Node:
                     world.traffic.plans.add((message.epoch, message.order))
                 self.say(to, message)
             case effects.Store(commit):
-                self._write("Store", lambda: self._store(commit))
-            case effects.Rewind(round_):
-                self._write("Rewind", lambda: disk.commits.__delitem__(slice(round_, None)))
+                rewinds = commit.block.round <= len(disk.commits)
+                self._write("Rewind" if rewinds else "Store", lambda: self._store(commit))
+            case effects.Rewind():
+                pass  # the Store that follows does both in one
             case effects.Remember(promises):
                 self._write("Remember", lambda: setattr(disk, "promises", promises))
             case effects.Apply(commit):
@@ -585,6 +586,7 @@ class Node:
 
     def _store(self, commit: Commit) -> None:
         disk = self.disk
+        del disk.commits[commit.block.round - 1 :]  # of an epoch that is over
         tip = disk.commits[-1].block if disk.commits else None
         disk.commits.append(commit)
         self.world.rules.stores(self.peer, disk.incarnation, commit, tip)

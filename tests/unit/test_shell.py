@@ -804,6 +804,23 @@ async def test_every_role_saves_its_last_model_when_it_ends(tmp_path: Path, kind
     assert last.writer == EVE.peer_id
 
 
+async def test_the_last_model_is_saved_though_one_of_its_round_was_in_an_epoch_that_is_over(tmp_path: Path) -> None:
+    run = Run(ANN, BOB)
+    run.grow(5)
+    run.keep_in(tmp_path)
+    async with network() as net, asyncio.timeout(LONG_S):
+        role, leave = volunteer(net.join(EVE.peer_id), tmp_path, run)
+        running = asyncio.create_task(role.serve())
+        while not role.follower.at_head:
+            await asyncio.sleep(0.001)
+        role.state.checkpoint, role.state.saved = tmp_path / "checkpoints" / "round-000005", b"a block of before"
+        leave()
+        await running
+    last = inspect(tmp_path / "checkpoints" / "round-000005")
+    assert isinstance(last, Checkpoint)
+    assert last.meta.block == run.commits[4].block.hash.hex()
+
+
 async def test_a_volunteer_that_leaves_before_it_has_a_model_saves_none(tmp_path: Path, run: Run) -> None:
     async with network() as net, asyncio.timeout(LONG_S):
         role, leave = volunteer(net.join(EVE.peer_id), tmp_path, run)
