@@ -102,6 +102,9 @@ def test_one_death_after_the_other_costs_no_round_and_no_data(start: Start, tmp_
         two_rounds_later(witness)
     finally:
         os.kill(frozen.process.pid, signal.SIGCONT)
+    # else those who are killed next could be half of the committee, and then nobody may go on
+    thawed = frozen.until(lambda said: True, "a word")["peer"]
+    witness.until(lambda said: thawed in said["committee"], "the frozen one back in the committee")
 
     # one joins through a peer of the swarm, since its coordinator is gone, while its donors are killed
     invite = dugnad("invite", "--dir", witness.directory)
