@@ -1,0 +1,163 @@
+"""The transport of a peer: libp2p for words and as the way that always works, direct connections for bulk bytes.
+
+While there is no direct connection to a peer, or when one breaks, streams go over libp2p, through a relay if need be.
+What was under way then is sent again by whoever sent it, as with any stream that breaks off.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from dugnad.dht.identity import PeerId
+from dugnad.dht.paths import PairPath, Path
+from dugnad.dht.rendezvous import Rendezvous
+from dugnad.dht.transport import RequestHandler, Stream, StreamHandler, Transport, Unreachable
+
+WAIT_S = 3.0
+"""How long a stream waits for a direct connection before it goes over libp2p; the connection may still come."""
+FORGET_S = 600.0
+"""After how long without a stream a pair is no longer shown."""
+_LARGE_BYTES = 128 * 1024
+"""Transfers below this say nothing of the rate."""
+
+
+class Libp2p(Transport, Protocol):
+    """The transport below."""
+
+    async def path_of(self, peer: PeerId) -> Path | None:
+        """By which way it reaches `peer`; None if there is no connection."""
+        ...
+
+
+@dataclass(slots=True)
+class Pace:
+    """What was last seen of the streams with a peer."""
+
+    path: Path
+    used_at: float
+    rtt_s: float | None = None
+    sent_bytes_per_s: float = 0.0
+    received_bytes_per_s: float = 0.0
+
+
+class Direct:
+    """A `Transport` over libp2p and the direct connections of `rendezvous`."""
+
+    def __init__(self, libp2p: Libp2p, rendezvous: Rendezvous) -> None:
+        self._libp2p = libp2p
+        self._rendezvous = rendezvous
+        self._paces: dict[PeerId, Pace] = {}
+
+    @property
+    def peer_id(self) -> PeerId:
+        """Who we are."""
+        return self._libp2p.peer_id
+
+    async def request(self, peer: PeerId, channel: str, payload: bytes, *, timeout_s: float) -> bytes:
+        """See Transport: always over libp2p."""
+        since = time.monotonic()
+        reply = await self._libp2p.request(peer, channel, payload, timeout_s=timeout_s)
+        pace = self._paces.get(peer)
+        if pace is not None:
+            took_s = time.monotonic() - since
+            pace.rtt_s = min(took_s, 2 * pace.rtt_s) if pace.rtt_s is not None else took_s
+        return reply
+
+    async def serve(self, channel: str, handler: RequestHandler) -> None:
+        """See Transport."""
+        await self._libp2p.serve(channel, handler)
+
+    async def learn(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        """See Transport."""
+        await self._libp2p.learn(peer, addresses)
+
+    async def open(self, peer: PeerId, channel: str, *, kind: str) -> Stream:
+        """A new stream, on a direct connection if one can be had soon. Raises Unreachable."""
+        connection = await self._rendezvous.connect(peer, within_s=WAIT_S)
+        if connection is not None:
+            try:
+                stream: Stream = connection.open(channel, kind=kind)
+            except Unreachable:
+                pass  # it ended this moment, or is crowded
+            else:
+                return TimedStream(stream, self._pace(peer, connection.path))
+        stream = await self._libp2p.open(peer, channel, kind=kind)
+        path = await self._libp2p.path_of(peer)
+        return TimedStream(stream, self._pace(peer, path or Path.RELAYED))
+
+    async def serve_stream(self, channel: str, handler: StreamHandler) -> None:
+        """Accept streams on `channel`, over both."""
+
+        async def timed(peer: PeerId, stream: Stream) -> None:
+            connection = self._rendezvous.connection(peer)
+            path = connection.path if connection is not None else await self._libp2p.path_of(peer)
+            await handler(peer, TimedStream(stream, self._pace(peer, path or Path.RELAYED)))
+
+        self._rendezvous.serve(channel, timed)
+        await self._libp2p.serve_stream(channel, timed)
+
+    def paths(self) -> list[PairPath]:
+        """The ways in use to other peers, in peer-id order."""
+        now = time.monotonic()
+        self._paces = {peer: pace for peer, pace in self._paces.items() if now - pace.used_at < FORGET_S}
+        shown = []
+        for peer, pace in sorted(self._paces.items()):
+            connection = self._rendezvous.connection(peer)
+            path, rtt_s = (connection.path, connection.rtt_s) if connection is not None else (pace.path, pace.rtt_s)
+            shown.append(PairPath(peer, path, rtt_s, pace.sent_bytes_per_s, pace.received_bytes_per_s))
+        return shown
+
+    def _pace(self, peer: PeerId, path: Path) -> Pace:
+        pace = self._paces.setdefault(peer, Pace(path, 0.0))
+        pace.path, pace.used_at = path, time.monotonic()
+        return pace
+
+
+class TimedStream:
+    """A `Stream` that notes how fast its bytes move."""
+
+    def __init__(self, stream: Stream, pace: Pace) -> None:
+        self._stream = stream
+        self._pace = pace
+        self._sent = self._received = 0
+        self._sending_s = self._receiving_s = 0.0
+
+    @property
+    def kind(self) -> str:
+        """See Stream."""
+        return self._stream.kind
+
+    @kind.setter
+    def kind(self, kind: str) -> None:
+        self._stream.kind = kind
+
+    async def read_exactly(self, num_bytes: int) -> bytes:
+        """See Stream."""
+        return await self._stream.read_exactly(num_bytes)
+
+    async def read_into(self, buffer: memoryview) -> None:
+        """See Stream."""
+        since = time.monotonic()
+        await self._stream.read_into(buffer)
+        self._receiving_s += time.monotonic() - since
+        self._received += len(buffer)
+
+    async def write(self, data: bytes | memoryview) -> None:
+        """See Stream."""
+        since = time.monotonic()
+        await self._stream.write(data)
+        self._sending_s += time.monotonic() - since
+        self._sent += len(memoryview(data).cast("B"))
+
+    async def wait_taken(self, *, timeout_s: float) -> None:
+        """See Stream."""
+        await self._stream.wait_taken(timeout_s=timeout_s)
+
+    async def close(self) -> None:
+        """See Stream."""
+        if self._sent >= _LARGE_BYTES and self._sending_s > 0:
+            self._pace.sent_bytes_per_s = self._sent / self._sending_s
+        if self._received >= _LARGE_BYTES and self._receiving_s > 0:
+            self._pace.received_bytes_per_s = self._received / self._receiving_s
+        await self._stream.close()

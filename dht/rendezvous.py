@@ -1,0 +1,399 @@
+"""Direct connections to the peers of a run: who is met, trusted and dialled, and how others see us from outside."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from types import TracebackType
+from typing import Any, Self
+
+from blake3 import blake3
+
+from dugnad.dht import meeting
+from dugnad.dht.carrier import Carrier, NoConnection, Place, Refused
+from dugnad.dht.certificate import Certificate, fingerprint
+from dugnad.dht.connection import Connection
+from dugnad.dht.identity import Identity, PeerId, nickname
+from dugnad.dht.meeting import Dial, Give, Meet, Punch, Wait
+from dugnad.dht.paths import Path, Reach
+from dugnad.dht.transport import Meter, StreamHandler, Transport, TransportError
+from dugnad.dht.wire import WireError
+
+log = logging.getLogger(__name__)
+
+ASK_S = 3.0
+WAIT_S = 4.0
+"""How long the side that is dialled waits for that."""
+RETRY_S = 30.0
+"""After how long a pair that found no direct way tries again; twice as long each time, up to MAX_RETRY_S."""
+MAX_RETRY_S = 600.0
+OBSERVERS = 2
+"""How many open peers tell us how we are seen."""
+LOOK_S = 2.0
+MAX_CONNECTIONS = 1024
+MAX_TRUSTED = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Acquaintances:
+    """What a peer knows of the others, and what it is itself to them."""
+
+    refuses: Callable[[PeerId, bytes], str | None]
+    """(peer, claim): why it may have no connection with us; None if it may."""
+    pinned: Callable[[PeerId], bytes | None]
+    """The fingerprint of a peer's certificate in its signed record, if there is one."""
+    open_peers: Callable[[], Iterable[PeerId]]
+    """Who accepts connections from anywhere."""
+    open_hosts: Callable[[], Sequence[str]]
+    """Numeric addresses at which anyone reaches our carrier's port."""
+    claim: Callable[[], bytes] = bytes
+    """Why we may take part, as long as the others do not know."""
+
+
+@dataclass(slots=True)
+class _Failure:
+    reason: str
+    pause_s: float
+    again_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Trusted:
+    certificate: bytes
+    claim: bytes
+
+
+class Rendezvous:
+    """`async with Rendezvous(...)` opens the carrier's port; nobody is expected there before `begin`.
+
+    listen: on which address and port, 0 for any; folder: where the certificate is kept. Entering raises PortInUse,
+    ListenError, and OSError if the folder can't be used.
+    """
+
+    def __init__(self, identity: Identity, *, listen: Place, folder: FilePath, meter: Meter) -> None:
+        self._identity = identity
+        self._listen = listen
+        self._file = folder / "carrier.pem"
+        self._meter = meter
+        self._transport: Transport | None = None
+        self._known: Acquaintances | None = None
+        self._trusted: dict[PeerId, _Trusted] = {}
+        self._connections: dict[PeerId, list[Connection]] = {}
+        """Of each peer, the newest last: when two dial each other there are two."""
+        self._attempts: dict[PeerId, asyncio.Task[None]] = {}
+        self._arrivals: dict[PeerId, asyncio.Event] = {}
+        self._failures: dict[PeerId, _Failure] = {}
+        self._punching: set[PeerId] = set()
+        self._views: dict[Connection, Place] = {}
+        """Connections from the port on which we listen, and where they lead: they show how that looks from outside."""
+        self.punches: Counter[tuple[Reach, bool]] = Counter()
+        """(how we are reached, whether it worked) -> how often connections were punched."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._exit = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        self.certificate = await asyncio.to_thread(Certificate.load_or_create, self._file, self._identity.peer_id)
+        self.carrier = Carrier(
+            self._identity,
+            self.certificate,
+            listen=self._listen,
+            meter=self._meter,
+            expects=self._expects,
+            established=self._established,
+            over=self._over,
+        )
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self.carrier)
+            stack.push_async_callback(self._stop)
+            self._exit = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._exit.__aexit__(kind, error, trace)
+
+    async def begin(self, transport: Transport, known: Acquaintances) -> None:
+        """Meet others over `transport` from now on."""
+        self._transport, self._known = transport, known
+        await transport.serve(meeting.CHANNEL, self._on_meet)
+        self._spawn(self._keep_looking())
+
+    def serve(self, channel: str, handler: StreamHandler) -> None:
+        """Accept streams on `channel`."""
+        self.carrier.handlers[channel] = handler
+
+    # -- connections
+
+    def connection(self, peer: PeerId) -> Connection | None:
+        """The newest connection to `peer`."""
+        found = self._connections.get(peer)
+        return found[-1] if found else None
+
+    def connections(self) -> list[Connection]:
+        """The newest connection to each peer."""
+        return [found[-1] for found in self._connections.values()]
+
+    async def connect(self, peer: PeerId, *, within_s: float) -> Connection | None:
+        """A connection to `peer`, sought if there is none and that may help; it may come later than `within_s`."""
+        there = self.connection(peer)
+        if there is not None or self._known is None:
+            return there
+        failed = self._failures.get(peer)
+        if peer not in self._attempts and failed is not None and time.monotonic() < failed.again_at:
+            return None
+        attempt = self._attempts.get(peer) or self._attempt(peer, self._meet(peer))
+        await asyncio.wait([attempt], timeout=within_s)
+        return self.connection(peer)
+
+    def why_not(self, peer: PeerId) -> str:
+        """Why there is no direct connection to `peer`, in words; empty if none was sought."""
+        failed = self._failures.get(peer)
+        return failed.reason if failed is not None else ""
+
+    def _expects(self, peer: PeerId) -> bytes | None:
+        trusted = self._trusted.get(peer)
+        return trusted.certificate if trusted is not None and not self._refused(peer, trusted) else None
+
+    def _established(self, connection: Connection) -> None:
+        peer = connection.peer
+        if peer in self._punching:
+            connection.path = Path.PUNCHED
+        self._connections.setdefault(peer, []).append(connection)
+        self._failures.pop(peer, None)
+        if (arrival := self._arrivals.get(peer)) is not None:
+            arrival.set()
+        log.debug("a direct connection to %s (%s)", nickname(peer), connection.path)
+        while len(self._connections) > MAX_CONNECTIONS:
+            self._close_one_idle()
+
+    def _over(self, connection: Connection, why: str) -> None:
+        found = self._connections.get(connection.peer, [])
+        if connection in found:
+            found.remove(connection)
+            log.debug("the direct connection to %s is over: %s", nickname(connection.peer), why)
+        if not found:
+            self._connections.pop(connection.peer, None)
+        self._views.pop(connection, None)
+
+    def _close_one_idle(self) -> None:
+        idle = [found[-1] for found in self._connections.values() if found[-1].idle]
+        if idle:
+            self._spawn(min(idle, key=lambda connection: connection.used_at).close())
+
+    # -- meeting
+
+    def _attempt(self, peer: PeerId, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Seek a connection to `peer`; there is one attempt at a time, whoever began it."""
+        task = self._spawn(work)
+        self._attempts[peer] = task
+        task.add_done_callback(lambda _: self._attempts.pop(peer, None))
+        return task
+
+    async def _meet(self, peer: PeerId) -> None:
+        assert self._transport is not None
+        mine = self._introduction()
+        try:
+            raw = await self._transport.request(peer, meeting.CHANNEL, meeting.encode(mine), timeout_s=ASK_S)
+            theirs = meeting.decode(raw)
+            self._trust(peer, theirs)
+        except TransportError as error:
+            self._failed(peer, f"it can't be met: {error}")
+        except WireError as error:
+            self._failed(peer, f"it introduces itself wrongly: {error}")
+        else:
+            await self._act(peer, theirs, meeting.step(mine, theirs, first=True))
+
+    async def _on_meet(self, peer: PeerId, raw: bytes) -> bytes:
+        theirs, mine = meeting.decode(raw), self._introduction()
+        self._trust(peer, theirs)
+        if peer not in self._attempts and self.connection(peer) is None:
+            self._attempt(peer, self._act(peer, theirs, meeting.step(mine, theirs, first=False)))
+        return meeting.encode(mine)
+
+    async def _act(self, peer: PeerId, theirs: Meet, step: meeting.Step) -> None:
+        try:
+            match step:
+                case Dial(places):
+                    await self._dial(peer, theirs, places)
+                case Punch(place):
+                    await self._punch(peer, place)
+                case Wait():
+                    await self._arrival(peer, within_s=WAIT_S)
+                case Give(reason):
+                    raise NoConnection(reason)
+        except Refused as error:
+            log.warning("no direct connection to %s: %s", nickname(peer), error)
+            self._failed(peer, str(error))
+        except NoConnection as error:
+            self._failed(peer, str(error))
+
+    async def _dial(self, peer: PeerId, theirs: Meet, places: Sequence[Place]) -> None:
+        # from the port on which we listen, so that the other side sees how that looks from outside
+        seen = bool(theirs.open) and not self._known_open
+        fault = NoConnection("it names no place")
+        for place in places:
+            try:
+                connection = await self.carrier.dial(peer, place, keep_port=seen)
+            except NoConnection as error:
+                fault = error
+                continue
+            if seen:
+                self._views[connection] = place
+                await self._look_through_second(peer, theirs)
+            return
+        raise fault
+
+    async def _punch(self, peer: PeerId, place: Place) -> None:
+        self._punching.add(peer)
+        punching = asyncio.ensure_future(self.carrier.punch(peer, place))
+        arriving = asyncio.ensure_future(self._arrival(peer, within_s=WAIT_S))
+        try:
+            await asyncio.wait([punching, arriving], return_when=asyncio.FIRST_COMPLETED)
+            if arriving.done() and arriving.exception() is None:
+                return
+            await punching
+        finally:
+            self._punching.discard(peer)
+            self.punches[self.reach, self.connection(peer) is not None] += 1
+            for task in (punching, arriving):
+                task.cancel()
+            await asyncio.gather(punching, arriving, return_exceptions=True)
+
+    async def _arrival(self, peer: PeerId, *, within_s: float) -> None:
+        """Wait until `peer` has come to us. Raises NoConnection."""
+        if self.connection(peer) is not None:
+            return
+        arrival = self._arrivals.setdefault(peer, asyncio.Event())
+        try:
+            async with asyncio.timeout(within_s):
+                await arrival.wait()
+        except TimeoutError:
+            raise NoConnection(f"it did not come within {within_s:.0f} s") from None
+        finally:
+            self._arrivals.pop(peer, None)
+
+    def _failed(self, peer: PeerId, reason: str) -> None:
+        before = self._failures.get(peer)
+        pause_s = min(MAX_RETRY_S, 2 * before.pause_s) if before is not None else RETRY_S
+        self._failures[peer] = _Failure(reason, pause_s, time.monotonic() + pause_s)
+        log.debug("no direct connection to %s: %s", nickname(peer), reason)
+
+    # -- who may
+
+    def _trust(self, peer: PeerId, said: Meet) -> None:
+        """Take what `peer` says of itself. Raises WireError if it may not connect, or shows another certificate."""
+        assert self._known is not None
+        trusted = _Trusted(said.certificate, said.claim)
+        refused = self._refused(peer, trusted)
+        if refused:
+            raise WireError("refused", refused)
+        self._trusted.pop(peer, None)
+        self._trusted[peer] = trusted
+        while len(self._trusted) > MAX_TRUSTED:
+            self._trusted.pop(next(iter(self._trusted)))
+
+    def _refused(self, peer: PeerId, trusted: "_Trusted") -> str:
+        """Why `peer` may not connect; empty if it may."""
+        if self._known is None:
+            return "we are just starting"
+        pinned = self._known.pinned(peer)
+        if pinned is not None and pinned != fingerprint(trusted.certificate):
+            return "another certificate than its record names"
+        return self._known.refuses(peer, trusted.claim) or ""
+
+    # -- how we are seen
+
+    @property
+    def reach(self) -> Reach:
+        """How others can reach our carrier."""
+        if self._known_open:
+            return Reach.OPEN
+        views = {(connection.peer, place): connection.seen_as for connection, place in self._views.items()}
+        seen = {view for view in views.values() if view is not None}
+        if len(seen) > 1:
+            return Reach.SYMMETRIC
+        kept = any(Place.parse(view).port == self.carrier.port for view in seen)
+        return Reach.CONE if kept or len(views) > 1 else Reach.UNKNOWN
+
+    @property
+    def outside(self) -> str:
+        """How others see our carrier's port, "HOST:PORT"; empty while nobody has said."""
+        return next((seen for one in self._views if (seen := one.seen_as) is not None and one.alive), "")
+
+    @property
+    def _known_open(self) -> bool:
+        return self._known is not None and bool(self._known.open_hosts())
+
+    def _introduction(self) -> Meet:
+        assert self._known is not None
+        hosts, carrier = self._known.open_hosts(), self.carrier
+        return Meet(
+            certificate=self.certificate.der,
+            reach=self.reach,
+            open=tuple(str(Place(host, carrier.port)) for host in hosts)[:8],
+            local=tuple(str(Place(host, carrier.port)) for host in carrier.hosts)[:8],
+            outside=self.outside,
+            second=str(Place(hosts[0], carrier.second_port)) if hosts else "",
+            claim=self._known.claim(),
+        )
+
+    async def _look_through_second(self, peer: PeerId, theirs: Meet) -> None:
+        """See whether a router gives us another port towards another place; what can't be asked stays unknown."""
+        if self.reach is not Reach.UNKNOWN or not theirs.second:
+            return
+        place = Place.parse(theirs.second)
+        with contextlib.suppress(NoConnection):
+            self._views[await self.carrier.dial(peer, place, keep_port=True)] = place
+
+    async def _keep_looking(self) -> None:
+        while True:
+            await self._cut_refused()
+            if not self._known_open:
+                await self._find_observers()
+            await asyncio.sleep(LOOK_S)
+
+    async def _cut_refused(self) -> None:
+        """End the connections of those who may no longer have one."""
+        for peer in list(self._connections):
+            trusted = self._trusted.get(peer)
+            why = self._refused(peer, trusted) if trusted is not None else "it never introduced itself"
+            for connection in list(self._connections.get(peer, ())) if why else ():
+                log.info("the direct connection to %s is cut: %s", nickname(peer), why)
+                await connection.close()
+
+    async def _find_observers(self) -> None:
+        """Be connected to some open peers: they tell how we are seen, and keep our port open in the router."""
+        assert self._known is not None
+        watching = {connection.peer for connection in self._views}
+        others = [peer for peer in self._known.open_peers() if peer not in watching]
+        # spread over them by hash: everyone has the same list
+        others.sort(key=lambda peer: blake3(f"{self._identity.peer_id} {peer}".encode()).digest())
+        wanted = others[: max(0, OBSERVERS - len(watching))]
+        await asyncio.gather(*(self.connect(peer, within_s=ASK_S) for peer in wanted))
+
+    # -- tasks
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("seeking direct connections failed", exc_info=task.exception())
+
+    async def _stop(self) -> None:
+        self._known = None
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for connection in [one for found in list(self._connections.values()) for one in list(found)]:
+            await connection.close()

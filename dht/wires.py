@@ -1,0 +1,268 @@
+"""One thread that moves frames between TLS sockets and the event loop.
+
+TLS in the event loop would cost three times the processor time, and hold up what decides rounds. The thread only moves
+bytes: what a frame means, and whether there may be one, `mux.py` says on the loop's side.
+"""
+
+import asyncio
+import contextlib
+import selectors
+import socket
+import ssl
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from dugnad.dht.mux import HEADER, Kind, check_header
+from dugnad.dht.wire import WireError
+
+TURN_BYTES = 2**20
+"""How much one connection may read before others have their turn."""
+UNREAD_BYTES = 8 * 2**20
+"""How much of a connection may wait for the event loop."""
+
+Frame = tuple[Kind, int, bytearray]
+OnFrames = Callable[[list[Frame]], None]
+OnEnd = Callable[[str], None]
+Buffer = bytes | memoryview
+
+
+class Wire:
+    """One connection, as the event loop sees it; all methods are called there.
+
+    frames: hears what has come. ended: hears once, and last, why it is over; empty if we closed it.
+    """
+
+    def __init__(self, wires: "Wires", sock: ssl.SSLSocket, frames: OnFrames, ended: OnEnd) -> None:
+        self._wires = wires
+        self._sock = sock
+        self._frames = frames
+        self._ended = ended
+        self._closing = False
+        # of the thread alone:
+        self._outgoing: deque[tuple[memoryview, asyncio.Future[None] | None]] = deque()
+        self._header = bytearray(HEADER.size)
+        self._payload: bytearray | None = None
+        self._kind, self._stream, self._filled = Kind.PING, 0, 0
+        self._unread = 0
+        self._over = False
+        self._reads = self._interest = 0
+
+    def send(self, *buffers: Buffer, sent: "asyncio.Future[None] | None" = None) -> None:
+        """Send all of `buffers`; `sent` is done once the last byte has left, or the connection is over."""
+        views = [memoryview(buffer).cast("B") for buffer in buffers]
+        self._wires._do(lambda: self._queue(views, sent))
+
+    def taken(self, num_bytes: int) -> None:
+        """So much of what has come was looked at: as much more may be read."""
+        self._wires._do(lambda: self._took(num_bytes))
+
+    def close(self) -> None:
+        """End the connection after what was to be sent."""
+        if not self._closing:
+            self._closing = True
+            self._wires._do(self._finish)
+
+    # -- in the thread
+
+    def _queue(self, views: list[memoryview], sent: "asyncio.Future[None] | None") -> None:
+        if self._over:
+            self._wires._tell(_resolve, [sent])
+            return
+        for view in views[:-1]:
+            self._outgoing.append((view, None))
+        self._outgoing.append((views[-1], sent))
+        self._turn(read=False)
+
+    def _took(self, num_bytes: int) -> None:
+        held_up = self._unread >= UNREAD_BYTES
+        self._unread -= num_bytes
+        if held_up and not self._over:
+            self._turn()
+
+    def _finish(self) -> None:
+        if not self._outgoing:
+            self._end("")
+
+    def _turn(self, *, read: bool = True) -> None:
+        """Write, and read, what can be."""
+        try:
+            writes = self._write()
+            if read:
+                self._reads = self._read()
+        except (OSError, WireError) as error:
+            self._end(str(error) or type(error).__name__)
+            return
+        if self._closing and not self._outgoing:
+            self._end("")
+            return
+        wants = writes | self._reads
+        if wants != self._interest:
+            self._interest = wants
+            self._wires._watch(self._sock, wants, self)
+
+    def _write(self) -> int:
+        """Returns what to wait for: EVENT_WRITE while something could not be sent."""
+        done: list[asyncio.Future[None] | None] = []
+        try:
+            while self._outgoing:
+                view, sent = self._outgoing[0]
+                count = self._sock.send(view)  # said again with the same bytes after a want: OpenSSL insists on it
+                if count < len(view):
+                    self._outgoing[0] = (view[count:], sent)
+                    continue
+                self._outgoing.popleft()
+                if sent is not None:
+                    done.append(sent)
+        except ssl.SSLWantWriteError:
+            return selectors.EVENT_WRITE
+        except ssl.SSLWantReadError:
+            return 0
+        finally:
+            if done:
+                self._wires._tell(_resolve, done)
+        return 0
+
+    def _read(self) -> int:
+        """Returns what to wait for: EVENT_READ, as long as the loop keeps up."""
+        frames: list[Frame] = []
+        budget = TURN_BYTES
+        try:
+            while budget > 0 and self._unread < UNREAD_BYTES:
+                budget -= self._read_some(frames)
+        except ssl.SSLWantReadError:
+            return selectors.EVENT_READ
+        except ssl.SSLWantWriteError:
+            return selectors.EVENT_READ | selectors.EVENT_WRITE
+        finally:
+            if frames:
+                self._wires._tell(self._frames, frames)
+        if self._unread < UNREAD_BYTES:
+            self._wires._again(self)  # what OpenSSL has decrypted already, no selector tells of
+            return selectors.EVENT_READ
+        return 0
+
+    def _read_some(self, frames: list[Frame]) -> int:
+        """Read a piece of a header or a payload; how many bytes. Raises OSError at the end of the stream."""
+        target = self._header if self._payload is None else self._payload
+        count = self._sock.recv_into(memoryview(target)[self._filled :])
+        if count == 0:
+            raise ConnectionResetError("the other side closed the connection")
+        self._filled += count
+        if self._filled < len(target):
+            return count
+        self._filled = 0
+        if self._payload is None:
+            self._kind, self._stream, length = check_header(self._header)
+            self._payload = bytearray(length)
+            if length:
+                return count
+        frames.append((self._kind, self._stream, self._payload))
+        self._unread += len(self._payload) + HEADER.size
+        self._payload = None
+        return count
+
+    def _end(self, why: str) -> None:
+        if self._over:
+            return
+        self._over = True
+        self._wires._forget(self._sock)
+        with contextlib.suppress(OSError):
+            self._sock.close()
+        waiting = [sent for _, sent in self._outgoing if sent is not None]
+        self._outgoing.clear()
+        self._wires._tell(_resolve, waiting)
+        self._wires._tell(self._ended, why)
+
+
+class Wires:
+    """The thread: `with Wires() as wires`, inside a running event loop; at the end all connections are closed."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._selector = selectors.DefaultSelector()
+        self._commands: deque[Callable[[], None]] = deque()
+        self._eager: list[Wire] = []
+        self._wires: dict[int, Wire] = {}
+        self._ear, self._bell = socket.socketpair()
+        self._ear.setblocking(False)
+        self._bell.setblocking(False)
+        self._stopped = False
+        self._thread = threading.Thread(target=self._serve, name="dugnad-wires", daemon=True)
+
+    def __enter__(self) -> "Wires":
+        self._selector.register(self._ear, selectors.EVENT_READ, None)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._do(self._stop)
+        self._thread.join()
+        self._selector.close()
+        self._ear.close()
+        self._bell.close()
+
+    def add(self, sock: ssl.SSLSocket, frames: OnFrames, ended: OnEnd) -> Wire:
+        """Serve a socket whose handshake is done; it is closed by us."""
+        sock.setblocking(False)
+        wire = Wire(self, sock, frames, ended)
+        self._do(lambda: self._begin(wire))
+        return wire
+
+    def _do(self, command: Callable[[], None]) -> None:
+        self._commands.append(command)
+        with contextlib.suppress(BlockingIOError):  # it is ringing already
+            self._bell.send(b"\0")
+
+    # -- in the thread
+
+    def _serve(self) -> None:
+        while not self._stopped:
+            events = self._selector.select(0 if self._eager or self._commands else None)
+            while self._commands:
+                self._commands.popleft()()
+            eager, self._eager = self._eager, []
+            ready = {id(wire): wire for wire in eager}
+            for key, _ in events:
+                if key.data is None:
+                    with contextlib.suppress(BlockingIOError):
+                        self._ear.recv(4096)
+                else:
+                    ready[id(key.data)] = key.data
+            for wire in ready.values():
+                if not wire._over:
+                    wire._turn()
+
+    def _begin(self, wire: Wire) -> None:
+        self._wires[wire._sock.fileno()] = wire
+        wire._turn()
+
+    def _stop(self) -> None:
+        for wire in list(self._wires.values()):
+            wire._end("")
+        self._stopped = True
+
+    def _again(self, wire: Wire) -> None:
+        self._eager.append(wire)
+
+    def _watch(self, sock: ssl.SSLSocket, interest: int, wire: Wire) -> None:
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(sock)
+        if interest:
+            self._selector.register(sock, interest, wire)
+
+    def _forget(self, sock: ssl.SSLSocket) -> None:
+        self._wires.pop(sock.fileno(), None)
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(sock)
+
+    def _tell(self, listener: Callable[[Any], None], what: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(listener, what)
+
+
+def _resolve(futures: "list[asyncio.Future[None] | None]") -> None:
+    for future in futures:
+        if future is not None and not future.done():
+            future.set_result(None)
