@@ -15,6 +15,7 @@ from dugnad.coordinator.membership import Stage
 from dugnad.coordinator.messages import Applied, Commit, Delegation, Freeze, Message, Plan, Report
 from dugnad.coordinator.rounds import Leader, Phase
 from dugnad.dht.identity import PeerId
+from dugnad.dht.paths import Abilities
 
 
 class Keeper:
@@ -29,7 +30,6 @@ class Keeper:
         leader: Leader,
         delegation: Delegation,
         *,
-        addresses: tuple[str, ...],
         report_s: float,
         leave_s: float,
     ) -> None:
@@ -37,7 +37,8 @@ class Keeper:
         self.follower = leader.follower
         self._me = me
         self._delegation = delegation
-        self._addresses = addresses
+        self.abilities = Abilities()
+        """Kept by the shell: they change with the routers on the way."""
         self._report_s = report_s
         self._leave_s = leave_s
         self._leave_by = float("inf")
@@ -166,7 +167,7 @@ class Keeper:
             step=0,
             of_steps=0,
             leaving=self.leader.leaving,
-            accepts=True,
+            reach=self.abilities.reach,
             uplink=0.0,
-            addresses=self._addresses,
+            addresses=self.abilities.addresses,
         )

@@ -6,10 +6,14 @@ from typing import Protocol
 from dugnad.coordinator.effects import Cost
 from dugnad.coordinator.messages import Applied, Commit, Message, Plan
 from dugnad.dht.identity import PeerId
+from dugnad.dht.paths import Abilities
 
 
 class Machine(Protocol):
     """Hears of everything that happens, and answers with the effects that it has, in their order."""
+
+    abilities: Abilities
+    """What it says of itself; kept by the shell."""
 
     @property
     def plan(self) -> Plan | None:

@@ -19,6 +19,7 @@ from blake3 import blake3
 from msgspec import Meta, Struct
 
 from dugnad.dht.identity import PeerId
+from dugnad.dht.paths import Reach
 from dugnad.dht.wire import Kind
 
 MAX_PEERS = 1024
@@ -307,7 +308,7 @@ class Report(Message, frozen=True):
 
     `in_view` is the view of the next round that it knows of, `stage` a `Stage` value; `round`, `view` and `attempt` are
     of the plan which it follows (zeros without one). `trains`: whether it wants a seat.
-    `uplink` is its sending rate in bytes/s, 0 where unknown; a peer that can't accept connections owns no part.
+    `uplink` is its sending rate in bytes/s, 0 where unknown; who owns parts has to be reached by all (`planning`).
     """
 
     epoch: Count
@@ -323,7 +324,7 @@ class Report(Message, frozen=True):
     step: Count
     of_steps: Count
     leaving: bool
-    accepts: bool
+    reach: Reach
     uplink: Rate
     addresses: Addresses
 

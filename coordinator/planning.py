@@ -29,6 +29,7 @@ from dugnad.coordinator.messages import (
 )
 from dugnad.coordinator.poll import Poll
 from dugnad.dht.identity import PeerId
+from dugnad.dht.paths import Reach
 
 MAX_VECTORS = 2
 """How many vectors of one contributor an owner holds: the newest, and one of a seat that was changed."""
@@ -119,7 +120,7 @@ class Round:
     def _able(self, members: tuple[PeerId, ...]) -> dict[PeerId, float]:
         """Who of `members` may own parts, with its uplink."""
         reports = {peer: report for peer in members if (report := self.membership.report(peer))}
-        able = [peer for peer in members if reports[peer].accepts and peer not in self.slow]
+        able = [peer for peer in _reachable({peer: reports[peer].reach for peer in members}) if peer not in self.slow]
         if not able:
             self.slow.clear()
             able = list(members)
@@ -285,6 +286,15 @@ class Round:
     def folding(self) -> tuple[PeerId, ...]:
         """Who is told of the frozen set: owners fold it; others, as long as they are few, see how far the round is."""
         return self.plan.members if self.is_small else self.owners
+
+
+def _reachable(reach: Mapping[PeerId, Reach]) -> list[PeerId]:
+    """Those whom all the others reach without a relay; where there are none, those whom most of them do."""
+    by_reach = {kind: [peer for peer, its in reach.items() if its is kind] for kind in Reach}
+    punchable = by_reach[Reach.OPEN] + by_reach[Reach.CONE]  # any two of these get a connection of their own
+    if len(punchable) == len(reach):
+        return punchable
+    return by_reach[Reach.OPEN] or by_reach[Reach.CONE]
 
 
 def _backups(owners: tuple[PeerId, ...], able: Sequence[PeerId]) -> tuple[PeerId, ...]:

@@ -29,13 +29,11 @@ BEHIND_ROUNDS = 4
 
 
 class Coordinator(Shell):
-    """Keeps one run from `directory` until its steps are done or `stop` is called; addresses: where it is dialled."""
+    """Keeps one run from `directory` until its steps are done or `stop` is called."""
 
     machine: Keeper
 
-    def __init__(
-        self, around: Surroundings, organizer: Identity, numerics: Numerics, *, addresses: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, around: Surroundings, organizer: Identity, numerics: Numerics) -> None:
         super().__init__(around, numerics)
         me = self.identity.peer_id
         term = self.chain.next_term(at_s=time.time())
@@ -45,7 +43,6 @@ class Coordinator(Shell):
             me,
             self.leader,
             Delegation(me, term, signature),
-            addresses=addresses,
             report_s=rounds.report_s,
             leave_s=rounds.train_s + rounds.exchange_s,
         )

@@ -102,6 +102,7 @@ class Shell:
         self._phases = PhaseWatch(self.leader, self.metrics)
         self._numerics = numerics
         self._accuse = around.accuse
+        self._abilities = around.abilities
         self._aftermath: asyncio.Queue[tuple[Commit, Model]] = asyncio.Queue()
         """Rounds that are applied, and not yet measured and saved."""
         self._changed = asyncio.Event()
@@ -222,6 +223,7 @@ class Shell:
     async def _drive(self) -> None:
         while True:
             self._changed.clear()
+            self.machine.abilities = self._abilities()
             wait_s = self.machine.wake_at() - self.now()
             if wait_s <= 0:
                 self.perform(self.machine.tick(now=self.now()))

@@ -7,6 +7,7 @@ from pathlib import Path
 from dugnad.coordinator.messages import Genesis
 from dugnad.dht.budget import GIVE_MBIT
 from dugnad.dht.identity import Identity, PeerId
+from dugnad.dht.paths import Abilities
 from dugnad.dht.transport import Transport
 from dugnad.monitoring.metrics import Metrics
 
@@ -27,6 +28,8 @@ class Surroundings:
     metrics: Metrics
     give_mbit: float = GIVE_MBIT
     """What it gives at most to those who fetch, megabits a second."""
+    abilities: Callable[[], Abilities] = Abilities
+    """Where and how the role can be reached now."""
     contacts: Callable[[], Iterable[PeerId]] = tuple
     """Peers of the run that are known from elsewhere, for one who hears of no leader."""
     barred: Callable[[], frozenset[PeerId]] = frozenset

@@ -31,6 +31,8 @@ T = TypeVar("T")
 BLOB_CHANNEL = "dugnad/blob/1"
 SLOWEST_BYTES_PER_S = 64 * 1024
 """How fast what lies in buffers on the way is assumed to drain, at least."""
+MOVED_BYTES = 256 * 1024
+"""How much of a payload must move within the silence limit, again and again."""
 MAX_BUFFERS = 8192
 KIND_CHARACTERS = 16
 SILENCE_S = 5.0
@@ -366,13 +368,13 @@ async def _verdict(stream: Stream, peer: PeerId, timeout_s: float) -> bytes:
 
 
 async def _write_pieces(stream: Stream, peer: PeerId, data: memoryview, timeout_s: float) -> None:
-    for start in range(0, len(data), PIECE_BYTES):
-        await _moving(stream.write(data[start : start + PIECE_BYTES]), peer, timeout_s)
+    for start in range(0, len(data), MOVED_BYTES):
+        await _moving(stream.write(data[start : start + MOVED_BYTES]), peer, timeout_s)
 
 
 async def _read_pieces(stream: Stream, peer: PeerId, size: int, timeout_s: float) -> bytearray:
     data = bytearray(size)
     view = memoryview(data)
-    for start in range(0, size, PIECE_BYTES):
-        await _moving(stream.read_into(view[start : start + PIECE_BYTES]), peer, timeout_s)
+    for start in range(0, size, MOVED_BYTES):
+        await _moving(stream.read_into(view[start : start + MOVED_BYTES]), peer, timeout_s)
     return data

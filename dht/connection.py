@@ -55,6 +55,8 @@ class DirectStream:
             buffer[filled : filled + count] = piece[:count]
             if count < len(piece):
                 self._arrived.appendleft(piece[count:])
+            else:
+                self._connection._wires.reuse(piece)
             filled += count
             self._connection._consumed(self._number, count)
             self._meter("received", self.kind, count)
@@ -97,9 +99,9 @@ class DirectStream:
 
     # -- what the connection says
 
-    def arrive(self, data: bytes | bytearray | memoryview) -> None:
+    def arrive(self, data: memoryview) -> None:
         """Bytes have come."""
-        self._arrived.append(memoryview(data))
+        self._arrived.append(data)
         self._moved.set()
 
     def end(self) -> None:
@@ -138,6 +140,7 @@ class Connection:
         """The address under which the other side sees us, "HOST:PORT"."""
         self.rtt_s: float | None = None
         self.used_at = time.monotonic()
+        self._wires = wires
         self._handlers = handlers
         self._meter = meter
         self._over = over

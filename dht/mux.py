@@ -66,7 +66,7 @@ class Arrived:
     """Bytes of a stream; `consumed` is to be called once they are taken."""
 
     stream: int
-    data: bytes | bytearray | memoryview
+    data: memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,7 @@ class Mux:
         """Forget a stream; the frame that tells the other side, nothing if that closed it before."""
         return frame(Kind.CLOSE, stream) if self._streams.pop(stream, None) is not None else b""
 
-    def receive(self, kind: Kind, stream: int, payload: bytes | bytearray | memoryview) -> list[Event]:
+    def receive(self, kind: Kind, stream: int, payload: memoryview) -> list[Event]:
         """What a frame means. Raises WireError for what no honest peer sends: the connection is no good then."""
         match kind:
             case Kind.OPEN:
@@ -221,14 +221,14 @@ class Mux:
             raise WireError("too many", f"{MAX_STREAMS} streams are open already")
         self._newest_of_theirs = stream
         self._streams[stream] = _Side()
-        return [Opened(stream, _text(payload))]
+        return [Opened(stream, _text(memoryview(payload)))]
 
-    def _arrived(self, stream: int, payload: bytes | bytearray | memoryview) -> list[Event]:
+    def _arrived(self, stream: int, payload: memoryview) -> list[Event]:
         side = self._streams.get(stream)
         if side is None:
             return []  # it was under way when we closed
         if len(payload) > side.expected_bytes:
-            raise WireError("too much", f"{len(payload)} bytes on stream {stream}, {side.expected_bytes} were granted")
+            raise WireError("too many", f"{len(payload)} bytes on stream {stream}, {side.expected_bytes} were granted")
         side.expected_bytes -= len(payload)
         return [Arrived(stream, payload)]
 
@@ -246,7 +246,7 @@ class Mux:
         return bool(stream % 2) == self.dialler
 
 
-def _text(payload: bytes | bytearray | memoryview) -> str:
+def _text(payload: memoryview) -> str:
     try:
         text = bytes(payload).decode("ascii")
     except UnicodeDecodeError as error:

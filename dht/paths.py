@@ -31,6 +31,15 @@ class Path(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Abilities:
+    """What a peer says of itself: where and how it can be reached, and its sending rate in bytes/s (0: unknown)."""
+
+    addresses: tuple[str, ...] = ()
+    reach: Reach = Reach.UNKNOWN
+    uplink: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class PairPath:
     """The way to one peer that is in use, as this side measures it."""
 

@@ -18,6 +18,7 @@ from msgspec import Meta, Struct
 
 from dugnad.dht import identity as keys
 from dugnad.dht.identity import Identity, PeerId, peer_id_of
+from dugnad.dht.paths import Reach
 from dugnad.dht.wire import WireError
 
 VERSION = 1
@@ -46,8 +47,14 @@ class MemberBody(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
     role: Annotated[str, Meta(pattern=r"^(volunteer|coordinator)\Z")]
     nickname: Annotated[str, Meta(max_length=40)]
     version: Annotated[str, Meta(max_length=40)]
+    reach: Reach = Reach.UNKNOWN
+    """How its direct connections come about."""
+    certificate: Annotated[bytes, Meta(max_length=32)] = b""
+    """The fingerprint with which those are made: 32 bytes, or none for who makes none."""
 
     def __post_init__(self) -> None:
+        if len(self.certificate) not in (0, 32):
+            raise ValueError("a fingerprint has 32 bytes, or none")
         _check_printable(self.nickname, self.version)
 
 

@@ -292,7 +292,7 @@ class Rendezvous:
         trusted = _Trusted(said.certificate, said.claim)
         refused = self._refused(peer, trusted)
         if refused:
-            raise WireError("refused", refused)
+            raise WireError("not expected", refused)
         self._trusted.pop(peer, None)
         self._trusted[peer] = trusted
         while len(self._trusted) > MAX_TRUSTED:

@@ -26,6 +26,7 @@ from dugnad.dht.evidence import Evidence, Proofs, is_evidence
 from dugnad.dht.gossip import GOSSIP_KINDS, Changed, Effect, Gossip, Send, refresh_s
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId, nickname, write_private
+from dugnad.dht.paths import Reach
 from dugnad.dht.records import KINDS, MemberBody, ProgressBody, Record
 from dugnad.dht.sequence import Sequence
 from dugnad.dht.transport import Direction, TransportError
@@ -71,9 +72,10 @@ class Swarm:
     """Entered, it keeps one peer among the members of one run until it is left.
 
     role: "volunteer" or "coordinator". directory: where our numbers and the evidence are kept. progress: what we are
-    doing, asked now and then. refused: hears why a record or a message of gossip was refused, in a word or two. passed:
-    hears the direction and kind of each message of gossip. proofs: what convicts a peer of having said two things;
-    accused: hears of each peer that is convicted, once, and why.
+    doing, asked now and then. reach, certificate: how our direct connections come about, and the fingerprint that they
+    show. refused: hears why a record or a message of gossip was refused, in a word or two. passed: hears the direction
+    and kind of each message of gossip. proofs: what convicts a peer of having said two things; accused: hears of each
+    peer that is convicted, once, and why.
     Raises OSError or ValueError if the directory can't be used.
     """
 
@@ -87,6 +89,8 @@ class Swarm:
         directory: Path,
         refused: Callable[[str], None],
         progress: Callable[[], ProgressBody | None],
+        reach: Callable[[], Reach] = lambda: Reach.UNKNOWN,
+        certificate: bytes = b"",
         passed: Callable[[Direction, str], None] | None = None,
         proofs: Proofs | None = None,
         accused: Callable[[PeerId, str], None] | None = None,
@@ -102,6 +106,8 @@ class Swarm:
         self._sequence = Sequence(directory / "sequence")
         self._refused = refused
         self._progress = progress
+        self._reach = reach
+        self._certificate = certificate
         self._passed = passed or (lambda direction, kind: None)
         self._proofs = proofs or Proofs()
         self._accused = accused or (lambda peer, why: None)
@@ -168,6 +174,17 @@ class Swarm:
             for address in one.body.addresses
         }
 
+    def open_peers(self) -> list[PeerId]:
+        """The other members that accept direct connections from anywhere, by their own word."""
+        found = self.records.items("member", now=self.now())
+        others = [one for one in found if one.owner != self._identity.peer_id]
+        return [one.owner for one in others if isinstance(one.body, MemberBody) and one.body.reach is Reach.OPEN]
+
+    def fingerprint_of(self, peer: PeerId) -> bytes | None:
+        """Of the certificate with which `peer` makes direct connections; None if it has not said."""
+        found = self.records.get("member", peer, now=self.now())
+        return found.body.certificate or None if found is not None and isinstance(found.body, MemberBody) else None
+
     def progress_of(self, peer: PeerId) -> ProgressBody | None:
         """What `peer` last said that it is doing, if that still holds."""
         found = self.records.get("progress", peer, now=self.now())
@@ -199,7 +216,7 @@ class Swarm:
         period_s = member_period_s(len(self.roles()) + 1)
         mine = self._identity.peer_id
         addresses = tuple(address.removesuffix(f"/p2p/{mine}") for address in self._host.addresses())
-        body = MemberBody(addresses, self._role, nickname(mine), version("dugnad"))
+        body = MemberBody(addresses, self._role, nickname(mine), version("dugnad"), self._reach(), self._certificate)
         record = self.records.get("member", mine, now=self.now())
         if (
             anew

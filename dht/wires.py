@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from dugnad.dht.mux import HEADER, Kind, check_header
+from dugnad.dht.mux import FRAME_BYTES, HEADER, Kind, check_header
 from dugnad.dht.wire import WireError
 
 TURN_BYTES = 2**20
@@ -22,7 +22,14 @@ TURN_BYTES = 2**20
 UNREAD_BYTES = 8 * 2**20
 """How much of a connection may wait for the event loop."""
 
-Frame = tuple[Kind, int, bytearray]
+POOL = 64
+"""Buffers that are kept to be used again: fresh memory for each frame would cost more than its decryption."""
+_SMALL_BYTES = 4096
+_ENOUGH_BYTES = 128 * 1024
+_IN_OPENSSL_BYTES = 17 * 1024
+"""A record that is not whole yet lies there, and no longer in the socket."""
+
+Frame = tuple[Kind, int, memoryview]
 OnFrames = Callable[[list[Frame]], None]
 OnEnd = Callable[[str], None]
 Buffer = bytes | memoryview
@@ -43,11 +50,12 @@ class Wire:
         # of the thread alone:
         self._outgoing: deque[tuple[memoryview, asyncio.Future[None] | None]] = deque()
         self._header = bytearray(HEADER.size)
-        self._payload: bytearray | None = None
+        self._payload: memoryview | None = None
         self._kind, self._stream, self._filled = Kind.PING, 0, 0
         self._unread = 0
         self._over = False
         self._reads = self._interest = 0
+        self._enough = 1
 
     def send(self, *buffers: Buffer, sent: "asyncio.Future[None] | None" = None) -> None:
         """Send all of `buffers`; `sent` is done once the last byte has left, or the connection is over."""
@@ -132,6 +140,7 @@ class Wire:
             while budget > 0 and self._unread < UNREAD_BYTES:
                 budget -= self._read_some(frames)
         except ssl.SSLWantReadError:
+            self._be_patient()
             return selectors.EVENT_READ
         except ssl.SSLWantWriteError:
             return selectors.EVENT_READ | selectors.EVENT_WRITE
@@ -145,8 +154,8 @@ class Wire:
 
     def _read_some(self, frames: list[Frame]) -> int:
         """Read a piece of a header or a payload; how many bytes. Raises OSError at the end of the stream."""
-        target = self._header if self._payload is None else self._payload
-        count = self._sock.recv_into(memoryview(target)[self._filled :])
+        target = memoryview(self._header) if self._payload is None else self._payload
+        count = self._sock.recv_into(target[self._filled :])
         if count == 0:
             raise ConnectionResetError("the other side closed the connection")
         self._filled += count
@@ -155,13 +164,21 @@ class Wire:
         self._filled = 0
         if self._payload is None:
             self._kind, self._stream, length = check_header(self._header)
-            self._payload = bytearray(length)
+            self._payload = self._wires._buffer(length)
             if length:
                 return count
         frames.append((self._kind, self._stream, self._payload))
         self._unread += len(self._payload) + HEADER.size
         self._payload = None
         return count
+
+    def _be_patient(self) -> None:
+        """Be woken once much of the frame has come: waking for each packet costs more than decrypting it."""
+        missing = len(self._payload) - self._filled if self._payload is not None else 0
+        enough = max(1, min(missing - _IN_OPENSSL_BYTES, _ENOUGH_BYTES))
+        if enough != self._enough:
+            self._enough = enough
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, enough)
 
     def _end(self, why: str) -> None:
         if self._over:
@@ -183,6 +200,7 @@ class Wires:
         self._loop = asyncio.get_running_loop()
         self._selector = selectors.DefaultSelector()
         self._commands: deque[Callable[[], None]] = deque()
+        self._spare: deque[bytearray] = deque()
         self._eager: list[Wire] = []
         self._wires: dict[int, Wire] = {}
         self._ear, self._bell = socket.socketpair()
@@ -210,10 +228,26 @@ class Wires:
         self._do(lambda: self._begin(wire))
         return wire
 
+    def reuse(self, data: memoryview) -> None:
+        """Nobody reads `data`, of a frame, any more."""
+        buffer = data.obj
+        if isinstance(buffer, bytearray) and len(buffer) == FRAME_BYTES and len(self._spare) < POOL:
+            self._spare.append(buffer)
+
+    def _buffer(self, num_bytes: int) -> memoryview:
+        if num_bytes < _SMALL_BYTES:
+            return memoryview(bytearray(num_bytes))
+        try:
+            buffer = self._spare.pop()
+        except IndexError:
+            buffer = bytearray(FRAME_BYTES)
+        return memoryview(buffer)[:num_bytes]
+
     def _do(self, command: Callable[[], None]) -> None:
         self._commands.append(command)
-        with contextlib.suppress(BlockingIOError):  # it is ringing already
-            self._bell.send(b"\0")
+        if len(self._commands) == 1 and not self._stopped:  # else it rings already
+            with contextlib.suppress(BlockingIOError):
+                self._bell.send(b"\0")
 
     # -- in the thread
 

@@ -36,6 +36,7 @@ from dugnad.coordinator.messages import (
 )
 from dugnad.coordinator.rounds import Leader
 from dugnad.dht.identity import PeerId
+from dugnad.dht.paths import Abilities
 from dugnad.optim import reduce as reducing
 from dugnad.optim.reduce import Reducer, Weighed
 
@@ -93,15 +94,6 @@ class Work:
     loss: float
 
 
-@dataclass(frozen=True, slots=True)
-class Abilities:
-    """What a volunteer says of itself: sending rate in bytes/s (0: unknown) and where it can be dialled."""
-
-    addresses: tuple[str, ...]
-    accepts: bool
-    uplink: float
-
-
 GOODBYE_S = 10.0
 """How long whoever leads a finished run waits for the others to see that it is finished."""
 
@@ -112,7 +104,7 @@ class Volunteer:
     num_parts: of the vector that is exchanged.
     """
 
-    def __init__(self, me: PeerId, leader: Leader, abilities: Abilities, *, num_parts: int, report_s: float) -> None:
+    def __init__(self, me: PeerId, leader: Leader, *, num_parts: int, report_s: float) -> None:
         self.state = State.SYNC
         self.reason = "no model yet"
         self.leaving = False
@@ -120,12 +112,13 @@ class Volunteer:
         """What whoever leads said last."""
         self.plan: Plan | None = None
         """The newest plan of the round under way."""
+        self.abilities = Abilities()
+        """Kept by the shell: they change with the routers on the way."""
         self.step = 0
         """Inner steps done in the round under way; kept by the shell."""
         self.leader = leader
         self.follower = leader.follower
         self._me = me
-        self._abilities = abilities
         self._num_parts = num_parts
         self._report_s = report_s
         self._coordinator_at: float | None = None
@@ -465,9 +458,9 @@ class Volunteer:
             step=self.step if seat else 0,
             of_steps=seat.steps if seat else 0,
             leaving=self.leaving,
-            accepts=self._abilities.accepts,
-            uplink=self._abilities.uplink,
-            addresses=self._abilities.addresses,
+            reach=self.abilities.reach,
+            uplink=self.abilities.uplink,
+            addresses=self.abilities.addresses,
         )
         to = (self._me,) if follower.leads else follower.contacts(now=now)
         return [Send(to, said)] if to else []

@@ -18,18 +18,21 @@ from dugnad.coordinator.service import Coordinator
 from dugnad.coordinator.surroundings import Surroundings
 from dugnad.coordinator.sync import Asker, SyncError
 from dugnad.dht.budget import GIVE_MBIT
+from dugnad.dht.carrier import Place as CarrierPlace
+from dugnad.dht.direct import Direct
 from dugnad.dht.evidence import Proofs
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId, nickname, public_key_of, verify
 from dugnad.dht.invite import Invite, check_expiry, encode_invite
+from dugnad.dht.paths import Abilities
 from dugnad.dht.records import owner_of
+from dugnad.dht.rendezvous import Acquaintances, Rendezvous
 from dugnad.dht.swarm import Swarm
 from dugnad.dht.transport import BootstrapError, NetworkDown
 from dugnad.monitoring.exporter import Exporter
 from dugnad.monitoring.metrics import Metrics
 from dugnad.peer.face import Face
 from dugnad.peer.folder import Folder, FolderError, RoleName
-from dugnad.peer.lifecycle import Abilities
 from dugnad.peer.numerics import Numerics
 from dugnad.peer.session import Session
 from dugnad.peer.terminal import live_line
@@ -51,9 +54,17 @@ class Network:
 
     host: str = "127.0.0.1"
     port: int = 0
+    bulk_port: int | None = None
+    """Of direct connections; None: the one after `port`, or any where that is 0."""
     metrics_port: int = 0
     give_mbit: float = GIVE_MBIT
     """Megabits a second."""
+
+    @property
+    def bulk(self) -> CarrierPlace:
+        """Where direct connections are accepted."""
+        following = self.port + 1 if self.port else 0
+        return CarrierPlace(self.host, following if self.bulk_port is None else self.bulk_port)
 
     @property
     def listen(self) -> str:
@@ -71,6 +82,8 @@ class Place:
 
     identity: Identity
     host: Host
+    direct: Direct
+    rendezvous: Rendezvous
     swarm: Swarm
     face: Face
     url: str
@@ -80,15 +93,20 @@ class Place:
         """The members of the run that gossip tells of."""
         return list(self.swarm.roles())
 
+    def abilities(self) -> Abilities:
+        """Where and how we can be reached."""
+        return Abilities(self.host.addresses(), self.rendezvous.reach, UNKNOWN_UPLINK)
+
     def surroundings(self, genesis: Genesis, folder: Folder, network: Network) -> Surroundings:
         """What a role here is given."""
         return Surroundings(
             identity=self.identity,
             genesis=genesis,
-            transport=self.host,
+            transport=self.direct,
             directory=folder.path,
             metrics=self.face.metrics,
             give_mbit=network.give_mbit,
+            abilities=self.abilities,
             contacts=self.contacts,
             barred=self.swarm.quarantined,
             accuse=self.accuse,
@@ -166,8 +184,7 @@ async def join(
             told(recipe, nickname(place.identity.peer_id), place.url)
             numerics = Numerics(recipe, threads=threads)
             await asyncio.to_thread(numerics.prepare, to_train=True)
-            abilities = Abilities(addresses=place.host.addresses(), accepts=True, uplink=UNKNOWN_UPLINK)
-            role = Session(place.surroundings(genesis, folder, network), numerics, abilities=abilities)
+            role = Session(place.surroundings(genesis, folder, network), numerics)
             place.face.role, place.face.invite = role, encode_invite(place.invite(genesis, recipe.name))
             with folder.inhabited("volunteer", invite.run, recipe.name, place.url):
                 await _until_done(role, place, folder, role.leave, "leaving after this round; Ctrl+C again leaves now")
@@ -201,7 +218,7 @@ async def _coordinate(
     told: Callable[[str, str], None],
 ) -> None:
     around = place.surroundings(genesis, folder, network)
-    role = Coordinator(around, folder.organizer(), numerics, addresses=place.host.addresses())
+    role = Coordinator(around, folder.organizer(), numerics)
     name = numerics.recipe.name
     place.face.role, place.face.invite = role, encode_invite(place.invite(genesis, name))
     with folder.inhabited("coordinator", genesis.run, name, place.url):
@@ -247,6 +264,7 @@ async def _connected(
     metrics = face.metrics
     async with (
         Exporter(metrics, face.status, port=network.metrics_port) as exporter,
+        Rendezvous(identity, listen=network.bulk, folder=folder.path, meter=metrics.bytes_moved) as rendezvous,
         Host(
             identity,
             listen=(listen,),
@@ -263,12 +281,24 @@ async def _connected(
             directory=folder.path,
             refused=metrics.rejected_message,
             progress=face.progress,
+            reach=lambda: rendezvous.reach,
+            certificate=rendezvous.certificate.fingerprint,
             passed=metrics.message_passed,
             proofs=Proofs({equivocation.SORT: equivocation.checker(verify)}),
         ) as swarm,
     ):
+        await rendezvous.begin(host, _acquaintances(swarm))
         face.swarm = swarm
-        yield Place(identity, host, swarm, face, exporter.url)
+        yield Place(identity, host, Direct(host, rendezvous), rendezvous, swarm, face, exporter.url)
+
+
+def _acquaintances(swarm: Swarm) -> Acquaintances:
+    def refuses(peer: PeerId, claim: bytes) -> str | None:
+        return "it is quarantined" if peer in swarm.quarantined() else None
+
+    return Acquaintances(
+        refuses=refuses, pinned=swarm.fingerprint_of, open_peers=swarm.open_peers, open_hosts=lambda: ()
+    )
 
 
 def _tcp_port(host: Host) -> int:

@@ -28,7 +28,7 @@ from dugnad.optim.codec import NonFinite
 from dugnad.optim.exchange import Exchange
 from dugnad.optim.outer import SharedModel
 from dugnad.peer import trainer as training
-from dugnad.peer.lifecycle import Abilities, Leave, Reduce, StopTraining, Train, Volunteer, Work
+from dugnad.peer.lifecycle import Leave, Reduce, StopTraining, Train, Volunteer, Work
 from dugnad.peer.numerics import Numerics
 
 log = logging.getLogger(__name__)
@@ -51,12 +51,11 @@ class Session(Shell):
 
     machine: Volunteer
 
-    def __init__(self, around: Surroundings, numerics: Numerics, *, abilities: Abilities) -> None:
+    def __init__(self, around: Surroundings, numerics: Numerics) -> None:
         super().__init__(around, numerics)
         self.machine = Volunteer(
             self.identity.peer_id,
             self.leader,
-            abilities,
             num_parts=len(numerics.part_bytes),
             report_s=self.recipe.rounds.report_s,
         )

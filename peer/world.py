@@ -40,10 +40,11 @@ from dugnad.coordinator.rounds import Leader, Phase
 from dugnad.coordinator.state import SHORT_REPLAY_ROUNDS
 from dugnad.coordinator.votes import QuorumRule
 from dugnad.dht.identity import PeerId
+from dugnad.dht.paths import Abilities, Reach
 from dugnad.optim import reduce as reducing
 from dugnad.optim.plan import assign_parts
 from dugnad.peer.invariants import InvariantBroken, Invariants, average
-from dugnad.peer.lifecycle import Abilities, Leave, Reduce, StopTraining, Train, Volunteer, Work
+from dugnad.peer.lifecycle import Leave, Reduce, StopTraining, Train, Volunteer, Work
 from dugnad.peer.traffic import CODEC, Line, Traffic, sealed_bytes
 
 RUN = blake3(b"a simulated run").digest()
@@ -749,7 +750,6 @@ class CoordinatorNode(Node):
             peer,
             self.lead(),
             Delegation(peer, term, said),
-            addresses=(),
             report_s=rounds.report_s,
             leave_s=rounds.train_s,
         )
@@ -764,8 +764,8 @@ class VolunteerNode(Node):
         super().__init__(world, peer, disk)
         rounds = world.recipe.rounds
         address = f"/ip4/203.0.113.{world.rng.randrange(256)}/tcp/40001/p2p/{peer}"
-        abilities = Abilities(addresses=(address,), accepts=True, uplink=world.network.bytes_per_s)
-        self.machine = Volunteer(peer, self.lead(), abilities, num_parts=world.num_parts, report_s=rounds.report_s)
+        self.machine = Volunteer(peer, self.lead(), num_parts=world.num_parts, report_s=rounds.report_s)
+        self.machine.abilities = Abilities((address,), Reach.OPEN, world.network.bytes_per_s)
         self.step_s = world.network.step_s * (1 + world.network.step_spread * world.rng.random())
         self.born_at = world.now
         """Training is not repeatable: after a restart the same samples give other work."""

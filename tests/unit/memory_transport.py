@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from dugnad.dht.identity import PeerId
+from dugnad.dht.paths import Path
 from dugnad.dht.transport import (
     REQUEST_BYTES,
     Direction,
@@ -24,6 +25,7 @@ from dugnad.dht.transport import (
     TransportError,
     Unreachable,
 )
+from dugnad.dht.wire import WireError
 
 BUFFER_BYTES = 256 * 1024
 
@@ -251,6 +253,10 @@ class MemoryTransport:
         """Accept streams on `channel`."""
         self._stream_handlers[channel] = handler
 
+    async def path_of(self, peer: PeerId) -> Path | None:
+        """As if through a relay."""
+        return Path.RELAYED
+
     async def learn(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Nothing to remember: names are enough here."""
 
@@ -261,8 +267,8 @@ class MemoryTransport:
         self.metered["received", "message"] += len(payload)
         try:
             reply = await self._handlers[channel](sender, payload)
-        except Exception as error:
-            raise RequestRefused(self._peer_id, str(error)) from error
+        except WireError as error:  # the asker hears no more than that
+            raise RequestRefused(self._peer_id, error.reason) from error
         self.metered["sent", "message"] += len(reply)
         return reply
 

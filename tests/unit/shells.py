@@ -33,13 +33,14 @@ from dugnad.coordinator.surroundings import Surroundings
 from dugnad.coordinator.tensorfile import Tensors
 from dugnad.dht.blobs import Blobs
 from dugnad.dht.identity import Identity, PeerId
+from dugnad.dht.paths import Abilities, Reach
 from dugnad.dht.transport import Transport
 from dugnad.monitoring.metrics import Metrics
 from dugnad.optim.codec import Int8Codec
 from dugnad.optim.layout import Layout
 from dugnad.optim.outer import SharedModel, wanted_blobs
 from dugnad.optim.plan import assign_parts
-from dugnad.peer.lifecycle import Abilities, Volunteer
+from dugnad.peer.lifecycle import Volunteer
 from tests.unit.chains import a_block, an_entry, disk_of
 
 ANN, BOB, EVE, ORGANIZER = (Identity.from_seed(bytes([k]) * 32) for k in range(11, 15))
@@ -225,8 +226,8 @@ class Role(Shell):
         )
         super().__init__(around, numerics or SmallNumerics())
         report_s = RECIPE.rounds.report_s
-        abilities = Abilities(addresses=(), accepts=True, uplink=1.0)
-        self.volunteer = Volunteer(me.peer_id, self.leader, abilities, num_parts=len(LAYOUT.parts), report_s=report_s)
+        self.volunteer = Volunteer(me.peer_id, self.leader, num_parts=len(LAYOUT.parts), report_s=report_s)
+        self.volunteer.abilities = Abilities((), Reach.OPEN, 1.0)
         self.machine = self.volunteer if machine is None else machine
         self.begun = asyncio.Event()
 

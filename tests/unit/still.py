@@ -5,12 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dugnad.coordinator.effects import Cost
 from dugnad.coordinator.messages import Applied, Commit, Message, Plan
 from dugnad.dht.identity import PeerId
+from dugnad.dht.paths import Abilities
 
 
 class Still:
     """Does nothing, whatever it is told; `plan` is the one under way, `results` what was brought."""
 
     def __init__(self, plan: Plan) -> None:
+        self.abilities = Abilities()
         self.plan: Plan | None = plan
         self.results: list[tuple[PeerId, tuple[int, int, int], dict[int, bytes]]] = []
 

@@ -34,6 +34,7 @@ from dugnad.coordinator.messages import (
 from dugnad.coordinator.patience import Patience
 from dugnad.coordinator.rounds import Leader, Phase
 from dugnad.dht.identity import PeerId
+from dugnad.dht.paths import Abilities, Reach
 from dugnad.optim.plan import assign_parts
 from tests.unit.chains import (
     CHARTER,
@@ -81,7 +82,8 @@ def a_keeper(
 ) -> Keeper:
     """A coordinator that has just started, with that delegation; at the head unless told."""
     leader = a_leader(me, *commits, disk=disk)
-    keeper = Keeper(me, leader, delegation(me, term), addresses=("here",), report_s=REPORT_S, leave_s=LEAVE_S)
+    keeper = Keeper(me, leader, delegation(me, term), report_s=REPORT_S, leave_s=LEAVE_S)
+    keeper.abilities = Abilities(("here",))
     if at_head:
         round_ = leader.follower.ledger.head.round
         keeper.synced(round_, model_after(round_), (), now=0.0)
@@ -110,7 +112,7 @@ def reported(keeper: Keeper, *peers: PeerId, now: float, **changed: object) -> l
         report = Report(
             epoch=head.epoch, head_round=head.round, head=head.hash, in_view=keeper.follower.view,
             incarnation=disk_of(peer), trains=True, stage=Stage.WAITING, round=0, view=0, attempt=0, step=0, of_steps=0,
-            leaving=False, accepts=True, uplink=1e6, addresses=(),
+            leaving=False, reach=Reach.OPEN, uplink=1e6, addresses=(),
         )  # fmt: skip
         out += keeper.receive(peer, replace(report, **changed), now=now)
     return out
@@ -291,7 +293,7 @@ def reported_to(leader: Leader, peer: PeerId) -> list[Effect]:
     report = Report(
         epoch=head.epoch, head_round=head.round, head=head.hash, in_view=leader.follower.view,
         incarnation=disk_of(peer), trains=True, stage=Stage.WAITING, round=0, view=0, attempt=0, step=0, of_steps=0,
-        leaving=False, accepts=True, uplink=1e6, addresses=(),
+        leaving=False, reach=Reach.OPEN, uplink=1e6, addresses=(),
     )  # fmt: skip
     return [Send((leader.follower.leader,), report)]
 

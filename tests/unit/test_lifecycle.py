@@ -42,11 +42,11 @@ from dugnad.coordinator.messages import (
 from dugnad.coordinator.patience import Patience
 from dugnad.coordinator.rounds import Leader, Phase
 from dugnad.dht.identity import PeerId
+from dugnad.dht.paths import Abilities, Reach
 from dugnad.optim.plan import assign_parts
 from dugnad.optim.reduce import Deliver, Drop, Fold, Upload, Weighed
 from dugnad.peer.lifecycle import (
     GOODBYE_S,
-    Abilities,
     Effect,
     Leave,
     Reduce,
@@ -154,7 +154,8 @@ def a_volunteer(
         follower, signer, dataclasses.replace(RECIPE, rounds=rounds), 3, assign_parts,
         started=1000, known_plan=lambda: made.plan,
     )  # fmt: skip
-    made = Volunteer(ME, leader, Abilities(("here",), True, 5e6), num_parts=3, report_s=REPORT_S)
+    made = Volunteer(ME, leader, num_parts=3, report_s=REPORT_S)
+    made.abilities = Abilities(("here",), Reach.OPEN, 5e6)
     return made
 
 
@@ -229,7 +230,7 @@ def test_it_asks_for_the_model_at_once_and_waits_once_it_has_it() -> None:
     assert [effect for effect in volunteer.tick(now=4.0) if isinstance(effect, Resync)] == [], "one is under way"
     (report,) = said(volunteer.synced(0, model_after(0), (), now=5.0), Report)
     assert (report.stage, report.in_view, report.head) == (Stage.WAITING, 0, RUN)
-    assert (report.addresses, report.accepts, report.uplink) == (("here",), True, 5e6)
+    assert (report.addresses, report.reach, report.uplink) == (("here",), Reach.OPEN, 5e6)
     assert (report.trains, report.incarnation) == (True, disk_of(ME))
     assert volunteer.state is State.WAIT
 
@@ -674,7 +675,7 @@ def others_ready(volunteer: Volunteer, *peers: PeerId, now: float, **changed: ob
         report = Report(
             epoch=head.epoch, head_round=head.round, head=head.hash, in_view=follower.view, incarnation=disk_of(peer),
             trains=True, stage=Stage.WAITING, round=0, view=0, attempt=0, step=0, of_steps=0, leaving=False,
-            accepts=True, uplink=5e6, addresses=(),
+            reach=Reach.OPEN, uplink=5e6, addresses=(),
         )  # fmt: skip
         out += volunteer.receive(peer, replace(report, **changed), now=now)
     return out

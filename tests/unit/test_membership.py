@@ -7,6 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from dugnad.coordinator.membership import Membership, Stage, stretch
 from dugnad.coordinator.messages import MAX_PEERS, Report
 from dugnad.dht.identity import PeerId
+from dugnad.dht.paths import Reach
 from tests.unit.chains import RUN, a_ledger, digest, disk_of
 
 HEAD = a_ledger().head
@@ -17,7 +18,7 @@ A, B, C = PEERS = PeerId("a"), PeerId("b"), PeerId("c")
 def a_report(stage: Stage = Stage.WAITING, *, head: bytes = RUN, leaving: bool = False, trains: bool = True) -> Report:
     return Report(
         epoch=0, head_round=0, head=head, in_view=0, incarnation=disk_of(A), trains=trains, stage=stage,
-        round=0, view=0, attempt=0, step=0, of_steps=0, leaving=leaving, accepts=True, uplink=0.0, addresses=(),
+        round=0, view=0, attempt=0, step=0, of_steps=0, leaving=leaving, reach=Reach.OPEN, uplink=0.0, addresses=(),
     )  # fmt: skip
 
 

@@ -42,6 +42,7 @@ from dugnad.coordinator.planning import MAX_OWNERS, MAX_VECTORS
 from dugnad.coordinator.rounds import Leader, Phase
 from dugnad.coordinator.vouched import SHOWN_ROUNDS
 from dugnad.dht.identity import PeerId
+from dugnad.dht.paths import Reach
 from dugnad.optim.plan import assign_parts
 from tests.unit.chains import (
     CHARTER,
@@ -150,7 +151,7 @@ class Run:
         report = Report(
             epoch=head.epoch, head_round=head.round, head=head.hash, in_view=self.follower.view,
             incarnation=bytes(8), trains=True, stage=stage, round=order[0], view=order[1], attempt=order[2],
-            step=0, of_steps=0, leaving=False, accepts=True, uplink=1e6, addresses=(),
+            step=0, of_steps=0, leaving=False, reach=Reach.OPEN, uplink=1e6, addresses=(),
         )  # fmt: skip
         return replace(report, **changed)
 
@@ -296,14 +297,30 @@ def test_peers_that_cannot_be_reached_own_no_part_and_those_with_a_faster_uplink
     run = Run(min_peers=3)
     run.reports(A, uplink=2e6)
     run.reports(B, uplink=1e6)
-    run.reports(C, accepts=False)
+    run.reports(C, reach=Reach.SYMMETRIC)
     owned = {peer: run.plan.owners.count(peer) for peer in (A, B, C)}
     assert owned == {A: 4, B: 2, C: 0}
 
 
+def test_who_can_be_punched_owns_parts_unless_someone_cannot_punch_and_others_are_open() -> None:
+    for reaches, owners in (
+        ((Reach.OPEN, Reach.CONE, Reach.CONE), [A, B, C]),
+        ((Reach.CONE, Reach.CONE, Reach.CONE), [A, B, C]),
+        ((Reach.OPEN, Reach.CONE, Reach.SYMMETRIC), [A]),
+        ((Reach.CONE, Reach.CONE, Reach.SYMMETRIC), [A, B]),
+        ((Reach.OPEN, Reach.CONE, Reach.UNKNOWN), [A]),
+        ((Reach.UNKNOWN, Reach.UNKNOWN, Reach.UNKNOWN), [A, B, C]),
+        ((Reach.SYMMETRIC, Reach.SYMMETRIC, Reach.UNKNOWN), [A, B, C]),
+    ):
+        run = Run(min_peers=3)
+        for peer, reach in zip((A, B, C), reaches, strict=True):
+            run.reports(peer, reach=reach)
+        assert sorted(set(run.plan.owners)) == owners, reaches
+
+
 def test_where_nobody_can_be_reached_everyone_owns_parts() -> None:
     run = Run()
-    run.reports(A, B, accepts=False, uplink=0.0)
+    run.reports(A, B, reach=Reach.SYMMETRIC, uplink=0.0)
     assert sorted(set(run.plan.owners)) == [A, B]
 
 
@@ -420,7 +437,7 @@ def test_what_an_owner_had_to_make_room_for_is_not_held_any_more() -> None:
 def test_a_have_of_another_attempt_or_by_one_who_owns_nothing_does_not_count() -> None:
     run = Run(*TWO)
     run.reports(A, B)
-    run.reports(C, accepts=False)
+    run.reports(C, reach=Reach.SYMMETRIC)
     for peer in (A, B, C):
         run.hear(peer, run.contribution(peer))
     have = run.have(A, B, C)
@@ -464,7 +481,7 @@ def test_who_is_gone_or_has_nothing_to_contribute_is_not_awaited() -> None:
     for gone in (True, False):
         run = Run(*TWO)
         run.reports(A, B, uplink=1e6)
-        run.reports(C, accepts=False)
+        run.reports(C, reach=Reach.SYMMETRIC)
         plan = run.plan
         run.gather(A, B)
         assert run.leader.phase is Phase.GATHER

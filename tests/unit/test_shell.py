@@ -42,10 +42,11 @@ from dugnad.dht import bulk
 from dugnad.dht.blobs import Blobs
 from dugnad.dht.budget import Budget
 from dugnad.dht.identity import Identity, PeerId
+from dugnad.dht.paths import Reach
 from dugnad.dht.transport import Transport
 from dugnad.dht.wire import open_sealed, seal
 from dugnad.monitoring.metrics import Metrics
-from dugnad.peer.lifecycle import Abilities, Work
+from dugnad.peer.lifecycle import Work
 from dugnad.peer.session import Session
 from tests.unit.memory_transport import MemoryTransport, network
 from tests.unit.shells import ANN, BOB, EVE, LAYOUT, ORGANIZER, RECIPE, Role, Run, SmallNumerics, serving
@@ -210,7 +211,7 @@ async def test_whoever_leads_counts_how_long_its_phases_took_and_which_attempts_
     volunteer, head = role.volunteer, role.follower.ledger.head
     report = Report(
         epoch=0, head_round=0, head=head.hash, in_view=0, incarnation=bytes(8), trains=True, stage=Stage.WAITING,
-        round=0, view=0, attempt=0, step=0, of_steps=0, leaving=False, accepts=True, uplink=1e6, addresses=(),
+        round=0, view=0, attempt=0, step=0, of_steps=0, leaving=False, reach=Reach.OPEN, uplink=1e6, addresses=(),
     )  # fmt: skip
 
     def counted(metric: str, **labels: str) -> float | None:
@@ -765,9 +766,8 @@ def around(transport: Transport, folder: Path, run: Run, *contacts: PeerId) -> S
 
 
 def volunteer(transport: Transport, folder: Path, run: Run) -> tuple[Shell, Callable[[], None]]:
-    abilities = Abilities(addresses=(), accepts=True, uplink=1.0)
     numerics: Any = SmallNumerics()
-    session = Session(around(transport, folder, run), numerics, abilities=abilities)
+    session = Session(around(transport, folder, run), numerics)
     return session, session.leave
 
 

@@ -52,6 +52,8 @@ def values_of(type_: inspect.Type) -> st.SearchStrategy[Any]:
             return st.floats(least, most)
         case inspect.BoolType():
             return st.booleans()
+        case inspect.EnumType(cls=cls):
+            return st.sampled_from(cls)
         case inspect.NoneType():
             return st.none()
     raise AssertionError(f"no values for {type_}")
@@ -102,6 +104,8 @@ def _filled(type_: inspect.Type) -> Any:
             return 1.25
         case inspect.BoolType():
             return True
+        case inspect.EnumType(cls=cls):
+            return next(iter(cls))
     raise AssertionError(f"no example of {type_}")
 
 

@@ -1,0 +1,100 @@
+"""Who dials whom: for every pair of situations the two sides' steps fit together."""
+
+import itertools
+
+import pytest
+
+from dugnad.dht import meeting
+from dugnad.dht.carrier import Place
+from dugnad.dht.meeting import Dial, Give, Meet, Punch, Step, Wait
+from dugnad.dht.paths import Reach
+from dugnad.dht.wire import WireError
+
+
+def meet(reach: Reach, *, open: str = "", local: str = "", outside: str = "", second: str = "") -> Meet:
+    return Meet(b"certificate", reach, (open,) if open else (), (local,) if local else (), outside, second)
+
+
+PUBLIC = meet(Reach.OPEN, open="11.0.0.1:4002", local="11.0.0.1:4002", second="11.0.0.1:50000")
+CONE = meet(Reach.CONE, local="192.168.1.2:4002", outside="11.0.0.21:4002")
+NEIGHBOUR = meet(Reach.CONE, local="192.168.1.3:4002", outside="11.0.0.21:4003")
+FAR_CONE = meet(Reach.CONE, local="192.168.1.2:4002", outside="11.0.0.22:4002")
+SYMMETRIC = meet(Reach.SYMMETRIC, local="192.168.2.2:4002", outside="11.0.0.23:61234")
+UNSEEN = meet(Reach.UNKNOWN, local="10.0.0.7:4002")
+LONELY = meet(Reach.UNKNOWN, local="127.0.0.1:4002")
+LONELY_TOO = meet(Reach.UNKNOWN, local="127.0.0.1:4004")
+
+
+def both(first: Meet, second: Meet) -> tuple[Step, Step]:
+    return meeting.step(first, second, first=True), meeting.step(second, first, first=False)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "steps"),
+    [
+        (CONE, PUBLIC, (Dial((Place("11.0.0.1", 4002),)), Wait())),
+        (PUBLIC, CONE, (Wait(), Dial((Place("11.0.0.1", 4002),)))),
+        (PUBLIC, SYMMETRIC, (Wait(), Dial((Place("11.0.0.1", 4002),)))),
+        (PUBLIC, PUBLIC, (Dial((Place("11.0.0.1", 4002),)), Wait())),
+        (CONE, FAR_CONE, (Punch(Place("11.0.0.22", 4002)), Punch(Place("11.0.0.21", 4002)))),
+        (CONE, NEIGHBOUR, (Dial((Place("192.168.1.3", 4002),)), Wait())),
+        (LONELY, LONELY_TOO, (Dial((Place("127.0.0.1", 4004),)), Wait())),
+    ],
+)
+def test_each_does_its_part(first: Meet, second: Meet, steps: tuple[Step, Step]) -> None:
+    assert both(first, second) == steps
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        (CONE, SYMMETRIC, "it is behind a router that takes another port for each connection"),
+        (SYMMETRIC, CONE, "you are behind a router that takes another port for each connection"),
+        (CONE, UNSEEN, "how it is seen from outside, nobody has said yet"),
+        (UNSEEN, CONE, "how you are seen from outside, nobody has said yet"),
+    ],
+)
+def test_where_nothing_can_be_done_both_know_why(first: Meet, second: Meet, words: str) -> None:
+    mine, theirs = both(first, second)
+    assert mine == Give(words)
+    assert isinstance(theirs, Give)
+
+
+EVERYONE = (PUBLIC, CONE, NEIGHBOUR, FAR_CONE, SYMMETRIC, UNSEEN, LONELY)
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(EVERYONE, repeat=2)))
+def test_nobody_waits_for_one_who_waits_or_punches_alone(first: Meet, second: Meet) -> None:
+    mine, theirs = both(first, second)
+    fits = {(Dial, Wait), (Wait, Dial), (Punch, Punch), (Give, Give)}
+    assert (type(mine), type(theirs)) in fits
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(EVERYONE, repeat=2)))
+def test_where_both_speak_first_at_once_someone_dials_all_the_same(first: Meet, second: Meet) -> None:
+    mine, theirs = meeting.step(first, second, first=True), meeting.step(second, first, first=True)
+    assert {type(mine), type(theirs)} in ({Dial}, {Dial, Wait}, {Punch}, {Give})
+
+
+def test_what_is_said_survives_the_wire() -> None:
+    for said in EVERYONE:
+        assert meeting.decode(meeting.encode(said)) == said
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"\xc1",
+        bytes(5000),
+        meeting.encode(meet(Reach.OPEN, open="11.0.0.1")),
+        meeting.encode(meet(Reach.OPEN, open="11.0.0.1:0")),
+        meeting.encode(meet(Reach.OPEN, open="11.0.0.1:70000")),
+        meeting.encode(meet(Reach.CONE, outside="999.0.0.1:4002")),
+        meeting.encode(meet(Reach.CONE, second="beef:4002")),
+        meeting.encode(meet(Reach.CONE)) + b"\0",
+    ],
+)
+def test_nonsense_is_refused(raw: bytes) -> None:
+    with pytest.raises(WireError):
+        meeting.decode(raw)
