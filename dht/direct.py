@@ -46,7 +46,7 @@ class Direct:
 
     def __init__(self, libp2p: Libp2p, rendezvous: Rendezvous) -> None:
         self._libp2p = libp2p
-        self._rendezvous = rendezvous
+        self.rendezvous = rendezvous
         self._paces: dict[PeerId, Pace] = {}
 
     @property
@@ -74,7 +74,7 @@ class Direct:
 
     async def open(self, peer: PeerId, channel: str, *, kind: str) -> Stream:
         """A new stream, on a direct connection if one can be had soon. Raises Unreachable."""
-        connection = await self._rendezvous.connect(peer, within_s=WAIT_S)
+        connection = await self.rendezvous.connect(peer, within_s=WAIT_S)
         if connection is not None:
             try:
                 stream: Stream = connection.open(channel, kind=kind)
@@ -90,11 +90,11 @@ class Direct:
         """Accept streams on `channel`, over both."""
 
         async def timed(peer: PeerId, stream: Stream) -> None:
-            connection = self._rendezvous.connection(peer)
+            connection = self.rendezvous.connection(peer)
             path = connection.path if connection is not None else await self._libp2p.path_of(peer)
             await handler(peer, TimedStream(stream, self._pace(peer, path or Path.RELAYED)))
 
-        self._rendezvous.serve(channel, timed)
+        self.rendezvous.serve(channel, timed)
         await self._libp2p.serve_stream(channel, timed)
 
     def paths(self) -> list[PairPath]:
@@ -103,7 +103,7 @@ class Direct:
         self._paces = {peer: pace for peer, pace in self._paces.items() if now - pace.used_at < FORGET_S}
         shown = []
         for peer, pace in sorted(self._paces.items()):
-            connection = self._rendezvous.connection(peer)
+            connection = self.rendezvous.connection(peer)
             path, rtt_s = (connection.path, connection.rtt_s) if connection is not None else (pace.path, pace.rtt_s)
             shown.append(PairPath(peer, path, rtt_s, pace.sent_bytes_per_s, pace.received_bytes_per_s))
         return shown

@@ -4,13 +4,12 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from blake3 import blake3
 
@@ -37,6 +36,17 @@ OBSERVERS = 2
 LOOK_S = 2.0
 MAX_CONNECTIONS = 1024
 MAX_TRUSTED = 4096
+
+
+class Punched(Protocol):
+    """Hears how we are reached, and whether a connection could be punched."""
+
+    def __call__(self, reach: Reach, *, connected: bool) -> None:
+        """Count it."""
+
+
+def _not_counted(reach: Reach, *, connected: bool) -> None:
+    """Nobody counts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,15 +81,25 @@ class _Trusted:
 class Rendezvous:
     """`async with Rendezvous(...)` opens the carrier's port; nobody is expected there before `begin`.
 
-    listen: on which address and port, 0 for any; folder: where the certificate is kept. Entering raises PortInUse,
+    listen: on which address and port, 0 for any; folder: where the certificate is kept. punched: hears of each
+    connection that was to be punched. Entering raises PortInUse,
     ListenError, and OSError if the folder can't be used.
     """
 
-    def __init__(self, identity: Identity, *, listen: Place, folder: FilePath, meter: Meter) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        listen: Place,
+        folder: FilePath,
+        meter: Meter,
+        punched: Punched = _not_counted,
+    ) -> None:
         self._identity = identity
         self._listen = listen
         self._file = folder / "carrier.pem"
         self._meter = meter
+        self._punched = punched
         self._transport: Transport | None = None
         self._known: Acquaintances | None = None
         self._trusted: dict[PeerId, _Trusted] = {}
@@ -91,8 +111,6 @@ class Rendezvous:
         self._punching: set[PeerId] = set()
         self._views: dict[Connection, Place] = {}
         """Connections from the port on which we listen, and where they lead: they show how that looks from outside."""
-        self.punches: Counter[tuple[Reach, bool]] = Counter()
-        """(how we are reached, whether it worked) -> how often connections were punched."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._exit = AsyncExitStack()
 
@@ -260,7 +278,7 @@ class Rendezvous:
             await punching
         finally:
             self._punching.discard(peer)
-            self.punches[self.reach, self.connection(peer) is not None] += 1
+            self._punched(self.reach, connected=self.connection(peer) is not None)
             for task in (punching, arriving):
                 task.cancel()
             await asyncio.gather(punching, arriving, return_exceptions=True)

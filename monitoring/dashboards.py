@@ -146,6 +146,28 @@ def _network() -> list[Json]:
                           "{{direction}} {{kind}}")],
             unit="ops", help_="Signed messages, by what they say.",
         ),
+        _graph(
+            "Ways to other peers", [(f"sum by (path) ({_of_run('dugnad_pairs')})", "{{path}}")], stacked=True,
+            help_="Pairs between which tensors move: directly, punched through routers, or through a relay.",
+        ),
+        _graph(
+            "Round trip", [(_quantile_of("dugnad_pair_rtt_seconds", 0.5), "median"),
+                           (_quantile_of("dugnad_pair_rtt_seconds", 0.95), "95th percentile")],
+            unit="s", help_="Of the pairs in use.",
+        ),
+        _graph(
+            "Rate of a pair", [(f"avg by (direction) ({_of_run('dugnad_pair_bytes_per_second')})", "{{direction}}")],
+            unit="Bps", help_="Mean over the pairs in use, of their newest large transfers.",
+        ),
+        _graph(
+            "Punched connections", [(f"sum by (reach, outcome) ({_of_run(_increase('dugnad_punches_total'))})",
+                                     "{{reach}} {{outcome}}")],
+            help_="In each interval shown, by the kind of router in front of who punches.",
+        ),
+        _graph(
+            "How roles are reached", [(f"sum by (reach) ({_of_run('dugnad_reach')})", "{{reach}}")], stacked=True,
+            help_="Open: anyone connects to it. Cone: it is punched. Symmetric: it needs a relay, or open peers.",
+        ),
     ]  # fmt: skip
 
 
@@ -207,6 +229,10 @@ def _increase(selector: str) -> str:
 
 def _quantile(q: float, histogram: str) -> str:
     return f"histogram_quantile({q}, sum by (le) ({_of_run(_rate(histogram + '_bucket'))}))"
+
+
+def _quantile_of(gauge: str, q: float) -> str:
+    return f"quantile({q}, {_of_run(gauge)})"
 
 
 def _bytes_by_kind(direction: str) -> str:

@@ -6,7 +6,8 @@ once there is something to say, so that an unknown loss is absent and not 0.
 """
 
 import threading
-from collections.abc import Mapping
+from collections import Counter as Counts
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -21,7 +22,7 @@ OTHER = "other"
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """A label and the values it may take; `values` None: one value, given when the role starts."""
+    """A label and the values it may take; `values` None: any, of which there are few at a time."""
 
     name: str
     values: tuple[str, ...] | None
@@ -53,6 +54,9 @@ class Declared:
 
 
 _DIRECTION = Label("direction", ("sent", "received"))
+_PEER = Label("peer", None)
+_PATH = Label("path", ("direct", "punched", "relayed", OTHER))
+_REACH = Label("reach", ("open", "cone", "symmetric", "unknown", OTHER))
 _PHASE = Label("phase", ("gather", "reduce", "vote", "apply", "train", "exchange", OTHER))
 _PEER_STATE = Label(
     "state",
@@ -74,7 +78,7 @@ _BAD_MESSAGE = Label(
         "wrong answer", "not a member", "not leader", "misdirected", "delegation", "foreign chain", "two proposals",
         "two locks", "not locked", "invalid plan", "invalid freeze", "invalid block", "invalid lock", "invalid pledge",
         "invalid view", "invalid commit", "no seat", "from the future", "lifetime", "unknown key", "full",
-        "no evidence", OTHER,
+        "no evidence", "not expected", "too many", OTHER,
     ),
 )  # fmt: skip
 _BAD_CONTRIBUTION = Label(
@@ -110,6 +114,17 @@ BYTES = Declared(
 )  # fmt: skip
 MESSAGES = Declared("dugnad_messages_total", "counter", "Signed messages.", "messages", (_DIRECTION, _MESSAGE))
 UTILIZATION = Declared("dugnad_utilization_ratio", "gauge", "Share of the last round spent computing, 0 to 1.", "ratio")
+PAIRS = Declared("dugnad_pairs", "gauge", "Peers that bytes go to or come from, by the way they take.", labels=(_PATH,))
+PAIR_RTT = Declared("dugnad_pair_rtt_seconds", "gauge", "Round trip to each of those peers.", "seconds", (_PEER,))
+PAIR_RATE = Declared(
+    "dugnad_pair_bytes_per_second", "gauge", "Rate of the newest large transfer with each of those peers.",
+    "bytes_per_second", (_PEER, _DIRECTION),
+)  # fmt: skip
+PUNCHES = Declared(
+    "dugnad_punches_total", "counter", "Connections punched through routers, by how we are reached and by the outcome.",
+    labels=(_REACH, Label("outcome", ("connected", "failed", OTHER))),
+)  # fmt: skip
+REACH = Declared("dugnad_reach", "gauge", "1 for the way in which others reach us, else 0.", labels=(_REACH,))
 REJECTED_CONTRIBUTIONS = Declared(
     "dugnad_rejected_contributions_total", "counter", "Training results that were not counted, by reason.",
     labels=(_BAD_CONTRIBUTION,),
@@ -142,8 +157,20 @@ DECLARED = (
     RUN_INFO, ROUND, GLOBAL_STEP, TRAIN_LOSS, VALIDATION_LOSS, TOKENS, SPEED, ROUND_DURATION, PHASE_DURATION, PEERS,
     BYTES, MESSAGES, UTILIZATION, REJECTED_CONTRIBUTIONS, REJECTED_MESSAGES, ROUNDS_COMMITTED, FAILED_ATTEMPTS, VIEW,
     LEADS, COORDINATOR_SILENT, CLOCK_OFFSET, QUARANTINED, CHECKPOINT_ROUND, CHECKPOINT_DURATION,
+    PAIRS, PAIR_RTT, PAIR_RATE, PUNCHES, REACH,
 )  # fmt: skip
 """The table: all that a role can say."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairSeen:
+    """The way to one peer: its nickname, the path, and what was measured."""
+
+    peer: str
+    path: str
+    rtt_s: float | None
+    sent_bytes_per_s: float
+    received_bytes_per_s: float
 
 
 class Metrics:
@@ -208,6 +235,31 @@ class Metrics:
     def quarantined(self, num_peers: int) -> None:
         """So many peers are proven to have signed two contradicting things."""
         self._set(QUARANTINED, num_peers)
+
+    # -- the ways to others
+
+    def pairs_seen(self, pairs: Iterable[PairSeen]) -> None:
+        """These are the pairs in use, and no others."""
+        pairs = list(pairs)
+        for metric in (PAIR_RTT, PAIR_RATE):
+            self._gauges[metric].clear()
+        paths = Counts(pair.path for pair in pairs)
+        for path in _PATH.values or ():
+            self._set(PAIRS, paths[path], path)
+        for pair in pairs:
+            if pair.rtt_s is not None:
+                self._set(PAIR_RTT, pair.rtt_s, pair.peer)
+            self._set(PAIR_RATE, pair.sent_bytes_per_s, pair.peer, "sent")
+            self._set(PAIR_RATE, pair.received_bytes_per_s, pair.peer, "received")
+
+    def punched(self, reach: str, *, connected: bool) -> None:
+        """A connection was, or could not be, punched by us, who are reached so."""
+        self._add(PUNCHES, 1, reach, "connected" if connected else "failed")
+
+    def reached(self, reach: str) -> None:
+        """Others reach us in this way."""
+        for one in _REACH.values or ():
+            self._set(REACH, one == reach, one)
 
     # -- the model
 

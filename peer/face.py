@@ -4,10 +4,12 @@ import asyncio
 from collections import Counter
 
 from dugnad.coordinator.service import Coordinator
+from dugnad.dht.direct import Direct
+from dugnad.dht.identity import nickname
 from dugnad.dht.records import ProgressBody
 from dugnad.dht.swarm import Swarm
 from dugnad.dht.transport import printable
-from dugnad.monitoring.metrics import Metrics
+from dugnad.monitoring.metrics import Metrics, PairSeen
 from dugnad.peer import report
 from dugnad.peer.report import Report
 from dugnad.peer.session import Session
@@ -22,6 +24,7 @@ class Face:
         self.metrics = metrics
         self.role: Coordinator | Session | None = None
         self.swarm: Swarm | None = None
+        self.direct: Direct | None = None
         self.invite = ""
         """One that leads to this peer."""
 
@@ -38,6 +41,29 @@ class Face:
             "clock_warning": correction.warning,
             "quarantined": len(self.swarm.quarantined()),
             "invite": self.invite,
+            **self._ways(),
+        }
+
+    def _ways(self) -> Report:
+        """How others reach us, and we them."""
+        if self.direct is None:
+            return {}
+        return {
+            "reach": self.direct.rendezvous.reach,
+            "outside": self.direct.rendezvous.outside or None,
+            "bulk_port": self.direct.rendezvous.carrier.port,
+            "paths": [
+                {
+                    "peer": pair.peer,
+                    "nickname": nickname(pair.peer),
+                    "path": pair.path,
+                    "rtt_s": pair.rtt_s,
+                    "sent_mbit": pair.sent_bytes_per_s * 8e-6,
+                    "received_mbit": pair.received_bytes_per_s * 8e-6,
+                    "why": self.direct.rendezvous.why_not(pair.peer),
+                }
+                for pair in self.direct.paths()
+            ],
         }
 
     def line(self) -> str:
@@ -71,3 +97,10 @@ class Face:
         self.metrics.coordinator_silent(said["coordinator"]["gone_s"])
         self.metrics.clock_corrected(said["clock_offset_s"])
         self.metrics.quarantined(said["quarantined"])
+        if self.direct is not None:
+            self.metrics.reached(said["reach"])
+            pairs = self.direct.paths()
+            self.metrics.pairs_seen(
+                PairSeen(nickname(one.peer), one.path, one.rtt_s, one.sent_bytes_per_s, one.received_bytes_per_s)
+                for one in pairs
+            )

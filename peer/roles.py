@@ -264,7 +264,9 @@ async def _connected(
     metrics = face.metrics
     async with (
         Exporter(metrics, face.status, port=network.metrics_port) as exporter,
-        Rendezvous(identity, listen=network.bulk, folder=folder.path, meter=metrics.bytes_moved) as rendezvous,
+        Rendezvous(
+            identity, listen=network.bulk, folder=folder.path, meter=metrics.bytes_moved, punched=metrics.punched
+        ) as rendezvous,
         Host(
             identity,
             listen=(listen,),
@@ -288,8 +290,8 @@ async def _connected(
         ) as swarm,
     ):
         await rendezvous.begin(host, _acquaintances(swarm))
-        face.swarm = swarm
-        yield Place(identity, host, Direct(host, rendezvous), rendezvous, swarm, face, exporter.url)
+        face.swarm, face.direct = swarm, Direct(host, rendezvous)
+        yield Place(identity, host, face.direct, rendezvous, swarm, face, exporter.url)
 
 
 def _acquaintances(swarm: Swarm) -> Acquaintances:

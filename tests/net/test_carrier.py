@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from dugnad.dht import bulk, mux, rendezvous
+from dugnad.dht.budget import Budget
 from dugnad.dht.carrier import Carrier, NoConnection, Place, Refused
 from dugnad.dht.certificate import Certificate
 from dugnad.dht.connection import Connection
@@ -218,7 +219,7 @@ async def test_both_ways_and_many_at_once_nothing_gets_mixed_up(folder: Folders)
         fetched: list[bytes] = []
         blobs = [os.urandom(2**18) for _ in range(8)]
         by_hash = {rendezvous.blake3(blob).digest(): blob for blob in blobs}
-        budget = bulk.Budget(1e9)
+        budget = Budget(1e9)
         await bulk.serve_blobs(bob.direct, by_hash.get, budget=budget)
         wanted = {digest: len(blob) for digest, blob in by_hash.items()}
         await asyncio.gather(

@@ -16,6 +16,7 @@ from dugnad.monitoring.metrics import (
     REJECTED_MESSAGES,
     Declared,
     Metrics,
+    PairSeen,
 )
 
 FLOORS = ("dht", "coordinator", "optim", "peer")
@@ -42,6 +43,9 @@ def say_everything(metrics: Metrics) -> None:
     metrics.coordinator_silent(14.0)
     metrics.clock_corrected(-0.5)
     metrics.quarantined(1)
+    metrics.pairs_seen([PairSeen("fond-mole", "punched", 0.05, 2e6, 1e6)])
+    metrics.punched("cone", connected=True)
+    metrics.reached("cone")
     metrics.trained(4096, 2.5, 1000.0)
     metrics.validated(2.25)
     metrics.checkpoint_written(2, 0.5)
@@ -149,6 +153,17 @@ def test_peers_that_are_gone_from_a_state_are_no_longer_counted_there(metrics: M
     metrics.peers_seen({"voted": 3})
     assert shown(metrics, "dugnad_peers", state="training") == 0
     assert shown(metrics, "dugnad_peers", state="voted") == 3
+
+
+def test_only_pairs_in_use_are_shown(metrics: Metrics) -> None:
+    metrics.pairs_seen([PairSeen("fond-mole", "punched", 0.05, 2e6, 1e6), PairSeen("shy-hare", "relayed", None, 0, 0)])
+    assert shown(metrics, "dugnad_pairs", path="punched") == shown(metrics, "dugnad_pairs", path="relayed") == 1
+    assert shown(metrics, "dugnad_pair_rtt_seconds", peer="fond-mole") == 0.05
+    assert shown(metrics, "dugnad_pair_rtt_seconds", peer="shy-hare") is None
+    metrics.pairs_seen([PairSeen("shy-hare", "direct", 0.01, 5e6, 0)])
+    assert shown(metrics, "dugnad_pair_rtt_seconds", peer="fond-mole") is None
+    assert shown(metrics, "dugnad_pair_bytes_per_second", peer="shy-hare", direction="sent") == 5e6
+    assert shown(metrics, "dugnad_pairs", path="punched") == 0
 
 
 def test_a_loss_that_is_not_a_number_is_shown_as_such(metrics: Metrics) -> None:
