@@ -23,12 +23,12 @@ def why_not() -> str | None:
         return f"{' and '.join(missing)} not found: install iproute2"
     name = f"dugnad{os.getpid()}-try"
     try:
-        _run("ip", "netns", "add", name)
+        run("ip", "netns", "add", name)
         try:
-            _run("ip", "link", "add", "p0", "netns", name, "type", "veth", "peer", "name", "p1", "netns", name)
-            _run(*_within(name), "tc", "qdisc", "add", "dev", "p0", "root", *_tbf(1))
+            run("ip", "link", "add", "p0", "netns", name, "type", "veth", "peer", "name", "p1", "netns", name)
+            run(*within(name), "tc", "qdisc", "add", "dev", "p0", "root", *tbf(1))
         finally:
-            _run("ip", "netns", "del", name)
+            run("ip", "netns", "del", name)
     except subprocess.CalledProcessError as error:
         return f"no network namespaces here: {error.stderr.strip()}"
     return None
@@ -47,11 +47,11 @@ class Internet:
 
     def command(self, number: int, *command: str) -> list[str]:
         """What to start so that `command` runs on a host."""
-        return [*_within(self._name(number)), *command]
+        return [*within(self._name(number)), *command]
 
     def shape(self, number: int, up_mbit: float) -> None:
         """Let a host send at most so much from now on."""
-        _run(*self.command(number, "tc", "qdisc", "replace", "dev", "wan", "root", *_tbf(up_mbit)))
+        run(*self.command(number, "tc", "qdisc", "replace", "dev", "wan", "root", *tbf(up_mbit)))
 
     def split(self, *numbers: int) -> None:
         """These hosts, and only these, reach each other from now on; so do the others."""
@@ -64,19 +64,19 @@ class Internet:
             self._to_bridge(number, "bridge")
 
     def _to_bridge(self, number: int, bridge: str) -> None:
-        _run(*_within(f"{self._prefix}-switch"), "ip", "link", "set", f"p{number}", "master", bridge)
+        run(*within(f"{self._prefix}-switch"), "ip", "link", "set", f"p{number}", "master", bridge)
 
     def _name(self, number: int) -> str:
         return f"{self._prefix}-{number}"
 
     def _plug(self, number: int, switch: str) -> None:
         name, port = self._name(number), f"p{number}"
-        _run("ip", "netns", "add", name)
-        _run("ip", "link", "add", "wan", "netns", name, "type", "veth", "peer", "name", port, "netns", switch)
-        _run(*_within(name), "ip", "addr", "add", f"{self.address(number)}/24", "dev", "wan")
+        run("ip", "netns", "add", name)
+        run("ip", "link", "add", "wan", "netns", name, "type", "veth", "peer", "name", port, "netns", switch)
+        run(*within(name), "ip", "addr", "add", f"{self.address(number)}/24", "dev", "wan")
         for link in ("lo", "wan"):
-            _run(*_within(name), "ip", "link", "set", link, "up")
-        _run(*_within(switch), "ip", "link", "set", port, "master", "bridge", "up")
+            run(*within(name), "ip", "link", "set", link, "up")
+        run(*within(switch), "ip", "link", "set", port, "master", "bridge", "up")
 
 
 @contextlib.contextmanager
@@ -85,26 +85,29 @@ def internet(num_hosts: int) -> Iterator[Internet]:
     prefix = f"dugnad{os.getpid()}"
     net, switch = Internet(prefix), f"{prefix}-switch"
     try:
-        _run("ip", "netns", "add", switch)
+        run("ip", "netns", "add", switch)
         for bridge in ("bridge", "other"):
-            _run(*_within(switch), "ip", "link", "add", bridge, "type", "bridge")
-            _run(*_within(switch), "ip", "link", "set", bridge, "up")
+            run(*within(switch), "ip", "link", "add", bridge, "type", "bridge")
+            run(*within(switch), "ip", "link", "set", bridge, "up")
         for number in range(1, num_hosts + 1):
             net._plug(number, switch)
         yield net
     finally:
         for name in [*(net._name(number) for number in range(1, num_hosts + 1)), switch]:
             with contextlib.suppress(subprocess.CalledProcessError):  # it was never made
-                _run("ip", "netns", "del", name)
+                run("ip", "netns", "del", name)
 
 
-def _within(namespace: str) -> Sequence[str]:
+def within(namespace: str) -> Sequence[str]:
+    """What to put before a command so that it runs in a namespace."""
     return ("ip", "netns", "exec", namespace)
 
 
-def _tbf(mbit: float) -> Sequence[str]:
+def tbf(mbit: float) -> Sequence[str]:
+    """What `tc` is told so that a card sends at most so much."""
     return ("tbf", "rate", f"{mbit}mbit", "burst", "64kb", "latency", "200ms")
 
 
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True)
+def run(*command: str) -> str:
+    """What a command prints. Raises CalledProcessError if it fails."""
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
