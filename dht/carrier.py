@@ -10,6 +10,7 @@ port that they listen on, so that a router which keeps one outside port for it l
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import logging
 import socket
@@ -134,7 +135,7 @@ class Carrier:
         """
         try:
             async with asyncio.timeout(DIAL_S):
-                sock = await self._connect(place, self.port if keep_port else 0)
+                sock = await self._connect_from(place, self.port if keep_port else 0)
         except (OSError, TimeoutError) as error:
             why = getattr(error, "strerror", None) or f"no answer in {DIAL_S:.0f} s"
             raise NoConnection(f"{place}: {why}") from error
@@ -163,6 +164,15 @@ class Carrier:
         raise fault
 
     # -- sockets
+
+    async def _connect_from(self, place: Place, port: int) -> socket.socket:
+        """A TCP connection from that port, if it can be; 0: from any. Raises OSError."""
+        try:
+            return await self._connect(place, port)
+        except OSError as error:
+            if not port or error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
+                raise
+        return await self._connect(place, 0)  # one from there to here is still dying
 
     def _listen(self, stack: contextlib.AsyncExitStack, port: int) -> socket.socket:
         place = Place(self._host, port)
@@ -269,6 +279,7 @@ class Carrier:
             self._wires, sock, peer, path,
             dialler=client, handlers=self.handlers, meter=self._meter, over=self._over,
         )  # fmt: skip
+        connection.keeps_port = sock.getsockname()[1] == self.port
         connection.tell_seen(str(seen))
         try:
             await connection.taken()

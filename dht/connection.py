@@ -138,8 +138,10 @@ class Connection:
         self.alive = True
         self.seen_as: str | None = None
         """The address under which the other side sees us, "HOST:PORT"."""
+        self.keeps_port = False
+        """Whether it goes from the port on which we listen, so that `seen_as` is how others would find that."""
         self.rtt_s: float | None = None
-        self.used_at = time.monotonic()
+        self._began_at = self.used_at = time.monotonic()
         self._wires = wires
         self._handlers = handlers
         self._meter = meter
@@ -153,6 +155,11 @@ class Connection:
         self._settled = asyncio.Event()
         self._wire = wires.add(sock, self._on_frames, self._on_end)
         self._pinging = asyncio.create_task(self._keep_pinging())
+
+    @property
+    def age_s(self) -> float:
+        """For how long it has been there."""
+        return time.monotonic() - self._began_at
 
     @property
     def idle(self) -> bool:

@@ -34,6 +34,8 @@ MAX_RETRY_S = 600.0
 OBSERVERS = 2
 """How many open peers tell us how we are seen."""
 LOOK_S = 2.0
+FRESH_S = 5.0
+"""A connection younger than this is not doubted when its peer wants to meet: both may have begun at once."""
 MAX_CONNECTIONS = 1024
 MAX_TRUSTED = 4096
 
@@ -230,7 +232,10 @@ class Rendezvous:
     async def _on_meet(self, peer: PeerId, raw: bytes) -> bytes:
         theirs, mine = meeting.decode(raw), self._introduction()
         self._trust(peer, theirs)
-        if peer not in self._attempts and self.connection(peer) is None:
+        for connection in list(self._connections.get(peer, ())):
+            if connection.age_s > FRESH_S:  # it knows of none: it broke, and only one side has noticed
+                self._spawn(connection.close())
+        if peer not in self._attempts:
             self._attempt(peer, self._act(peer, theirs, meeting.step(mine, theirs, first=False)))
         return meeting.encode(mine)
 
@@ -261,7 +266,7 @@ class Rendezvous:
             except NoConnection as error:
                 fault = error
                 continue
-            if seen:
+            if connection.keeps_port:
                 self._views[connection] = place
                 await self._look_through_second(peer, theirs)
             return
@@ -299,6 +304,8 @@ class Rendezvous:
     def _failed(self, peer: PeerId, reason: str) -> None:
         before = self._failures.get(peer)
         pause_s = min(MAX_RETRY_S, 2 * before.pause_s) if before is not None else RETRY_S
+        if len(self._failures) >= MAX_TRUSTED:
+            self._failures.pop(next(iter(self._failures)))
         self._failures[peer] = _Failure(reason, pause_s, time.monotonic() + pause_s)
         log.debug("no direct connection to %s: %s", nickname(peer), reason)
 
