@@ -243,7 +243,7 @@ def _check_free(address: str) -> None:
         case ["ip6", host, "tcp", port] if port.isdecimal():
             family = socket.AF_INET6
         case _:
-            raise ListenError(f"{address}: not an address to listen on; like /ip4/0.0.0.0/tcp/4001 (TCP only)")
+            raise ListenError(address, "not an address to listen on; like /ip4/0.0.0.0/tcp/4001 (TCP only)")
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else the last run's closing connections count
         try:
@@ -251,4 +251,4 @@ def _check_free(address: str) -> None:
         except (OSError, OverflowError) as error:
             if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
                 raise PortInUse(address) from error
-            raise ListenError(f"{address}: can't listen there: {error}") from error
+            raise ListenError(address, f"can't listen there: {error}") from error

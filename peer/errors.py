@@ -10,6 +10,7 @@ _KNOWN = {
     "dugnad.peer.cli.UsageError": BAD_INPUT,
     "dugnad.configs.recipe.RecipeError": BAD_INPUT,
     "dugnad.dht.invite.InviteError": BAD_INPUT,
+    "dugnad.dht.hello.TurnedAway": FAILED,
     "dugnad.peer.folder.FolderError": BAD_INPUT,
     "dugnad.peer.simulate.SimulationError": BAD_INPUT,
     "dugnad.dht.identity.IdentityError": FAILED,

@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 
 from dugnad.coordinator.service import Coordinator
+from dugnad.dht.hello import Judge, welcomes
 from dugnad.dht.records import ProgressBody
 from dugnad.dht.swarm import Swarm
 from dugnad.dht.transport import printable
@@ -24,6 +25,8 @@ class Face:
         self.swarm: Swarm | None = None
         self.invite = ""
         """One that leads to this peer."""
+        self.judge: Judge = welcomes
+        """What keeps a peer out that says hello, if anything; a role that lets in only some puts its own here."""
 
     def status(self) -> Report:
         """The role's report; an empty one before there is a role."""

@@ -29,6 +29,15 @@ class FolderError(Exception):
     """A folder that can't be used as asked; the message says which, why, and what to do."""
 
 
+class OtherRun(FolderError):
+    """A folder that belongs to another run."""
+
+    code = "E304"
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(f"{self.code} {path}: {what}")
+
+
 MAX_REMEMBERED = 64
 """Addresses of peers that are remembered."""
 
