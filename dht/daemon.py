@@ -62,7 +62,7 @@ class Daemon:
 
     async def __aenter__(self) -> Self:
         for address in self._listen:
-            _check_free(address)
+            check_free(address)
         self._directory = tempfile.mkdtemp(prefix="dugnad-")  # mode 0700, and short: a socket's path has 104 bytes
         try:
             await self._start()
@@ -235,8 +235,11 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "GOLOG_LOG_LEVEL": "error", "GOLOG_LOG_FMT": "nocolor"}
 
 
-def _check_free(address: str) -> None:
-    """Try to listen on a multiaddr ourselves: p2pd shares a busy port silently (SO_REUSEPORT) rather than complain."""
+def check_free(address: str) -> None:
+    """Raises PortInUse or ListenError for a multiaddr that can't be listened on.
+
+    Tried with a socket of ours: p2pd shares a busy port silently (SO_REUSEPORT) rather than complain.
+    """
     match address.split("/")[1:]:
         case ["ip4", host, "tcp", port] if port.isdecimal():
             family = socket.AF_INET

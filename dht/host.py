@@ -75,6 +75,8 @@ class Host:
         )
         self.clock = Clock(identity.peer_id)
         """The run's time; whoever knows the run's peers keeps it right."""
+        self.contacts = first_contact.Contacts((), ())
+        """Whom the bootstrap addresses led to, once entered."""
         self._directory = Directory(self._daemon, identity, owner_of, self.now)
         self._handlers: dict[str, StreamHandler] = {}
         self._serving: set[asyncio.Task[None]] = set()
@@ -104,8 +106,8 @@ class Host:
             stack.callback(server.close)
             await self._look_up_addresses()
             await stack.enter_async_context(self._directory)
-            joined = await first_contact.join(self._bootstrap, self.peer_id, self._connect)
-            await self._directory.join(joined)
+            self.contacts = await first_contact.join(self._bootstrap, self.peer_id, self._connect)
+            await self._directory.join(self.contacts.peers)
             self._exit = stack.pop_all()
         return self
 

@@ -83,9 +83,14 @@ class Folder:
         """The file of the chain."""
         return self.path / "chain.sqlite"
 
+    @property
+    def key(self) -> Path:
+        """The file of this peer's key."""
+        return self.path / "identity.key"
+
     def identity(self) -> Identity:
         """This peer's key, made when first asked for. Raises IdentityError."""
-        return Identity.load_or_create(self.path / "identity.key")
+        return Identity.load_or_create(self.key)
 
     def organizer(self) -> Identity:
         """The run's key, made when first asked for. Raises IdentityError."""

@@ -29,6 +29,7 @@ from dugnad.dht.swarm import Swarm
 from dugnad.dht.transport import BootstrapError, NetworkDown
 from dugnad.monitoring.exporter import Exporter
 from dugnad.monitoring.metrics import Metrics
+from dugnad.peer import gate
 from dugnad.peer.face import Face
 from dugnad.peer.folder import Folder, FolderError, OtherRun, RoleName
 from dugnad.peer.lifecycle import Abilities
@@ -173,11 +174,17 @@ async def resume(folder: Folder, network: Network, *, invite: Invite | None, tol
 
 
 async def join(
-    invite: Invite, folder: Folder, network: Network, *, threads: int, told: Callable[[Recipe, str, str], None]
+    invite: Invite,
+    folder: Folder,
+    network: Network,
+    *,
+    threads: int,
+    checked: gate.Told,
+    told: Callable[[Recipe, str, str], None],
 ) -> str:
     """Take part in a run with so many threads of torch; returns why it ended.
 
-    told: hears the recipe, our nickname and the exporter's URL.
+    checked: hears what was looked at. told: hears the recipe, our nickname and the exporter's URL.
     """
     with folder.occupied():
         kept = _kept_genesis(folder)
@@ -188,6 +195,8 @@ async def join(
             check_expiry(invite, now=place.swarm.now())
             genesis = kept if kept is not None else (await _welcome(place, invite)).genesis
             recipe = decode(genesis.recipe)
+            gate.tell_network(place.host.contacts, place.swarm.clock.correction, told=checked)
+            await asyncio.to_thread(gate.check_recipe, recipe, folder, threads=threads, told=checked)
             told(recipe, nickname(place.identity.peer_id), place.url)
             numerics = Numerics(recipe, threads=threads)
             await asyncio.to_thread(numerics.prepare, to_train=True)
@@ -300,8 +309,7 @@ async def _connected(
 async def _greeted(host: Host, way: Way, face: Face) -> AsyncIterator[None]:
     """Say hello, and answer it, before anything else: who does not fit should hear why. Raises TurnedAway."""
     await hello.serve(host, way.run, way.name, judge=lambda peer: face.judge(peer), seen=host.seen_at)
-    connected = await host.peers()
-    await hello.greet(host, [peer for peer in way.invited if peer in connected], way.run)
+    await hello.greet(host, [peer for peer in way.invited if peer in host.contacts.peers], way.run)
     yield
 
 
