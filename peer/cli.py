@@ -349,7 +349,7 @@ def _tell_run(where: "Folder", cores: int) -> Any:
 
         say(f'run    "{recipe.name}": {recipe.summary}')
         say(f"role   trainer, with {cores} {'core' if cores == 1 else 'cores'}")
-        say(f"ask    dugnad status | why | peers --dir {where.path}      metrics: {url}/metrics")
+        say(f"ask    dugnad status | why | peers --dir {where.path}      metrics  {url}/metrics")
         say(f'You are "{nickname}". Ctrl+C once: finish this round and leave.')
 
     return tell

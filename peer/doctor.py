@@ -44,7 +44,7 @@ class Check:
         """One line, as people see it before a run."""
         found = f"check  {self.name:<9} {self.found} "
         note = "    (" + (f"{self.code} " if self.code else "") + f"{self.advice})" if self.advice else ""
-        return f"{found:.<64} {self.verdict}{note}"
+        return f"{found:.<72} {self.verdict}{note}"
 
 
 class CheckFailed(Exception):

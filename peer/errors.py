@@ -11,6 +11,7 @@ _KNOWN = {
     "dugnad.configs.recipe.RecipeError": BAD_INPUT,
     "dugnad.dht.invite.InviteError": BAD_INPUT,
     "dugnad.dht.hello.TurnedAway": FAILED,
+    "dugnad.dht.twin.KeyInUse": FAILED,
     "dugnad.peer.doctor.CheckFailed": FAILED,
     "dugnad.peer.folder.FolderError": BAD_INPUT,
     "dugnad.peer.simulate.SimulationError": BAD_INPUT,

@@ -59,6 +59,8 @@ def _doing(status: dict[str, Any]) -> str:
             return f"Exchanging{since}: {reason}."
         case Stage.WAITING:
             return f"Idle{since}: {reason}."
+        case state if status.get("role") == "coordinator":
+            return f"{'Leading' if status.get('leads') else 'Following'}, {state}{since}: {reason}."
         case state:
             return f"{str(state).capitalize()}{since}: {reason}."
 
