@@ -62,8 +62,16 @@ def others(addresses: Sequence[str], me: PeerId) -> list[str]:
     return sound
 
 
-async def join(addresses: Sequence[str], me: PeerId, connect: Connect) -> list[PeerId]:
-    """Connect to all `addresses` at once; returns who answered, without doubles and without ourselves.
+@dataclass(frozen=True, slots=True)
+class Contacts:
+    """Who answered, without doubles and without ourselves, and (address, reason) of what led nowhere."""
+
+    peers: tuple[PeerId, ...]
+    failures: tuple[tuple[str, str], ...]
+
+
+async def join(addresses: Sequence[str], me: PeerId, connect: Connect) -> Contacts:
+    """Connect to all `addresses` at once.
 
     Raises BootstrapError if nobody did, unless there is nobody to ask but ourselves.
     """
@@ -71,10 +79,10 @@ async def join(addresses: Sequence[str], me: PeerId, connect: Connect) -> list[P
     turns: defaultdict[PeerId, asyncio.Lock] = defaultdict(asyncio.Lock)
     results = await asyncio.gather(*(_try(address, me, connect, turns) for address in addresses))
     reached = [result for result in results if isinstance(result, Address)]
-    failures = [result for result in results if not isinstance(result, Address)]
+    failures = tuple(result for result in results if not isinstance(result, Address))
     if failures and not reached:
         raise BootstrapError(failures)
-    return list(dict.fromkeys(address.peer for address in reached if address.peer != me))
+    return Contacts(tuple(dict.fromkeys(address.peer for address in reached if address.peer != me)), failures)
 
 
 class _NoContact(Exception):

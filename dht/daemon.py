@@ -62,7 +62,7 @@ class Daemon:
 
     async def __aenter__(self) -> Self:
         for address in self._listen:
-            _check_free(address)
+            check_free(address)
         self._directory = tempfile.mkdtemp(prefix="dugnad-")  # mode 0700, and short: a socket's path has 104 bytes
         try:
             await self._start()
@@ -235,15 +235,18 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "GOLOG_LOG_LEVEL": "error", "GOLOG_LOG_FMT": "nocolor"}
 
 
-def _check_free(address: str) -> None:
-    """Try to listen on a multiaddr ourselves: p2pd shares a busy port silently (SO_REUSEPORT) rather than complain."""
+def check_free(address: str) -> None:
+    """Raises PortInUse or ListenError for a multiaddr that can't be listened on.
+
+    Tried with a socket of ours: p2pd shares a busy port silently (SO_REUSEPORT) rather than complain.
+    """
     match address.split("/")[1:]:
         case ["ip4", host, "tcp", port] if port.isdecimal():
             family = socket.AF_INET
         case ["ip6", host, "tcp", port] if port.isdecimal():
             family = socket.AF_INET6
         case _:
-            raise ListenError(f"{address}: not an address to listen on; like /ip4/0.0.0.0/tcp/4001 (TCP only)")
+            raise ListenError(address, "not an address to listen on; like /ip4/0.0.0.0/tcp/4001 (TCP only)")
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else the last run's closing connections count
         try:
@@ -251,4 +254,4 @@ def _check_free(address: str) -> None:
         except (OSError, OverflowError) as error:
             if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
                 raise PortInUse(address) from error
-            raise ListenError(f"{address}: can't listen there: {error}") from error
+            raise ListenError(address, f"can't listen there: {error}") from error

@@ -75,6 +75,8 @@ class Host:
         )
         self.clock = Clock(identity.peer_id)
         """The run's time; whoever knows the run's peers keeps it right."""
+        self.contacts = first_contact.Contacts((), ())
+        """Whom the bootstrap addresses led to, once entered."""
         self._directory = Directory(self._daemon, identity, owner_of, self.now)
         self._handlers: dict[str, StreamHandler] = {}
         self._serving: set[asyncio.Task[None]] = set()
@@ -104,8 +106,8 @@ class Host:
             stack.callback(server.close)
             await self._look_up_addresses()
             await stack.enter_async_context(self._directory)
-            joined = await first_contact.join(self._bootstrap, self.peer_id, self._connect)
-            await self._directory.join(joined)
+            self.contacts = await first_contact.join(self._bootstrap, self.peer_id, self._connect)
+            await self._directory.join(self.contacts.peers)
             self._exit = stack.pop_all()
         return self
 
@@ -131,14 +133,28 @@ class Host:
 
     async def peers(self) -> list[PeerId]:
         """To whom the daemon is connected, sorted. Raises NetworkDown."""
+        return sorted(await self.connections())
+
+    async def connections(self) -> dict[PeerId, list[str]]:
+        """To whom the daemon is connected, and the other end's multiaddr of each connection. Raises NetworkDown."""
         from hivemind.proto import p2pd_pb2
+        from hivemind.utils.multiaddr import Multiaddr
 
         try:
             answer = await self._daemon.ask(p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS))
         except DaemonRefused as error:
             raise NetworkDown(f"the network daemon does not say to whom it is connected: {error}") from error
-        found = {_peer_of(peer.id) for peer in answer.peers}
-        return sorted(peer for peer in found if peer is not None)
+        found: dict[PeerId, list[str]] = {}
+        for one in answer.peers:
+            peer = _peer_of(one.id)
+            if peer is not None:
+                found.setdefault(peer, []).extend(str(Multiaddr(raw)) for raw in one.addrs)
+        return found
+
+    async def seen_at(self, peer: PeerId) -> str:
+        """From where `peer` is connected to us, directly if it can be; "" if it is not."""
+        found = (await self.connections()).get(peer, [])
+        return min(found, key=lambda address: "/p2p-circuit" in address, default="")
 
     async def announce(self, run: bytes, raw: bytes, *, expires_s: float) -> bool:
         """Keep our signed record `raw` in the DHT under `run` for `expires_s` seconds; whether a node took it."""

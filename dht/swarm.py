@@ -30,13 +30,19 @@ from dugnad.dht.paths import Reach
 from dugnad.dht.records import KINDS, MemberBody, ProgressBody, Record
 from dugnad.dht.sequence import Sequence
 from dugnad.dht.transport import Direction, TransportError
+from dugnad.dht.twin import WATCH_S, KeyInUse, Twin
 from dugnad.dht.wire import Codec, WireError, open_sealed, seal
 
 log = logging.getLogger(__name__)
 
 CHANNEL = "dugnad/gossip/1"
 CLOCK_CHANNEL = "dugnad/clock/1"
+MINE_CHANNEL = "dugnad/mine/1"
+"""Where one asks for the records of oneself that another holds: an empty question, a msgpack array of raw records."""
 CODEC = Codec(GOSSIP_KINDS)
+MINE_BYTES = len(KINDS) * (records.MAX_RECORD_BYTES + 8) + 8
+ASK_AGAIN_S = 1.0
+"""How often those who may know of another peer with our key are asked."""
 ANNOUNCE_S = 60.0
 """How often we say in the DHT that we are there."""
 MEMBER_LIFETIME_S = 180.0
@@ -76,7 +82,7 @@ class Swarm:
     show. refused: hears why a record or a message of gossip was refused, in a word or two. passed: hears the direction
     and kind of each message of gossip. proofs: what convicts a peer of having said two things; accused: hears of each
     peer that is convicted, once, and why.
-    Raises OSError or ValueError if the directory can't be used.
+    Raises OSError or ValueError if the directory can't be used; KeyInUse, in entering or soon after.
     """
 
     def __init__(
@@ -102,8 +108,11 @@ class Swarm:
         self._identity = identity
         self._run = run
         self._role = role
+        self._directory = directory
         self._evidence_file = directory / "evidence"
         self._sequence = Sequence(directory / "sequence")
+        self._twin = Twin(suspected=self._sequence.copied)
+        self._twin_found = asyncio.Event()
         self._refused = refused
         self._progress = progress
         self._reach = reach
@@ -127,12 +136,25 @@ class Swarm:
         await self._tasks.__aenter__()
         self._load_evidence()
         await self._host.serve(CLOCK_CHANNEL, self._on_clock)
+        await self._host.serve(MINE_CHANNEL, self._on_mine)
         await self._host.serve(CHANNEL, self._on_message)
         await self._meet()
         await self._ask_time(self._known[:CLOCK_PEERS])  # before we say anything by a clock that may be wrong
         self.clock.begin(at_s=_steady_s())
-        await self._announce()
-        for work in (self._keep_announcing(), self._keep_telling(), self._keep_gossiping(), self._keep_time()):
+        try:
+            await self._listen_for_twin()
+            self._twin.speak(now=self.now())
+            await self._announce()
+        except BaseException:
+            await self.__aexit__(None, None, None)
+            raise
+        for work in (
+            self._keep_announcing(),
+            self._keep_telling(),
+            self._keep_gossiping(),
+            self._keep_time(),
+            self._keep_watching(),
+        ):
             self._spawn(work)
         return self
 
@@ -256,6 +278,62 @@ class Swarm:
         while True:
             await asyncio.sleep(self._tell())
 
+    # -- whether it is we who say it
+
+    @property
+    def key_in_use(self) -> bool:
+        """Whether another running peer signs with our key."""
+        return self._twin.found
+
+    async def _listen_for_twin(self) -> None:
+        """Before we say anything: whether another does so in our name. Raises KeyInUse, within 12 s."""
+        self._twin.begin(now=self.now())
+        await self._ask_of_us()
+        if not self._twin.suspected:
+            return
+        log.info("someone has signed with this peer's key, or its folder is a copy: listening for %.0f s", WATCH_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(WATCH_S):
+                while not self._twin.found:
+                    await asyncio.sleep(ASK_AGAIN_S)
+                    await self._ask_of_us()
+        if self._twin.found:
+            raise KeyInUse(str(self._directory))
+
+    async def _ask_of_us(self) -> None:
+        """Take what others hold of us. Asked, not gossiped: what is sent to our name may reach the other with it."""
+        answers = await asyncio.gather(*(self._held_by(peer) for peer in self._known[:CLOCK_PEERS]))
+        for raw in dict.fromkeys(raw for answer in answers for raw in answer):
+            self._take(raw)
+
+    async def _held_by(self, peer: PeerId) -> list[bytes]:
+        try:
+            return _decode_mine(await self._host.request(peer, MINE_CHANNEL, b"", timeout_s=ANSWER_S))
+        except TransportError as error:
+            log.debug("%s does not say what it holds of us: %s", nickname(peer), error)
+        except WireError as error:
+            self._refused(error.reason)
+        return []
+
+    async def _on_mine(self, peer: PeerId, raw: bytes) -> bytes:
+        held = (self.records.get(kind, peer, now=self.now()) for kind in KINDS)
+        return msgspec.msgpack.encode([record.raw for record in held if record is not None])
+
+    async def _keep_watching(self) -> None:
+        await self._twin_found.wait()
+        if self._twin.newcomer(now=self.now()):
+            raise KeyInUse(str(self._directory))
+        log.error(
+            "%s another running peer signs with this peer's key: a copy of its folder, or of identity.key? If both "
+            "vote, both are out of the run. Stop the other one, and give it a key of its own: dugnad identity new",
+            KeyInUse.code,
+        )
+
+    def _heard_of_us(self, record: Record) -> None:
+        self._twin.heard(record.seq, record.issued_ms / 1000, ours=self._sequence.last)
+        if self._twin.found:
+            self._twin_found.set()
+
     # -- what time it is
 
     async def _keep_time(self) -> None:
@@ -378,10 +456,13 @@ class Swarm:
         try:
             if is_evidence(raw):
                 return self._proofs.parse(raw, self._run)
-            return records.parse(raw, self._run, now=now)
+            record = records.parse(raw, self._run, now=now)
         except WireError as error:
             self._refused(error.reason)
             raise
+        if record.owner == self._identity.peer_id:
+            self._heard_of_us(record)
+        return record
 
     def _take(self, raw: bytes) -> None:
         with contextlib.suppress(WireError):
@@ -423,6 +504,19 @@ class Swarm:
         else:
             log.warning("%s (%s) is quarantined: %s", nickname(evidence.owner), evidence.owner, why)
         self._accused(evidence.owner, why)
+
+
+def _decode_mine(raw: bytes) -> list[bytes]:
+    """Raises WireError for anything but a few raw records, which are not looked at."""
+    if len(raw) > MINE_BYTES:
+        raise WireError("too large", f"{len(raw)} bytes of records, at most {MINE_BYTES}")
+    try:
+        return _mine.decode(raw)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise WireError("malformed", f"records: {error}") from error
+
+
+_mine = msgspec.msgpack.Decoder(list[bytes])
 
 
 def _steady_s() -> float:

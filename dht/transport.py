@@ -52,9 +52,11 @@ class RequestRefused(TransportError):
 class PortInUse(TransportError):
     """Another program listens on an address that we were told to listen on."""
 
+    code = "E202"
+
     def __init__(self, address: str) -> None:
         super().__init__(
-            f"{address}: another program already listens on this port. "
+            f"{self.code} {address}: another program already listens on this port. "
             "Stop it (is a dugnad still running?), or choose another port; port 0 takes any free one."
         )
         self.address = address
@@ -62,6 +64,11 @@ class PortInUse(TransportError):
 
 class ListenError(TransportError):
     """An address can't be listened on, for another reason than its port being taken."""
+
+    code = "E202"
+
+    def __init__(self, address: str, why: str) -> None:
+        super().__init__(f"{self.code} {address}: {why}")
 
 
 class NetworkDown(TransportError):
@@ -71,10 +78,12 @@ class NetworkDown(TransportError):
 class BootstrapError(TransportError):
     """No bootstrap address led to a peer; `failures` holds (address, reason) of each."""
 
+    code = "E201"
+
     def __init__(self, failures: Sequence[tuple[str, str]]) -> None:
         self.failures = tuple(failures)
         width = max((len(address) for address, _ in self.failures), default=0)
-        lines = [f"none of {len(self.failures)} bootstrap peers could be reached."]
+        lines = [f"{self.code} none of {len(self.failures)} bootstrap peers could be reached."]
         lines += [f"     {address:<{width}}  {reason}" for address, reason in self.failures]
         super().__init__("\n".join(lines))
 

@@ -15,7 +15,8 @@ from msgspec import Meta, Struct
 from dugnad.dht import identity as keys
 from dugnad.dht.identity import Identity, PeerId, peer_id_of
 
-VERSION = 1
+PROTOCOL = 1
+"""What peers must have in common to work together; also the first field of every sealed message."""
 ENVELOPE_BYTES = 256
 """What a seal adds to a body, at most."""
 _DOMAIN = b"dugnad/message/1"
@@ -85,7 +86,7 @@ def seal(identity: Identity, run: bytes, codec: Codec, message: Struct) -> bytes
     """Sign `message` for `run` (32 bytes)."""
     tag, body = codec.tag_of(message), codec.encode(message)
     signature = identity.sign(_signed(run, tag, body))
-    return _encoder.encode(_Sealed(VERSION, run, tag, identity.public_key, msgspec.Raw(body), signature))
+    return _encoder.encode(_Sealed(PROTOCOL, run, tag, identity.public_key, msgspec.Raw(body), signature))
 
 
 Verify = Callable[[PeerId, bytes, bytes], bool]
@@ -96,8 +97,8 @@ def open_sealed(raw: bytes, run: bytes, codec: Codec, *, verify: Verify = keys.v
     if len(raw) > codec.cap_bytes:
         raise WireError("too large", f"{len(raw)} bytes, at most {codec.cap_bytes}")
     sealed = _strictly(_sealed, raw, "envelope")
-    if sealed.version != VERSION:
-        raise WireError("version", f"they speak protocol {sealed.version}, we {VERSION}")
+    if sealed.version != PROTOCOL:
+        raise WireError("version", f"they speak protocol {sealed.version}, we {PROTOCOL}")
     if sealed.run != run:
         raise WireError("foreign run")
     body, sender = bytes(sealed.body), peer_id_of(sealed.sender)

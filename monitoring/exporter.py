@@ -25,9 +25,11 @@ _SHUTDOWN_S = 0.1  # a scraper that is answered too late asks again; nobody who 
 class PortTaken(Exception):
     """Another program listens on the port for metrics."""
 
+    code = "E202"
+
     def __init__(self, host: str, port: int) -> None:
         super().__init__(
-            f"port {port} on {host}, for metrics and status, is taken by another program. "
+            f"{self.code} port {port} on {host}, for metrics and status, is taken by another program. "
             "Choose another --metrics-port; 0 takes any free one."
         )
         self.port = port

@@ -4,14 +4,17 @@ import asyncio
 import contextlib
 import json
 import os
-import sys
 import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from dugnad.peer import cli_self
+from dugnad.peer.told import told_errors
 
 if TYPE_CHECKING:
     from dugnad.configs.recipe import Recipe
@@ -53,7 +56,7 @@ def demo(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write what happened to this file.")] = None,
 ) -> None:
     """Watch a whole run on this machine: it trains, one volunteer joins late, one is killed, and it ends by itself."""
-    with _told_errors():
+    with told_errors():
         _check_writable(json_file)
         num_rounds = _recipe(recipe, rounds).rounds.num_rounds()
         if num_rounds < _DEMO_ROUNDS:
@@ -92,7 +95,7 @@ def launch(
     On another machine, with nothing but the run's key in DIR: dugnad launch --resume DIR --invite INVITE, where the
     invite is of a peer that is there (dugnad invite --dir ITS_FOLDER). Chain and model come from the peers.
     """
-    with _told_errors():
+    with told_errors():
         if (recipe is None) == (resume is None):
             raise UsageError("say what to launch: either a recipe (dugnad launch tiny-books) or --resume DIR")
         if invite is not None and resume is None:
@@ -131,17 +134,22 @@ def join(
 
     Ctrl+C once: finish the round, write a checkpoint, leave. Twice: leave now; only this round's work is lost.
     """
-    with _told_errors():
+    with told_errors():
         from dugnad.dht.invite import parse_invite
 
         known = parse_invite(invite)
         from dugnad.peer import folder as folders
-        from dugnad.peer import roles
+        from dugnad.peer import gate, roles
+        from dugnad.peer.terminal import say
 
         where = folders.Folder(directory or folders.data_folder() / f"{known.name}-{known.run.hex()[:8]}")
         network = roles.Network(host=host, port=port, metrics_port=metrics_port, give_mbit=give_mbit)
-        cores = threads or max(1, (os.cpu_count() or 1) // 2)
-        _run(roles.join(known, where, network, threads=cores, told=_tell_run(where)), where, exit_with_stdin)
+        cores = threads or cli_self.default_threads()
+        say(f'dugnad {version("dugnad")}   run "{known.name}" ({known.run.hex()[:8]})')
+        wanted = (("--port", port), ("--metrics-port", metrics_port))
+        gate.check_machine(where, host, wanted, threads=cores, told=_tell_check)
+        work = roles.join(known, where, network, threads=cores, checked=_tell_check, told=_tell_run(where, cores))
+        _run(work, where, exit_with_stdin)
 
 
 @app.command()
@@ -150,7 +158,7 @@ def status(directory: Dir = None, as_json: AsJson = False) -> None:
 
     Without --dir: the only role that runs from your data directory, where roles live that were given no --dir.
     """
-    with _told_errors():
+    with told_errors():
         from dugnad.peer import ask
 
         said = ask.status(directory)
@@ -165,7 +173,7 @@ def status(directory: Dir = None, as_json: AsJson = False) -> None:
 @app.command()
 def invite(directory: Dir = None) -> None:
     """Print an invite that leads to the peer in --dir, volunteer or coordinator: for when others are gone."""
-    with _told_errors():
+    with told_errors():
         from dugnad.peer import ask
 
         print(ask.status(directory)["invite"])
@@ -182,7 +190,7 @@ def recover(
     newest round in DIR. What others committed after that round is undone, and they follow. Start the coordinator
     afterwards: dugnad launch --resume DIR.
     """
-    with _told_errors():
+    with told_errors():
         from dugnad.peer.folder import Folder
         from dugnad.peer.recover import Recoverer
 
@@ -204,7 +212,7 @@ def audit(
     as_json: AsJson = False,
 ) -> None:
     """Prove from the chain in DIR that nothing was lost or counted twice; status 1 if it does not hold."""
-    with _told_errors():
+    with told_errors():
         from dugnad.peer import ask
 
         found = ask.audit(directory)
@@ -225,7 +233,7 @@ def checkpoints(
     A role repairs its own from the others' copies. By hand: put back a copy of the round's folder from any keeper of
     the run, or move it away. Nothing is changed by this command, and the role may be running.
     """
-    with _told_errors():
+    with told_errors():
         from dugnad.peer import saved
 
         found = saved.rows(directory)
@@ -243,7 +251,7 @@ def sample(
     seed: Annotated[int, typer.Option(help="The same seed writes the same text.", min=0)] = 1,
 ) -> None:
     """Let the model of a checkpoint write."""
-    with _told_errors():
+    with told_errors():
         from dugnad.peer.sample import write
 
         print(write(source, prompt, length, temperature=temperature, top_k=top_k, seed=seed))
@@ -285,7 +293,7 @@ def simulate(
 
     Example: dugnad simulate tiny-books --peers 100 --churn 0.02 --uplink 20mbit --seed 7
     """
-    with _told_errors():
+    with told_errors():
         _check_writable(json_file)
         from dugnad.peer import simulate as simulation
 
@@ -329,12 +337,19 @@ def _tell_invite(where: "Folder") -> Any:
     return tell
 
 
-def _tell_run(where: "Folder") -> Any:
+def _tell_check(check: object) -> None:
+    from dugnad.peer.terminal import say
+
+    say(str(check))
+
+
+def _tell_run(where: "Folder", cores: int) -> Any:
     def tell(recipe: "Recipe", nickname: str, url: str) -> None:
         from dugnad.peer.terminal import say
 
-        say(f'run         "{recipe.name}": {recipe.summary}')
-        say(f"metrics     {url}/metrics      status: dugnad status --dir {where.path}")
+        say(f'run    "{recipe.name}": {recipe.summary}')
+        say(f"role   trainer, with {cores} {'core' if cores == 1 else 'cores'}")
+        say(f"ask    dugnad status | why | peers --dir {where.path}      metrics  {url}/metrics")
         say(f'You are "{nickname}". Ctrl+C once: finish this round and leave.')
 
     return tell
@@ -361,24 +376,7 @@ def _exit_with_stdin() -> None:
     os._exit(3)
 
 
-@contextlib.contextmanager
-def _told_errors() -> Iterator[None]:
-    """Turn what a user can do something about into a sentence and status 1 (2 for bad input)."""
-    try:
-        yield
-    except typer.Exit:
-        raise
-    except KeyboardInterrupt:
-        print("left at once", file=sys.stderr)
-        raise typer.Exit(130) from None
-    except BaseException as error:
-        from dugnad.peer.errors import sentence_of
-
-        said = sentence_of(error)
-        if said is None:
-            raise
-        print(f"dugnad: {said[0]}", file=sys.stderr)
-        raise typer.Exit(said[1]) from None
+cli_self.register(app)  # behind those with which a run begins
 
 
 def main() -> None:

@@ -1,10 +1,12 @@
 """What the outside sees of a role, also while it is not there yet: status, metrics that are looked at, progress."""
 
 import asyncio
+import time
 from collections import Counter
 
 from dugnad.coordinator.service import Coordinator
 from dugnad.dht.direct import Direct
+from dugnad.dht.hello import Judge, welcomes
 from dugnad.dht.identity import nickname
 from dugnad.dht.records import ProgressBody
 from dugnad.dht.swarm import Swarm
@@ -27,6 +29,10 @@ class Face:
         self.direct: Direct | None = None
         self.invite = ""
         """One that leads to this peer."""
+        self._state = ("", 0.0)
+        """What the role does, and since when, by the monotonic clock."""
+        self.judge: Judge = welcomes
+        """What keeps a peer out that says hello, if anything; a role that lets in only some puts its own here."""
 
     def status(self) -> Report:
         """The role's report; an empty one before there is a role."""
@@ -34,12 +40,17 @@ class Face:
             return {}
         role = self.role
         said = report.of_coordinator(role) if isinstance(role, Coordinator) else report.of_volunteer(role, self.swarm)
+        if said["state"] != self._state[0]:
+            self._state = (said["state"], time.monotonic())
         correction = self.swarm.clock.correction
         return said | {
             "reason": printable(str(said["reason"])),  # a stranger may have written it, in refusing us
             "clock_offset_s": correction.offset_s,
             "clock_warning": correction.warning,
             "quarantined": len(self.swarm.quarantined()),
+            "out": said["peer"] in self.swarm.quarantined(),
+            "key_in_use": self.swarm.key_in_use,
+            "state_s": time.monotonic() - self._state[1],
             "invite": self.invite,
             **self._ways(),
         }

@@ -29,6 +29,15 @@ class FolderError(Exception):
     """A folder that can't be used as asked; the message says which, why, and what to do."""
 
 
+class OtherRun(FolderError):
+    """A folder that belongs to another run."""
+
+    code = "E304"
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(f"{self.code} {path}: {what}")
+
+
 MAX_REMEMBERED = 64
 """Addresses of peers that are remembered."""
 
@@ -74,9 +83,14 @@ class Folder:
         """The file of the chain."""
         return self.path / "chain.sqlite"
 
+    @property
+    def key(self) -> Path:
+        """The file of this peer's key."""
+        return self.path / "identity.key"
+
     def identity(self) -> Identity:
         """This peer's key, made when first asked for. Raises IdentityError."""
-        return Identity.load_or_create(self.path / "identity.key")
+        return Identity.load_or_create(self.key)
 
     def organizer(self) -> Identity:
         """The run's key, made when first asked for. Raises IdentityError."""

@@ -72,6 +72,7 @@ def _reported(leader: Leader) -> list[Report]:
                 "nickname": nickname(peer),
                 "state": "lost" if not leader.membership.is_live(peer) else _stage(said.stage) if said else "unknown",
                 "reason": leader.membership.why_lost(peer),
+                "round": said.head_round if said else None,
                 "step": said.step if said else 0,
                 "of_steps": said.of_steps if said else 0,
             }

@@ -9,6 +9,7 @@ import logging
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from typing import Self
 
 from dugnad.configs.recipe import Recipe, decode, encode
 from dugnad.coordinator import equivocation
@@ -17,6 +18,7 @@ from dugnad.coordinator.messages import Genesis, Welcome
 from dugnad.coordinator.service import Coordinator
 from dugnad.coordinator.surroundings import Surroundings
 from dugnad.coordinator.sync import Asker, SyncError
+from dugnad.dht import hello
 from dugnad.dht.budget import GIVE_MBIT
 from dugnad.dht.carrier import Place as CarrierPlace
 from dugnad.dht.direct import Direct
@@ -31,8 +33,9 @@ from dugnad.dht.swarm import Swarm
 from dugnad.dht.transport import BootstrapError, NetworkDown
 from dugnad.monitoring.exporter import Exporter
 from dugnad.monitoring.metrics import Metrics
+from dugnad.peer import gate
 from dugnad.peer.face import Face
-from dugnad.peer.folder import Folder, FolderError, RoleName
+from dugnad.peer.folder import Folder, FolderError, OtherRun, RoleName
 from dugnad.peer.numerics import Numerics
 from dugnad.peer.session import Session
 from dugnad.peer.terminal import live_line
@@ -74,6 +77,25 @@ class Network:
     def listen_on(self, port: int) -> str:
         """The multiaddr of another port on the same host."""
         return f"/{'ip6' if ':' in self.host else 'ip4'}/{self.host}/tcp/{port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """Into which run, 32 bytes and its recipe's name, and through whom: the addresses of an invite, or none."""
+
+    run: bytes
+    name: str
+    bootstrap: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, invite: Invite) -> Self:
+        """The way that an invite shows."""
+        return cls(invite.run, invite.name, invite.addresses)
+
+    @property
+    def invited(self) -> list[PeerId]:
+        """The peers that the invite names."""
+        return list(dict.fromkeys(PeerId(address.rpartition("/p2p/")[2]) for address in self.bootstrap))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +158,7 @@ async def launch(recipe: Recipe, folder: Folder, network: Network, *, told: Call
         with contextlib.closing(Chain(folder.chain)) as chain:
             incarnation = chain.incarnation()
         genesis = Genesis(encode(recipe), organizer, founder, incarnation, first.digest())
-        async with _coordinator_placed(folder, genesis.run, network, ()) as place:
+        async with _coordinator_placed(folder, Way(genesis.run, recipe.name), network) as place:
             await _coordinate(genesis, numerics, place, folder, network, told)
 
 
@@ -152,9 +174,13 @@ async def resume(folder: Folder, network: Network, *, invite: Invite | None, tol
                 "from its run.key alone, add --invite with an invite that names a peer who is there."
             )
         if genesis is not None and invite is not None and genesis.run != invite.run:
-            raise FolderError(f"{folder.path}: this folder belongs to another run than the invite.")
-        run = genesis.run if genesis is not None else invite.run if invite is not None else b""
-        async with _coordinator_placed(folder, run, network, invite.addresses if invite else ()) as place:
+            raise _other_run(folder, genesis, invite)
+        if invite is not None:
+            way = Way.of(invite)
+        else:
+            assert genesis is not None
+            way = Way(genesis.run, decode(genesis.recipe).name)
+        async with _coordinator_placed(folder, way, network) as place:
             if genesis is None and invite is not None:
                 genesis = (await _welcome(place, invite)).genesis
             assert genesis is not None
@@ -166,21 +192,29 @@ async def resume(folder: Folder, network: Network, *, invite: Invite | None, tol
 
 
 async def join(
-    invite: Invite, folder: Folder, network: Network, *, threads: int, told: Callable[[Recipe, str, str], None]
+    invite: Invite,
+    folder: Folder,
+    network: Network,
+    *,
+    threads: int,
+    checked: gate.Told,
+    told: Callable[[Recipe, str, str], None],
 ) -> str:
     """Take part in a run with so many threads of torch; returns why it ended.
 
-    told: hears the recipe, our nickname and the exporter's URL.
+    checked: hears what was looked at. told: hears the recipe, our nickname and the exporter's URL.
     """
     with folder.occupied():
         kept = _kept_genesis(folder)
-        back = kept is not None and kept.run == invite.run
-        async with _placed(
-            "volunteer", folder, invite.run, network.listen, network, bootstrap=invite.addresses, may_wait=back
-        ) as place:
+        if kept is not None and kept.run != invite.run:
+            raise _other_run(folder, kept, invite)
+        back = kept is not None
+        async with _placed("volunteer", folder, Way.of(invite), network.listen, network, may_wait=back) as place:
             check_expiry(invite, now=place.swarm.now())
-            genesis = kept if back and kept is not None else (await _welcome(place, invite)).genesis
+            genesis = kept if kept is not None else (await _welcome(place, invite)).genesis
             recipe = decode(genesis.recipe)
+            gate.tell_network(place.host.contacts, place.swarm.clock.correction, told=checked)
+            await asyncio.to_thread(gate.check_recipe, recipe, folder, threads=threads, told=checked)
             told(recipe, nickname(place.identity.peer_id), place.url)
             numerics = Numerics(recipe, threads=threads)
             await asyncio.to_thread(numerics.prepare, to_train=True)
@@ -199,12 +233,18 @@ def _kept_genesis(folder: Folder) -> Genesis | None:
         return chain.genesis()
 
 
+def _other_run(folder: Folder, kept: Genesis, invite: Invite) -> OtherRun:
+    return OtherRun(
+        folder.path,
+        f"this folder belongs to run {kept.run.hex()[:8]}, the invite to run {invite.run.hex()[:8]}. "
+        "Give each run a folder of its own with --dir.",
+    )
+
+
 @contextlib.asynccontextmanager
-async def _coordinator_placed(
-    folder: Folder, run: bytes, network: Network, bootstrap: tuple[str, ...]
-) -> AsyncIterator[Place]:
+async def _coordinator_placed(folder: Folder, way: Way, network: Network) -> AsyncIterator[Place]:
     listen = network.listen if network.port or folder.address is None else folder.address
-    async with _placed("coordinator", folder, run, listen, network, bootstrap=bootstrap, may_wait=True) as place:
+    async with _placed("coordinator", folder, way, listen, network, may_wait=True) as place:
         folder.keep_address(network.listen_on(_tcp_port(place.host)))  # a resumed run keeps its invites good
         yield place
 
@@ -229,19 +269,12 @@ async def _coordinate(
 
 @contextlib.asynccontextmanager
 async def _placed(
-    role: RoleName,
-    folder: Folder,
-    run: bytes,
-    listen: str,
-    network: Network,
-    *,
-    bootstrap: tuple[str, ...],
-    may_wait: bool,
+    role: RoleName, folder: Folder, way: Way, listen: str, network: Network, *, may_wait: bool
 ) -> AsyncIterator[Place]:
     """Be a peer of the run, whom others can see and ask; may_wait: also while none of them is there."""
-    known = tuple(dict.fromkeys((*bootstrap, *folder.remembered())))
+    known = tuple(dict.fromkeys((*way.bootstrap, *folder.remembered())))
     try:
-        async with _connected(role, folder, run, listen, network, known) as place:
+        async with _connected(role, folder, way, listen, network, known) as place:
             yield place
     except BootstrapError as error:
         if not may_wait:
@@ -249,7 +282,7 @@ async def _placed(
         log.info("nobody is there yet: %s", error)
     else:
         return
-    async with _connected(role, folder, run, listen, network, ()) as place:
+    async with _connected(role, folder, way, listen, network, ()) as place:
         for address in known:
             await place.host.learn(PeerId(address.rpartition("/p2p/")[2]), (address,))
         yield place
@@ -257,10 +290,10 @@ async def _placed(
 
 @contextlib.asynccontextmanager
 async def _connected(
-    role: RoleName, folder: Folder, run: bytes, listen: str, network: Network, bootstrap: tuple[str, ...]
+    role: RoleName, folder: Folder, way: Way, listen: str, network: Network, bootstrap: tuple[str, ...]
 ) -> AsyncIterator[Place]:
     identity = folder.identity()
-    face = Face(Metrics(role, run.hex()[:8], nickname=nickname(identity.peer_id)))
+    face = Face(Metrics(role, way.run.hex()[:8], nickname=nickname(identity.peer_id)))
     metrics = face.metrics
     async with (
         Exporter(metrics, face.status, port=network.metrics_port) as exporter,
@@ -275,10 +308,11 @@ async def _connected(
             state_dir=folder.path,
             owner_of=owner_of,
         ) as host,
+        _greeted(host, way, face),
         Swarm(
             host,
             identity,
-            run,
+            way.run,
             role=role,
             directory=folder.path,
             refused=metrics.rejected_message,
@@ -303,6 +337,14 @@ def _acquaintances(swarm: Swarm) -> Acquaintances:
     )
 
 
+@contextlib.asynccontextmanager
+async def _greeted(host: Host, way: Way, face: Face) -> AsyncIterator[None]:
+    """Say hello, and answer it, before anything else: who does not fit should hear why. Raises TurnedAway."""
+    await hello.serve(host, way.run, way.name, judge=lambda peer: face.judge(peer), seen=host.seen_at)
+    await hello.greet(host, [peer for peer in way.invited if peer in host.contacts.peers], way.run)
+    yield
+
+
 def _tcp_port(host: Host) -> int:
     """The port that the daemon took. Raises NetworkDown if it names none."""
     for address in reversed(host.addresses()):  # the nearest first: a router may give those far away another port
@@ -318,8 +360,7 @@ async def _welcome(place: Place, invite: Invite) -> Welcome:
     Those of the invite come first: anyone may call himself the coordinator.
     """
     asker = Asker(place.host, place.identity, invite.run)
-    peers = dict.fromkeys(PeerId(address.rpartition("/p2p/")[2]) for address in invite.addresses)
-    invited = [peer for peer in peers if peer != place.identity.peer_id]
+    invited = [peer for peer in Way.of(invite).invited if peer != place.identity.peer_id]
     found: list[PeerId] = []
     fault = SyncError("nobody could say what this run is: nobody has answered yet")
     try:

@@ -13,12 +13,14 @@ from dugnad.peer.face import Face
 
 def a_face(monkeypatch: pytest.MonkeyPatch, **said: object) -> Face:
     """The face of a volunteer that says so."""
-    whole = {"model_digest": None, "state": "idle", "reason": "", "round": 0, **said}
+    whole = {"peer": "ann", "model_digest": None, "state": "idle", "reason": "", "round": 0, **said}
     monkeypatch.setattr(report, "of_volunteer", lambda role, swarm: whole)
     face = Face(Metrics("volunteer", "ab" * 4, nickname="calm-otter"))
     correction = SimpleNamespace(offset_s=-1.5, warning="slow")
     swarm: Any = SimpleNamespace(
-        clock=SimpleNamespace(correction=correction), quarantined=lambda: frozenset({PeerId("eve")})
+        clock=SimpleNamespace(correction=correction),
+        quarantined=lambda: frozenset({PeerId("eve")}),
+        key_in_use=False,
     )
     role: Any = object()
     face.role, face.swarm = role, swarm

@@ -60,7 +60,7 @@ def test_a_killed_process_leaves_its_folder_free(folder: Folder) -> None:
 BEGIN: dict[str, Callable[[Folder], Coroutine[Any, Any, object]]] = {
     "launch": lambda folder: roles.launch(load("tiny-books"), folder, roles.Network(), told=print),
     "resume": lambda folder: roles.resume(folder, roles.Network(), invite=None, told=print),
-    "join": lambda folder: roles.join(INVITE, folder, roles.Network(), threads=1, told=print),
+    "join": lambda folder: roles.join(INVITE, folder, roles.Network(), threads=1, checked=print, told=print),
 }
 
 

@@ -17,7 +17,7 @@ SAID = [(stage.value, stage.value) for stage in Stage] + [("\x1b[2J", "unknown")
 def shown_peers(monkeypatch: pytest.MonkeyPatch, **said: object) -> list[dict[str, Any]]:
     """Whom a coordinator shows to whom this stranger reports."""
     monkeypatch.setattr(report, "_of_any", lambda role, name: {})
-    whole = SimpleNamespace(**{"stage": "training", "step": 0, "of_steps": 0, "trains": True, **said})
+    whole = SimpleNamespace(**{"stage": "training", "step": 0, "of_steps": 0, "head_round": 7, "trains": True, **said})
     membership = SimpleNamespace(
         live=lambda: [STRANGER], report=lambda peer: whole, is_live=lambda peer: True, why_lost=lambda peer: ""
     )

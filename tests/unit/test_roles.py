@@ -160,7 +160,7 @@ REFUSED: dict[str, tuple[Callable[[Folder], None], Invite | None, str]] = {
     "a volunteer's folder": (without_its_key, None, "there is no run.key here"),
     "a key alone, and nobody to ask": (with_a_key_alone, None, "add --invite with an invite"),
     "a launch that was killed, and nobody to ask": (killed_while_launching, None, "add --invite with an invite"),
-    "an invite to another run": (launched, INVITE, "another run than the invite"),
+    "an invite to another run": (launched, INVITE, "E304 .* the invite to run"),
 }
 
 

@@ -7,20 +7,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from dugnad.dht import records
+from dugnad.dht import swarm as swarms
 from dugnad.dht.clock import Clock, Time, encode_time
 from dugnad.dht.evidence import RECORDS, Evidence, Proofs, of_records
 from dugnad.dht.gossip import Push, Summary
 from dugnad.dht.identity import Identity, PeerId, nickname
 from dugnad.dht.records import KINDS, MemberBody, ProgressBody
-from dugnad.dht.swarm import CLOCK_CHANNEL, CODEC, Swarm, lifetime_s, member_period_s, progress_period_s
+from dugnad.dht.swarm import (
+    CHANNEL,
+    CLOCK_CHANNEL,
+    CODEC,
+    MINE_CHANNEL,
+    Swarm,
+    lifetime_s,
+    member_period_s,
+    progress_period_s,
+)
 from dugnad.dht.transport import Unreachable
+from dugnad.dht.twin import KeyInUse
 from dugnad.dht.wire import seal
 
 ME, OTHER = Identity.from_seed(bytes(32)), Identity.from_seed(bytes([1] * 32))
 RUN = b"r" * 32
+NO_RECORDS = msgspec.msgpack.encode([])
 GOSSIP = seal(OTHER, RUN, CODEC, Summary(b"", b"", answer=False))
 
 
@@ -52,10 +65,10 @@ class QuietHost:
         pass
 
     async def request(self, peer: str, channel: str, payload: bytes, *, timeout_s: float) -> bytes:
-        return b""
+        return NO_RECORDS if channel == MINE_CHANNEL else b""
 
     async def serve(self, channel: str, handler: Any) -> None:
-        if channel != CLOCK_CHANNEL:
+        if channel == CHANNEL:
             self.heard = handler
 
 
@@ -108,10 +121,10 @@ async def test_the_addresses_of_members_name_them_so_that_they_can_be_dialled_af
             return tuple(f"{place}/p2p/{OTHER.peer_id}" for place in ("/ip4/192.168.1.5/tcp/2", relayed))
 
     theirs: Any = OtherHost()
+    (tmp_path / "other").mkdir()
     other = Swarm(
         theirs, OTHER, RUN, role="volunteer", directory=tmp_path / "other", refused=pytest.fail, progress=lambda: None
     )
-    (tmp_path / "other").mkdir()
     async with other, swarm(QuietHost()) as mine:
         mine.records.merge(records.parse(theirs.announced[0], RUN, now=mine.now()))
         assert mine.addresses() == set(theirs.addresses())
@@ -129,7 +142,7 @@ class SilentHost(QuietHost):
         return [OTHER.peer_id]
 
     async def request(self, peer: str, channel: str, payload: bytes, *, timeout_s: float) -> bytes:
-        if channel == CLOCK_CHANNEL:
+        if channel != CHANNEL:
             raise Unreachable(PeerId(peer), "it does not offer this service")
         self.asked.append(peer)
         self.anyone_asked.set()
@@ -182,7 +195,7 @@ class HostWithAClock(QuietHost):
 
     async def request(self, peer: str, channel: str, payload: bytes, *, timeout_s: float) -> bytes:
         if channel != CLOCK_CHANNEL:
-            return b""
+            return await super().request(peer, channel, payload, timeout_s=timeout_s)
         return encode_time(Time(round((time.time() + self.ahead_s) * 1000), 0, self.age_s))
 
 
@@ -216,6 +229,157 @@ async def test_numbers_grow_over_restarts_and_corrections(swarm: Enter) -> None:
             (raw,) = host.announced
             seqs.append(records.parse_of_any_time(raw, RUN).seq)
     assert seqs == sorted(set(seqs))
+
+
+# -- whether it is we who say it
+
+NOTHING = ProgressBody(0, "syncing", "", 0, 0.0, None, b"")
+
+
+def said_by_us(seq: int, *, ago_s: float = 0.0) -> bytes:
+    """What someone with our key says, or said, that it does."""
+    return records.issue(ME, RUN, "progress", "", seq, NOTHING, now=time.time() - ago_s, lifetime_s=60.0).raw
+
+
+class HostWhereWeAreKnown(QuietHost):
+    """Another peer is connected, which holds records of ours: `held` at the first question, and what `next` makes."""
+
+    def __init__(self, *held: bytes, then: Callable[[], bytes] | None = None) -> None:
+        super().__init__()
+        self.held, self.then, self.asked = held, then, 0
+
+    async def peers(self) -> list[str]:
+        return [OTHER.peer_id]
+
+    async def request(self, peer: str, channel: str, payload: bytes, *, timeout_s: float) -> bytes:
+        if channel != MINE_CHANNEL:
+            raise Unreachable(PeerId(peer), "it does not offer this service")
+        self.asked += 1
+        return msgspec.msgpack.encode([*self.held] if self.then is None or self.asked == 1 else [self.then()])
+
+
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listen for a moment instead of 12 s, and ask again at once."""
+    monkeypatch.setattr(swarms, "WATCH_S", 0.2)
+    monkeypatch.setattr(swarms, "ASK_AGAIN_S", 0.01)
+
+
+FAR = 2**61  # above any number that this folder can have taken
+
+
+@pytest.mark.usefixtures("quickly")
+async def test_who_finds_that_another_speaks_with_its_key_leaves_before_it_says_anything(
+    swarm: Enter, tmp_path: Path
+) -> None:
+    host = HostWhereWeAreKnown(said_by_us(FAR), then=lambda: said_by_us(FAR + 1, ago_s=-5.0))
+    with pytest.raises(KeyInUse) as raised:
+        await swarm(host).__aenter__()
+    assert str(raised.value) == (
+        f"E402 your key is in use by another running peer. A copied key?  dugnad identity new --force --dir {tmp_path}"
+    )
+    assert host.announced == []
+
+
+@pytest.mark.usefixtures("quickly")
+async def test_what_someone_said_once_with_our_key_keeps_nobody_out(
+    swarm: Enter, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    old = said_by_us(FAR, ago_s=20.0)
+    host = HostWhereWeAreKnown(old, then=lambda: old)
+    async with swarm(host) as made:
+        assert len(host.announced) == 1
+        assert not made.key_in_use
+    assert host.asked > 1
+    assert "listening" in caplog.text
+
+
+async def test_who_starts_again_in_its_own_folder_is_not_held_up(swarm: Enter) -> None:
+    async with swarm(QuietHost()):
+        pass
+    host = HostWhereWeAreKnown(said_by_us(int(time.time() * 1000), ago_s=0.5))  # killed half a second ago
+    async with swarm(host):
+        assert len(host.announced) == 1
+    assert host.asked == 1
+
+
+@pytest.mark.usefixtures("quickly")
+async def test_a_copy_of_the_whole_folder_hears_the_original_though_all_numbers_could_be_its_own(
+    swarm: Enter, tmp_path: Path
+) -> None:
+    async with swarm(QuietHost()):
+        pass
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "sequence").write_bytes((tmp_path / "sequence").read_bytes())
+    now_ms = int(time.time() * 1000)
+    host = HostWhereWeAreKnown(said_by_us(now_ms), then=lambda: said_by_us(now_ms + 1, ago_s=-5.0))
+    with pytest.raises(KeyInUse):
+        await swarm(host, directory=copy).__aenter__()
+    assert host.announced == []
+
+
+async def hears_its_double(host: QuietHost, seq: int = FAR) -> None:
+    push = Push((said_by_us(seq, ago_s=-5.0),))
+    await host.heard(OTHER.peer_id, seal(OTHER, RUN, CODEC, push))
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_the_newcomer_of_two_with_one_key_goes(swarm: Enter) -> None:
+    host = QuietHost()
+
+    async def take_part() -> None:
+        async with swarm(host):
+            await hears_its_double(host)
+            await asyncio.Event().wait()
+
+    with pytest.raises(ExceptionGroup) as raised:
+        await take_part()
+    assert [type(error) for error in raised.value.exceptions] == [KeyInUse]
+
+
+async def test_the_older_of_two_with_one_key_goes_on_and_says_so_once(
+    swarm: Enter, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = QuietHost()
+    async with swarm(host) as made:
+        monkeypatch.setattr(made._twin, "newcomer", lambda now: False)
+        for seq in (FAR, FAR + 1):
+            await hears_its_double(host, seq)
+        assert made.key_in_use
+    (error,) = [one.getMessage() for one in caplog.records if one.levelno == logging.ERROR]
+    assert error.startswith("E402 another running peer signs with this peer's key")
+
+
+async def test_a_peer_is_told_what_others_hold_of_it(swarm: Enter) -> None:
+    handlers = dict[str, Any]()
+
+    class OpenHost(QuietHost):
+        async def serve(self, channel: str, handler: Any) -> None:
+            handlers[channel] = handler
+            await super().serve(channel, handler)
+
+    host = OpenHost()
+    theirs = records.issue(OTHER, RUN, "progress", "", 7, NOTHING, now=time.time(), lifetime_s=60.0)
+    async with swarm(host):
+        assert await handlers[MINE_CHANNEL](OTHER.peer_id, b"") == NO_RECORDS
+        await host.heard(OTHER.peer_id, seal(OTHER, RUN, CODEC, Push((theirs.raw,))))
+        assert msgspec.msgpack.decode(await handlers[MINE_CHANNEL](OTHER.peer_id, b"")) == [theirs.raw]
+
+
+@pytest.mark.parametrize("raw", [b"", b"nonsense", msgspec.msgpack.encode(["text"]), bytes(swarms.MINE_BYTES + 1)])
+async def test_nonsense_about_us_is_refused_and_keeps_nobody_out(swarm: Enter, raw: bytes) -> None:
+    class Babbler(HostWhereWeAreKnown):
+        async def request(self, peer: str, channel: str, payload: bytes, *, timeout_s: float) -> bytes:
+            await super().request(peer, channel, payload, timeout_s=timeout_s)
+            return raw
+
+    host, refused = Babbler(), list[str]()
+    async with swarm(host, refused=refused.append):
+        assert len(host.announced) == 1
+    assert refused == ["too large" if len(raw) > swarms.MINE_BYTES else "malformed"]
 
 
 # -- who said two things

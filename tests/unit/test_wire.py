@@ -11,7 +11,7 @@ from msgspec import Struct, inspect
 
 from dugnad.coordinator.messages import ROUND_KINDS, SYNC_KINDS, Applied, Commits, Delegation, Report, WelcomeRequest
 from dugnad.dht.identity import Identity, PeerId, peer_id_of
-from dugnad.dht.wire import ENVELOPE_BYTES, VERSION, Codec, Kind, WireError, open_sealed, seal
+from dugnad.dht.wire import ENVELOPE_BYTES, PROTOCOL, Codec, Kind, WireError, open_sealed, seal
 
 KINDS = (*ROUND_KINDS, *SYNC_KINDS)
 CODEC = Codec(KINDS)
@@ -120,7 +120,7 @@ def envelope(**changed: Any) -> bytes:
     """`SAID`, sealed by hand with some fields changed and a signature that holds for what it then says."""
     body = CODEC.encode(SAID)
     fields: dict[str, Any] = {
-        "version": VERSION,
+        "version": PROTOCOL,
         "run": RUN,
         "tag": "delegation",
         "sender": ME.public_key,
@@ -155,7 +155,7 @@ def test_a_second_implementation_of_msgpack_writes_and_reads_the_same_bytes(kind
     assert msgpack.packb(msgpack.unpackb(body)) == body
     sealed = seal(ME, RUN, CODEC, message)
     version, run, tag, sender, inner, signature = msgpack.unpackb(sealed)
-    assert (version, run, tag, sender) == (VERSION, RUN, kind.tag, ME.public_key)
+    assert (version, run, tag, sender) == (PROTOCOL, RUN, kind.tag, ME.public_key)
     assert msgpack.packb(inner) == body
     assert len(signature) == 64
     assert len(sealed) - len(body) <= ENVELOPE_BYTES

@@ -1,0 +1,129 @@
+"""Commands with which people look at their own peer: what is wrong, why it is slow, who else is there, its key."""
+
+import asyncio
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dugnad.peer.told import told_errors
+
+Dir = Annotated[Path | None, typer.Option("--dir", help="The role's folder.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Force = Annotated[bool, typer.Option("--force", help="Though there is a key; the old one is kept beside it.")]
+
+identity = typer.Typer(
+    name="identity",
+    help="This peer's key: who it is to the run. Without --dir: the only role's in your data directory.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the `dugnad` command."""
+    for command in (doctor, why, peers):
+        app.command()(command)
+    app.add_typer(identity)
+
+
+def doctor(
+    invite: Annotated[
+        str | None, typer.Argument(help="An invite: looks at the network too.", show_default=False)
+    ] = None,
+    directory: Dir = None,
+    host: Annotated[str, typer.Option(help="Address to listen on, as you would in joining.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.", min=0, max=65535)] = 0,
+    metrics_port: Annotated[int, typer.Option(help="Port for /metrics and /status.", min=0, max=65535)] = 0,
+    threads: Annotated[int, typer.Option(help="Cores to train with; 0: half of them.", min=0, max=1024)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Look for whatever would keep this machine from taking part, or make it slow; status 1 if something does.
+
+    With an invite it joins the network for some seconds, as a stranger who leaves no trace. Takes less than 20 s.
+    """
+    with told_errors():
+        from dugnad.dht.invite import parse_invite
+
+        known = None if invite is None else parse_invite(invite)
+        from dugnad.peer import doctor as judging
+        from dugnad.peer import measure
+        from dugnad.peer.folder import data_folder
+
+        cores = threads or default_threads()
+        machine = measure.machine(directory or data_folder(), threads=cores, look_for_gpu=True)
+        ports = measure.ports(host, (("--port", port), ("--metrics-port", metrics_port)))
+        listen = f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/0"
+        facts = asyncio.run(measure.everything(known, machine, ports, listen))
+        found = judging.checks(facts)
+        said = judging.as_json(found)
+        print(json.dumps(said) if as_json else "\n".join(map(str, found)))
+        raise typer.Exit(0 if said["ok"] else 1)
+
+
+def default_threads() -> int:
+    """Half of the cores: the other half is for people."""
+    return max(1, (os.cpu_count() or 1) // 2)
+
+
+def why(directory: Dir = None, as_json: AsJson = False) -> None:
+    """Say why the peer in --dir is idle, slow, relayed or refused, and what would help."""
+    with told_errors():
+        from dugnad.peer import ask
+        from dugnad.peer.why import words
+
+        said = words(ask.status(directory))
+        print(json.dumps(said) if as_json else "\n".join(said))
+
+
+def peers(directory: Dir = None, as_json: AsJson = False) -> None:
+    """List the other members of the run, as the peer in --dir sees them: what they do, and how they are reached."""
+    with told_errors():
+        from dugnad.peer import ask, members
+
+        found = members.rows(ask.status(directory))
+        print(json.dumps(found) if as_json else members.text(found))
+
+
+@identity.command()
+def show(directory: Dir = None) -> None:
+    """Print this peer's key, which an organizer needs to let it in, and its nickname."""
+    with told_errors():
+        from dugnad.peer import keys
+
+        print(keys.shown(keys.folder_of(directory)))
+
+
+@identity.command()
+def new(directory: Dir = None, force: Force = False) -> None:
+    """Make a new key: this peer is someone else from its next start on."""
+    with told_errors():
+        from dugnad.peer import keys
+
+        print(keys.renew(keys.folder_of(directory), force=force))
+
+
+@identity.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="The file to write; it must not be there yet.")], directory: Dir = None
+) -> None:
+    """Copy this peer's key to FILE: a backup, or to move to another machine."""
+    with told_errors():
+        from dugnad.peer import keys
+
+        print(keys.export(keys.folder_of(directory), file))
+
+
+@identity.command("import")
+def bring(
+    file: Annotated[Path, typer.Argument(help="A file that `dugnad identity export` wrote.")],
+    directory: Dir = None,
+    force: Force = False,
+) -> None:
+    """Make the key in FILE this peer's own."""
+    with told_errors():
+        from dugnad.peer import keys
+
+        print(keys.bring(keys.folder_of(directory), file, force=force))

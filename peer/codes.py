@@ -1,0 +1,106 @@
+"""Every error that has a code: what it is called, what causes it, what to do.
+
+The sentence that a user sees is made where the error arises, with its numbers and names in it, and begins with the
+code. `python -m dugnad.peer.codes > docs/errors.md` writes the table for people.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """One error, in words that hold for each time it happens."""
+
+    title: str
+    cause: str
+    fix: str
+
+
+CODES: dict[str, Code] = {
+    "E101": Code(
+        "invite not readable",
+        "The invite ends early, or a character of it was changed, or it is no invite. The message says which.",
+        "Copy it again, whole: it starts with `dugnad1:` and ends with a checksum.",
+    ),
+    "E102": Code(
+        "invite expired",
+        "Its organizer gave it a last day, which is over by the clocks of the run.",
+        "Ask the organizer for a new one.",
+    ),
+    "E201": Code(
+        "nobody of the run could be reached",
+        "None of the addresses of the invite, nor of those remembered from the last time, led to a peer. For each the "
+        "message says why: *refused* (the machine is there, and nothing listens), *no answer* (a firewall, or the "
+        "machine is off), *answered as* another key (re-installed: the invite is stale), *not a dugnad peer*, "
+        "*cannot resolve* its name, or *no way there*.",
+        "If all refuse or are stale: ask for a new invite, which any peer of the run can print with "
+        "`dugnad invite`. If nobody answers: try from another network; a firewall of yours may let nothing out.",
+    ),
+    "E202": Code(
+        "port can't be listened on",
+        "Another program listens there, or the address is not one of this machine.",
+        "Stop the other program (is a dugnad still running?), or choose another `--port`, `--metrics-port` or "
+        "`--host`; port 0 takes any free one.",
+    ),
+    "E203": Code(
+        "inbound blocked",
+        "A router or firewall lets no connection in. A warning: the peer goes on through a relay, slower.",
+        "Forward the TCP port to this machine, or switch on UPnP in the router. `dugnad why` names the port.",
+    ),
+    "E301": Code(
+        "another protocol version",
+        "The run and this software speak different versions of the protocol.",
+        "Install the version that the message names.",
+    ),
+    "E302": Code(
+        "not enough memory",
+        "Model, optimizer and batch of this run need more memory than is free here.",
+        "Close other programs, or help in a run with a smaller model.",
+    ),
+    "E303": Code(
+        "not enough disk",
+        "Checkpoints and the bytes of recent rounds need more room than is free in the role's folder.",
+        "Make room, or choose a folder on another disk with `--dir`.",
+    ),
+    "E304": Code(
+        "another run",
+        "The folder belongs to another run than the invite, or the peer of the invite takes part in another one now.",
+        "Give each run a folder of its own with `--dir`; or ask the organizer for a new invite.",
+    ),
+    "E401": Code(
+        "not admitted",
+        "The run takes only those whom its organizer has admitted, by an allow-list or by the invite itself.",
+        "Send the key that the message shows (`dugnad identity show` prints it too) to the organizer.",
+    ),
+    "E402": Code(
+        "identity in use",
+        "Another running peer signs with the same key: a copied `identity.key`, or a copied folder. Two peers with "
+        "one key contradict each other, and once both vote, both are out of the run.",
+        "Give this peer a key of its own: `dugnad identity new`. If the other one should not be running, stop it.",
+    ),
+    "E403": Code(
+        "banned",
+        "The organizer has banned this key.",
+        "Only the organizer can take that back.",
+    ),
+}
+_HEAD = """\
+# Errors
+
+Every error that a user can do something about has a code; the message says what happened this time, and what to do.
+Exit status 2 means that what was typed can't be used as it is (invite, folder, options), 1 that something else is
+wrong, 130 that you left at once. `dugnad doctor INVITE` looks for these before you join, and `dugnad why` afterwards.
+
+| code | | why | what to do |
+|---|---|---|---|
+"""
+
+
+def table() -> str:
+    """docs/errors.md."""
+    rows = (f"| {code} | {one.title} | {one.cause} | {one.fix} |\n" for code, one in CODES.items())
+    return _HEAD + "".join(rows)
+
+
+if __name__ == "__main__":
+    print(table(), end="")

@@ -1,0 +1,81 @@
+"""This peer's key in a role's folder: made, shown, carried elsewhere; what was there before is kept beside it."""
+
+import time
+from pathlib import Path
+
+from dugnad.dht.identity import Identity, IdentityError, nickname, write_private
+from dugnad.peer.folder import Folder, FolderError, data_folder
+
+
+def folder_of(directory: Path | None) -> Folder:
+    """The role's folder that is meant; without one, the only one in the data directory. Raises FolderError."""
+    if directory is not None:
+        return Folder(directory)
+    there = sorted(path.parent for path in data_folder().glob("*/identity.key"))
+    if len(there) == 1:
+        return Folder(there[0])
+    if not there:
+        raise FolderError(f"{data_folder()}: no role has a key here. Name the folder of one with --dir.")
+    names = "\n".join(f"     --dir {path}" for path in there)
+    raise FolderError(f"{data_folder()}: {len(there)} roles have a key here; name one:\n{names}")
+
+
+def shown(folder: Folder) -> str:
+    """What people call this peer, and what an organizer needs to let it in. Raises IdentityError, FolderError."""
+    key = _kept(folder)
+    return f"{key.peer_id}\nYou are {nickname(key.peer_id)!r}. For an allow-list, send the first line to the organizer."
+
+
+def export(folder: Folder, to: Path) -> str:
+    """Copy the key to a file, mode 0600; says what was done. Raises FolderError, IdentityError, OSError."""
+    key = _kept(folder)
+    if to.exists():
+        raise FolderError(f"{to}: this file is there already; name another.")
+    write_private(to, folder.key.read_bytes())
+    return (
+        f"{to} holds the key of {nickname(key.peer_id)!r}: who has it is this peer. Use it on one machine at a time: "
+        "two peers with one key contradict each other, and both get out of the run."
+    )
+
+
+def renew(folder: Folder, *, force: bool) -> str:
+    """Give the folder a new key; says what was done. Raises FolderError, IdentityError, OSError."""
+    with folder.occupied():
+        beside = _put_aside(folder, force)
+        return _said(folder.identity(), beside)
+
+
+def bring(folder: Folder, source: Path, *, force: bool) -> str:
+    """Give the folder the key in `source`; says what was done. Raises FolderError, IdentityError, OSError."""
+    if not source.exists():
+        raise IdentityError(f"{source}: there is no such file.")
+    key = Identity.load_or_create(source)
+    with folder.occupied():
+        beside = _put_aside(folder, force)
+        write_private(folder.key, source.read_bytes())
+        return _said(key, beside)
+
+
+def _kept(folder: Folder) -> Identity:
+    if not folder.key.exists():
+        raise FolderError(f"{folder.path}: there is no identity.key here. Make one: dugnad identity new --dir DIR")
+    return folder.identity()
+
+
+def _put_aside(folder: Folder, force: bool) -> Path | None:
+    """Move the key out of the way, never away: credit and membership hang on it."""
+    if not folder.key.exists():
+        return None
+    if not force:
+        raise FolderError(
+            f"{folder.key}: there is a key already, with which this peer earned what it has. To be someone else from "
+            "now on, say --force; the old key stays beside the new one."
+        )
+    beside = folder.key.with_name(f"{folder.key.name}.{time.strftime('%Y-%m-%d-%H%M%S')}")
+    folder.key.rename(beside)
+    return beside
+
+
+def _said(key: Identity, beside: Path | None) -> str:
+    kept = f"\nThe key from before is kept as {beside}." if beside else ""
+    return f"{key.peer_id}\nYou are {nickname(key.peer_id)!r} now.{kept}"

@@ -1,0 +1,238 @@
+"""The facts that the doctor judges by: of this machine at once, of the network by joining it for some seconds."""
+
+import asyncio
+import contextlib
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+from dugnad.configs.recipe import Recipe, RecipeError, decode
+from dugnad.coordinator.sync import Asker, SyncError
+from dugnad.dht import clock as clocks
+from dugnad.dht import hello
+from dugnad.dht.clock import Sample
+from dugnad.dht.daemon import check_free
+from dugnad.dht.host import Host
+from dugnad.dht.identity import Identity, PeerId
+from dugnad.dht.invite import Invite
+from dugnad.dht.paths import Path as Way
+from dugnad.dht.paths import Reach
+from dugnad.dht.records import owner_of
+from dugnad.dht.swarm import CLOCK_CHANNEL, CLOCK_PEERS
+from dugnad.dht.transport import BootstrapError, TransportError
+from dugnad.dht.wire import WireError
+from dugnad.peer.doctor import Facts, Machine, NetworkFacts, Port, Software
+from dugnad.peer.needs import Needs, needs_of
+
+NETWORK_S = 14.0
+"""How long all of the network's part may take."""
+_ASK_S = 3.0
+_RECIPE_S = 5.0
+_NO_LIMIT = 2**60
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """How others reach a host, and how fast: what it takes members to find out. None: not measured."""
+
+    reach: Reach | None = None
+    inbound: bool | None = None
+    up_mbit: float | None = None
+    down_mbit: float | None = None
+
+
+Probe = Callable[[Host, Sequence[PeerId]], Awaitable[Reached]]
+"""Finds out, on an entered host and with the help of those members, how it is reached."""
+
+
+async def no_probe(host: Host, members: Sequence[PeerId]) -> Reached:
+    """Where nobody can dial back yet."""
+    return Reached()
+
+
+def software(*, daemon_fault: str | None = None) -> Software:
+    """What is installed; nothing of it is imported."""
+    return Software(
+        dugnad=_version("dugnad"),
+        python=platform.python_version(),
+        torch=_version("torch"),
+        hivemind=_version("hivemind"),
+        daemon_fault=daemon_fault,
+    )
+
+
+def machine(folder: Path, *, threads: int, look_for_gpu: bool) -> Machine:
+    """What is free now; folder: where a role would keep its things, there or not. A GPU is looked for with torch."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    name, gpu_free_bytes = _gpu() if look_for_gpu else (None, 0)
+    return Machine(
+        memory_free_bytes=memory_free_bytes(),
+        disk_free_bytes=shutil.disk_usage(there).free,
+        folder=str(folder),
+        cores=os.cpu_count() or 1,
+        threads=threads,
+        gpu=name,
+        gpu_free_bytes=gpu_free_bytes,
+    )
+
+
+def memory_free_bytes() -> int:
+    """What this process may take altogether, what it has already included; a container's limit counts."""
+    own = psutil.Process().memory_info().rss
+    return min(psutil.virtual_memory().available, _free_in_cgroup(Path("/sys/fs/cgroup"))) + own
+
+
+def _free_in_cgroup(root: Path) -> int:
+    """What is left under the limit of version 2 or 1 of Linux' control groups, if there is one."""
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            return max(0, int((root / limit).read_text()) - int((root / used).read_text()) + _cache_bytes(root))
+    return _NO_LIMIT
+
+
+def _cache_bytes(root: Path) -> int:
+    """Files that the kernel keeps in memory, which count as used but are given up first."""
+    for name in ("memory.stat", "memory/memory.stat"):
+        with contextlib.suppress(OSError):
+            lines = (line.split() for line in (root / name).read_text().splitlines())
+            return sum(int(words[1]) for words in lines if words[0] in ("inactive_file", "total_inactive_file"))
+    return 0
+
+
+def _gpu() -> tuple[str, int]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "", 0
+    free_bytes, _ = torch.cuda.mem_get_info()
+    return torch.cuda.get_device_name(), free_bytes
+
+
+def ports(host: str, wanted: Iterable[tuple[str, int]]) -> tuple[Port, ...]:
+    """Which of the (option, port) that were asked for can be listened on; the exporter listens on loopback."""
+    found = []
+    for option, port in wanted:
+        where = "127.0.0.1" if option == "--metrics-port" else host
+        fault = ""
+        try:
+            check_free(f"/{'ip6' if ':' in where else 'ip4'}/{where}/tcp/{port}")
+        except TransportError as error:
+            fault = str(error)
+        found.append(Port(option, port, fault))
+    return tuple(found)
+
+
+async def everything(
+    invite: Invite | None, machine: Machine, ports: tuple[Port, ...], listen: str, *, probe: Probe = no_probe
+) -> Facts:
+    """All facts, in under 20 s; with an invite by joining as a stranger, whose folder is gone afterwards."""
+    network, recipe, fault = None, None, ""
+    with tempfile.TemporaryDirectory(prefix="dugnad-doctor-") as name:
+        try:
+            if invite is not None:
+                network, recipe = await _look(invite, Path(name), listen, probe)
+            else:
+                async with _host(Identity.generate(), Path(name), listen, ()):
+                    pass
+        except TransportError as error:
+            fault = str(error)
+    needs = Needs() if recipe is None else await asyncio.to_thread(needs_of, recipe)
+    return Facts(software=software(daemon_fault=fault), machine=machine, needs=needs, ports=ports, network=network)
+
+
+def _host(identity: Identity, directory: Path, listen: str, bootstrap: Sequence[str]) -> Host:
+    return Host(
+        identity,
+        listen=(listen,),
+        bootstrap=bootstrap,
+        meter=lambda direction, kind, num_bytes: None,
+        state_dir=directory,
+        owner_of=owner_of,
+    )
+
+
+async def _look(invite: Invite, directory: Path, listen: str, probe: Probe) -> tuple[NetworkFacts, Recipe | None]:
+    """What a stranger with this invite finds. Raises TransportError where the network daemon does not start."""
+    me, recipe = Identity.generate(), None
+    facts = NetworkFacts(asked=len(invite.addresses))
+    try:
+        async with asyncio.timeout(NETWORK_S), _host(me, directory, listen, invite.addresses) as host:
+            failures = host.contacts.failures
+            facts = replace(facts, reached=facts.asked - len(failures), failures=failures)
+            facts = await _met(facts, host, invite, probe)
+            recipe = await _recipe(host, Asker(host, me, invite.run))
+            facts = replace(facts, run=f'"{recipe.name}"' if recipe else "")
+    except BootstrapError as error:
+        return replace(facts, failures=error.failures), None
+    except TimeoutError:
+        if not facts.reached:
+            return replace(facts, failures=(("all", f"no answer in {NETWORK_S:.0f} s"),)), None
+    return facts, recipe
+
+
+async def _met(facts: NetworkFacts, host: Host, invite: Invite, probe: Probe) -> NetworkFacts:
+    """What there is to learn of members to whom we are connected."""
+    members, refused = host.contacts.peers, ""
+    try:
+        await hello.greet(host, members, invite.run)
+    except hello.TurnedAway as error:
+        refused = str(error)
+    samples = await _samples(host, members[:CLOCK_PEERS])
+    for peer, sample in samples.items():
+        host.clock.take(peer, sample)
+    connections = await host.connections()
+    direct = any("/p2p-circuit" not in address for peer in members for address in connections.get(peer, ()))
+    reached = await probe(host, members)
+    return replace(
+        facts,
+        refused=refused,
+        clock_error_s=-host.clock.correction.offset_s if samples else None,
+        clock_peers=len(samples),
+        rtt_s=min((sample.round_trip_s for sample in samples.values()), default=None),
+        path=Way.DIRECT if direct else Way.RELAYED if members else None,
+        reach=reached.reach,
+        inbound=reached.inbound,
+        up_mbit=reached.up_mbit,
+        down_mbit=reached.down_mbit,
+    )
+
+
+async def _samples(host: Host, members: Sequence[PeerId]) -> dict[PeerId, Sample]:
+    """What time the members say that it is; who does not say is left out."""
+
+    async def ask(peer: PeerId) -> Sample | None:
+        sent_s = time.time()
+        try:
+            raw = await host.request(peer, CLOCK_CHANNEL, b"", timeout_s=_ASK_S)
+            return Sample(sent_s, time.time(), clocks.decode_time(raw), time.monotonic())
+        except (TransportError, WireError):
+            return None
+
+    for _ in range(2):  # the first request opens the way, and so takes longer than a round trip
+        said = await asyncio.gather(*(ask(peer) for peer in members))
+    return {peer: sample for peer, sample in zip(members, said, strict=True) if sample is not None}
+
+
+async def _recipe(host: Host, asker: Asker) -> Recipe | None:
+    with contextlib.suppress(SyncError, RecipeError, TimeoutError):
+        async with asyncio.timeout(_RECIPE_S):
+            return decode((await asker.welcome(host.contacts.peers)).genesis.recipe)
+    return None
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
