@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable
 
 from dugnad.coordinator.service import Coordinator
 from dugnad.dht.records import ProgressBody
@@ -22,8 +23,8 @@ class Face:
         self.metrics = metrics
         self.role: Coordinator | Session | None = None
         self.swarm: Swarm | None = None
-        self.invite = ""
-        """One that leads to this peer."""
+        self.invite: Callable[[], str] = str
+        """Makes one that leads to this peer."""
 
     def status(self) -> Report:
         """The role's report; an empty one before there is a role."""
@@ -37,7 +38,7 @@ class Face:
             "clock_offset_s": correction.offset_s,
             "clock_warning": correction.warning,
             "quarantined": len(self.swarm.quarantined()),
-            "invite": self.invite,
+            "invite": self.invite(),
         }
 
     def line(self) -> str:

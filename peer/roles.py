@@ -10,20 +10,24 @@ import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 
+from blake3 import blake3
+
 from dugnad.configs.recipe import Recipe, decode, encode
 from dugnad.coordinator import equivocation
 from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.messages import Genesis, Welcome
+from dugnad.coordinator.roll import INVITED
 from dugnad.coordinator.service import Coordinator
 from dugnad.coordinator.surroundings import Surroundings
 from dugnad.coordinator.sync import Asker, SyncError
 from dugnad.dht.budget import GIVE_MBIT
 from dugnad.dht.evidence import Proofs
 from dugnad.dht.host import Host
-from dugnad.dht.identity import Identity, PeerId, nickname, public_key_of, verify
-from dugnad.dht.invite import Invite, check_expiry, encode_invite
+from dugnad.dht.identity import Identity, PeerId, nickname, peer_id_of, public_key_of, verify
+from dugnad.dht.invite import Invite, InviteError, Pass, check, encode_invite
 from dugnad.dht.records import owner_of
 from dugnad.dht.swarm import Swarm
+from dugnad.dht.ticket import Terms
 from dugnad.dht.transport import BootstrapError, NetworkDown
 from dugnad.monitoring.exporter import Exporter
 from dugnad.monitoring.metrics import Metrics
@@ -65,6 +69,18 @@ class Network:
         return f"/{'ip6' if ':' in self.host else 'ip4'}/{self.host}/tcp/{port}"
 
 
+class Dismissed(Exception):
+    """The run wants us no more, or never did; the message is for the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A run as an invite names it: its id, and whose decisions count in it."""
+
+    id: bytes
+    organizer: PeerId
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """A peer in the network, before it has a role."""
@@ -90,7 +106,9 @@ class Place:
             metrics=self.face.metrics,
             give_mbit=network.give_mbit,
             contacts=self.contacts,
-            barred=self.swarm.quarantined,
+            quarantined=self.swarm.quarantined,
+            decisions=self.swarm.decisions,
+            clock=self.swarm.now,
             accuse=self.accuse,
         )
 
@@ -98,9 +116,9 @@ class Place:
         """Spread the proof that a voter lies."""
         self.swarm.accuse(equivocation.SORT, first, second)
 
-    def invite(self, genesis: Genesis, name: str) -> Invite:
+    def invite(self, genesis: Genesis, name: str, ticket: Pass | None) -> Invite:
         """An invite that leads to us."""
-        return Invite(genesis.run, public_key_of(genesis.organizer), self.host.addresses(), name, 0)
+        return Invite(genesis.run, public_key_of(genesis.organizer), self.host.addresses(), name, ticket)
 
 
 async def launch(recipe: Recipe, folder: Folder, network: Network, *, told: Callable[[str, str], None]) -> None:
@@ -155,23 +173,45 @@ async def join(
     told: hears the recipe, our nickname and the exporter's URL.
     """
     with folder.occupied():
-        kept = _kept_genesis(folder)
+        kept, organizer = _kept_genesis(folder), peer_id_of(invite.organizer)
         back = kept is not None and kept.run == invite.run
+        run = Named(invite.run, organizer)
         async with _placed(
-            "volunteer", folder, invite.run, network.listen, network, bootstrap=invite.addresses, may_wait=back
+            "volunteer", folder, run, network.listen, network, bootstrap=invite.addresses, may_wait=back
         ) as place:
-            check_expiry(invite, now=place.swarm.now())
+            if not back:  # the chain knows who was here before
+                check(invite, place.identity.peer_id, now=place.swarm.now())
             genesis = kept if back and kept is not None else (await _welcome(place, invite)).genesis
+            if genesis.organizer != organizer:
+                raise InviteError("E101", "this invite names another organizer than the run has. Ask for another one.")
             recipe = decode(genesis.recipe)
             told(recipe, nickname(place.identity.peer_id), place.url)
             numerics = Numerics(recipe, threads=threads)
             await asyncio.to_thread(numerics.prepare, to_train=True)
-            abilities = Abilities(addresses=place.host.addresses(), accepts=True, uplink=UNKNOWN_UPLINK)
+            abilities = Abilities(
+                addresses=place.host.addresses(),
+                accepts=True,
+                uplink=UNKNOWN_UPLINK,
+                claim=invite.claim(place.identity.peer_id),
+            )
             role = Session(place.surroundings(genesis, folder, network), numerics, abilities=abilities)
-            place.face.role, place.face.invite = role, encode_invite(place.invite(genesis, recipe.name))
+
+            def passed_on() -> str:
+                given = invite.ticket if role.may_pass_on(abilities.claim) else None
+                return encode_invite(place.invite(genesis, recipe.name, given))
+
+            place.face.role, place.face.invite = role, passed_on
             with folder.inhabited("volunteer", invite.run, recipe.name, place.url):
                 await _until_done(role, place, folder, role.leave, "leaving after this round; Ctrl+C again leaves now")
+    if role.machine.dismissed is not None:
+        raise Dismissed(role.left_because)
     return role.left_because
+
+
+def lasting_ticket(organizer: Identity, run: bytes) -> Pass:
+    """The ticket in the invite that a launch prints, for any number of members, for good: always the same of a key."""
+    seed = blake3(organizer.sign(b"dugnad/lasting-ticket/1" + run)).digest()
+    return Pass.issue(organizer, run, seed, Terms())
 
 
 def _kept_genesis(folder: Folder) -> Genesis | None:
@@ -184,8 +224,9 @@ def _kept_genesis(folder: Folder) -> Genesis | None:
 
 @contextlib.asynccontextmanager
 async def _coordinator_placed(
-    folder: Folder, run: bytes, network: Network, bootstrap: tuple[str, ...]
+    folder: Folder, run_id: bytes, network: Network, bootstrap: tuple[str, ...]
 ) -> AsyncIterator[Place]:
+    run = Named(run_id, folder.organizer().peer_id)
     listen = network.listen if network.port or folder.address is None else folder.address
     async with _placed("coordinator", folder, run, listen, network, bootstrap=bootstrap, may_wait=True) as place:
         folder.keep_address(network.listen_on(_tcp_port(place.host)))  # a resumed run keeps its invites good
@@ -203,9 +244,11 @@ async def _coordinate(
     around = place.surroundings(genesis, folder, network)
     role = Coordinator(around, folder.organizer(), numerics, addresses=place.host.addresses())
     name = numerics.recipe.name
-    place.face.role, place.face.invite = role, encode_invite(place.invite(genesis, name))
+    ticket = lasting_ticket(folder.organizer(), genesis.run) if role.charter.admission == INVITED else None
+    invite = encode_invite(place.invite(genesis, name, ticket))
+    place.face.role, place.face.invite = role, lambda: invite
     with folder.inhabited("coordinator", genesis.run, name, place.url):
-        told(place.face.invite, place.url)
+        told(invite, place.url)
         promise = "finishing the round, then leaving it to the others; Ctrl+C again: now"
         await _until_done(role, place, folder, role.stop, promise)
 
@@ -214,7 +257,7 @@ async def _coordinate(
 async def _placed(
     role: RoleName,
     folder: Folder,
-    run: bytes,
+    run: "Named",
     listen: str,
     network: Network,
     *,
@@ -240,10 +283,10 @@ async def _placed(
 
 @contextlib.asynccontextmanager
 async def _connected(
-    role: RoleName, folder: Folder, run: bytes, listen: str, network: Network, bootstrap: tuple[str, ...]
+    role: RoleName, folder: Folder, run: "Named", listen: str, network: Network, bootstrap: tuple[str, ...]
 ) -> AsyncIterator[Place]:
     identity = folder.identity()
-    face = Face(Metrics(role, run.hex()[:8], nickname=nickname(identity.peer_id)))
+    face = Face(Metrics(role, run.id.hex()[:8], nickname=nickname(identity.peer_id)))
     metrics = face.metrics
     async with (
         Exporter(metrics, face.status, port=network.metrics_port) as exporter,
@@ -258,13 +301,14 @@ async def _connected(
         Swarm(
             host,
             identity,
-            run,
+            run.id,
             role=role,
             directory=folder.path,
             refused=metrics.rejected_message,
             progress=face.progress,
             passed=metrics.message_passed,
             proofs=Proofs({equivocation.SORT: equivocation.checker(verify)}),
+            organizer=run.organizer,
         ) as swarm,
     ):
         face.swarm = swarm

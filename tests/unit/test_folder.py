@@ -21,7 +21,7 @@ with Folder(Path(sys.argv[1])).occupied():
     print("held", flush=True)
     sys.stdin.read()
 """
-INVITE = Invite(b"r" * 32, b"o" * 32, (), "quick", 0)
+INVITE = Invite(b"r" * 32, b"o" * 32, (), "quick")
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ ME, FOUNDER, ORGANIZER, OTHER = (Identity.from_seed(bytes([k]) * 32) for k in ra
 GENESIS = Genesis(b"{}", ORGANIZER.peer_id, FOUNDER.peer_id, bytes(8), bytes(32))
 RUN = GENESIS.run
 WELCOME = Welcome(GENESIS)
-INVITE = Invite(RUN, ORGANIZER.public_key, (f"/ip4/127.0.0.1/tcp/1/p2p/{FOUNDER.peer_id}",), "tiny", 0)
+INVITE = Invite(RUN, ORGANIZER.public_key, (f"/ip4/127.0.0.1/tcp/1/p2p/{FOUNDER.peer_id}",), "tiny")
 STRANGERS = [Identity.from_seed(bytes([k]) * 32).peer_id for k in range(100, 100 + 5 * sync.ASKED_AT_ONCE)]
 
 
@@ -196,7 +196,7 @@ async def test_a_key_alone_goes_on_with_the_run_of_the_invite_and_only_with_its_
         folder.create()
         folder.organizer()
     genesis = msgspec.structs.replace(GENESIS, recipe=encode(load("tiny-books")), organizer=own.organizer().peer_id)
-    invite = Invite(genesis.run, own.organizer().public_key, INVITE.addresses, "tiny", 0)
+    invite = Invite(genesis.run, own.organizer().public_key, INVITE.addresses, "tiny")
     went_on: list[tuple[Genesis, Path]] = []
 
     async def coordinate(genesis: Genesis, numerics: object, where: object, folder: Folder, *_: object) -> None:
