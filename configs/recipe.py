@@ -210,10 +210,11 @@ class CheckpointSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdmissionSettings:
-    """Whom the run trusts, and so how many votes decide."""
+    """Who may be a member, whom the run trusts, and so how many votes decide."""
 
-    kind: Literal["invited", "open"]
-    """invited: one vote each, more than half decide. open: votes weigh what was earned, more than two thirds decide."""
+    kind: Literal["invited", "allow-list", "open"]
+    """invited: whoever holds a ticket of the organizer's. allow-list: those keys that the organizer allowed. Of both,
+    one vote each, more than half decide. open: anyone; votes weigh what was earned, more than two thirds decide."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,18 +3,10 @@
 import msgspec
 
 from dugnad.coordinator.chain import Chain
-from dugnad.coordinator.messages import (
-    Commit,
-    Commits,
-    CommitsRequest,
-    Genesis,
-    Message,
-    StateRequest,
-    Welcome,
-    WelcomeRequest,
-)
+from dugnad.coordinator.messages import Commit, Commits, CommitsRequest, Genesis, StateRequest, Welcome, WelcomeRequest
 from dugnad.coordinator.rounds import Leader
 from dugnad.coordinator.state import State
+from dugnad.dht.wire import Message
 
 COMMITS_BYTES = 512 * 1024
 """How many bytes of commits one answer holds, about."""

@@ -10,18 +10,15 @@ from dataclasses import dataclass, field
 
 from dugnad.coordinator import ranges
 from dugnad.coordinator.ledger import Charter
-from dugnad.coordinator.messages import (
-    PRECOMMIT,
-    Block,
-    Commit,
-    Delegation,
-    Voter,
-    delegation_payload,
-    epoch_payload,
-    vote_payload,
-)
+from dugnad.coordinator.messages import PRECOMMIT, Block, Commit, Voter, epoch_payload, vote_payload
+from dugnad.coordinator.roll import ALLOW_LIST, OPEN
 from dugnad.coordinator.votes import Signer
+from dugnad.dht import decisions
+from dugnad.dht.delegation import Delegation, delegation_payload
 from dugnad.dht.identity import PeerId
+from dugnad.dht.records import parse_of_any_time
+from dugnad.dht.ticket import parse_claim
+from dugnad.dht.wire import WireError
 
 Applieds = Mapping[int, Mapping[PeerId, bytes]]
 """round -> peer -> model digest that the peer said it has after it."""
@@ -48,11 +45,11 @@ class Audit:
 
 
 def audit(charter: Charter, commits: Iterable[Commit], applied: Applieds, signer: Signer) -> Audit:
-    """Walk a chain from genesis: links, certificates, steps, voters, samples, and the model digests peers reported.
+    """Walk a chain from genesis: links, certificates, steps, voters, members, samples, and the digests peers reported.
 
     commits: of one chain, which holds what the newest epoch kept.
     """
-    found = Audit()
+    found, members = Audit(), _Members(charter, signer)
     parent, epoch, committee = charter.run, 0, charter.first_head().committee
     done: list[ranges.Range] = []
     digest_after: set[bytes] = set()
@@ -66,6 +63,7 @@ def audit(charter: Charter, commits: Iterable[Commit], applied: Applieds, signer
         if block.epoch == epoch and not _certified(charter, commit, committee, signer):
             found.faults.append(f"round {block.round} has no quorum of its committee")
         found.faults.extend(_faults(block, step, None if block.epoch > epoch else committee))
+        found.faults.extend(members.faults(block))
         weights = charter.rule.weigh(
             {voter.peer: voter.incarnation for voter in block.committee},
             block.coordinator.coordinator if block.coordinator is not None else None,
@@ -99,6 +97,45 @@ def audit(charter: Charter, commits: Iterable[Commit], applied: Applieds, signer
     return found
 
 
+class _Members:
+    """Who was admitted so far, until when, and how often each ticket was used."""
+
+    def __init__(self, charter: Charter, signer: Signer) -> None:
+        self._charter, self._signer = charter, signer
+        self._until = {charter.founder: float("inf")}
+        self._used: Counter[bytes] = Counter()
+
+    def faults(self, block: Block) -> list[str]:
+        """What is wrong with whom `block` admits and counts."""
+        if self._charter.admission == OPEN:
+            return []
+        out: list[str] = []
+        for raw in block.admissions:
+            try:
+                self._admit(raw)
+            except (WireError, ValueError) as error:
+                out.append(f"round {block.round} admits someone who may not be: {error}")
+        strangers = sorted({entry.peer for entry in block.entries} - self._until.keys())
+        out.extend(f"round {block.round} counts the work of {peer}, who was never admitted" for peer in strangers)
+        return out
+
+    def _admit(self, raw: bytes) -> None:
+        charter, verify = self._charter, self._signer.verify
+        if charter.admission == ALLOW_LIST:
+            record = parse_of_any_time(raw, charter.run, verify=verify)
+            decisions.check(record, charter.organizer, verify)
+            self._until[PeerId(record.key)] = float("inf")
+            return
+        said = parse_claim(raw, charter.run, charter.organizer, verify)
+        until = said.ticket.until or float("inf")
+        if self._until.get(said.peer, -1.0) >= until:
+            raise ValueError(f"{said.peer} is a member already, for as long")
+        self._used[said.ticket.id] += 1
+        if 0 < said.ticket.uses < self._used[said.ticket.id]:
+            raise ValueError(f"{said.peer} came by a ticket that was used up")
+        self._until[said.peer] = until
+
+
 def _certified(charter: Charter, commit: Commit, committee: tuple[Voter, ...], signer: Signer) -> bool:
     block, voters = commit.block, {voter.peer: voter.incarnation for voter in committee}
     place = (charter.run, block.epoch, block.round, commit.view, PRECOMMIT, block.hash)
@@ -120,7 +157,7 @@ def _begun(charter: Charter, commit: Commit, signer: Signer) -> bool:
 
 
 def _delegated(charter: Charter, seat: Delegation, signer: Signer) -> bool:
-    payload = delegation_payload(charter.run, seat.coordinator, seat.term)
+    payload = delegation_payload(charter.run, seat.coordinator, seat.term, seat.until)
     return signer.verify(charter.organizer, payload, seat.signature)
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from dugnad.coordinator.ledger import Ledger
 from dugnad.coordinator.membership import Membership
-from dugnad.coordinator.messages import Delegation, Voter
+from dugnad.coordinator.messages import Voter
 from dugnad.coordinator.votes import chosen
+from dugnad.dht.delegation import Delegation
 from dugnad.dht.identity import PeerId
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from msgspec import Struct
 
-from dugnad.coordinator.messages import Applied, Commit, Lock, Message, Proposal
+from dugnad.coordinator.messages import Applied, Commit, Lock, Proposal
 from dugnad.dht.identity import PeerId
+from dugnad.dht.wire import Message
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from msgspec import structs
 
 from dugnad.coordinator import equivocation
+from dugnad.coordinator.admission import NOT_ADMITTED, Admission, Refusal
 from dugnad.coordinator.effects import (
     Accuse,
     CatchUp,
@@ -39,10 +40,8 @@ from dugnad.coordinator.messages import (
     Applied,
     Block,
     Commit,
-    Delegation,
     Freeze,
     Lock,
-    Message,
     NewView,
     Plan,
     Pledge,
@@ -57,7 +56,9 @@ from dugnad.coordinator.messages import (
 from dugnad.coordinator.patience import NEVER, Patience, Watch
 from dugnad.coordinator.replica import Replica
 from dugnad.coordinator.votes import Signer, leaders, weight_of
+from dugnad.dht.delegation import Delegation
 from dugnad.dht.identity import PeerId
+from dugnad.dht.wire import Message
 
 FETCH_AFTER_S = 2.0
 """How long proposed parts may still be on their way from their owners before a voter asks others for them."""
@@ -71,10 +72,21 @@ LEADERS_WORDS = (Standing, Plan, Freeze, Proposal, Lock, Commit)
 
 
 class Follower:
-    """Votes and follows as `signer.peer_id`; `incarnation` names the disk that keeps its promises."""
+    """Votes and follows as `signer.peer_id`; `incarnation` names the disk that keeps its promises.
 
-    def __init__(self, signer: Signer, ledger: Ledger, patience: Patience, incarnation: bytes) -> None:
+    admission: who may take part, besides what the chain says; without it, whom the chain admits.
+    """
+
+    def __init__(
+        self,
+        signer: Signer,
+        ledger: Ledger,
+        patience: Patience,
+        incarnation: bytes,
+        admission: Admission | None = None,
+    ) -> None:
         self.ledger = ledger
+        self.admission = admission or Admission(ledger.gate, lambda: ledger.head.roll)
         self.incarnation = incarnation
         self.delegation: Delegation | None = None
         """The newest word of the organizer on who may have the coordinator's seat."""
@@ -176,7 +188,7 @@ class Follower:
     def heard(self, sender: PeerId, message: Message, *, now: float) -> None:
         """A message came: one that only leaders say shows that ours is there."""
         leading = isinstance(message, LEADERS_WORDS) and getattr(message, "phase", "") != FOLLOWING
-        if leading and sender == self.leader:
+        if leading and sender == self.leader and not self.admission.distrusts(sender, self.delegation):
             self._watch.heard_at = now
 
     def contacts(self, *, now: float) -> tuple[PeerId, ...]:
@@ -205,6 +217,18 @@ class Follower:
     def applying(self) -> Commit | None:
         """The commit that is being applied."""
         return self.replica.applying
+
+    # -- who may take part
+
+    def barred(self, claim_of: Callable[[PeerId], bytes] = lambda peer: b"") -> frozenset[PeerId]:
+        """Who gets no seat and no vote now; claim_of: what someone shows, as it may be to go on as a member."""
+        return self.admission.barred(self.delegation, claim_of)
+
+    def refuses(self, peer: PeerId, claim: bytes = b"") -> Refusal | None:
+        """Why `peer`, who shows this claim, may not take part, or None; a voter or coordinator needs no claim."""
+        refusal, seat = self.admission.refuses(peer, claim), self.delegation
+        stands = self.ledger.head.voter(peer) is not None or (seat is not None and seat.coordinator == peer)
+        return None if refusal is not None and refusal.code == NOT_ADMITTED and stands else refusal
 
     # -- what happens
 
@@ -334,6 +358,9 @@ class Follower:
             return [Refused(sender, "invalid block", str(error))]
         if self._must is not None and block != self._must:
             return [Refused(sender, "not locked", f"another block than that of the lock which began view {self.view}")]
+        objection = None if self._must is not None else self.admission.objects(block)
+        if objection is not None:  # its leader had the time to know; what may be committed already is voted for
+            return [Refused(sender, "not admitted", objection)]
         if self._proposal is None or self._proposal.view < said.view:
             self._proposal = said
             self._fetch_at = now + FETCH_AFTER_S

@@ -12,10 +12,12 @@ from collections.abc import Iterable, Mapping
 from dugnad.coordinator.effects import Cost, Effect, Resync, Send
 from dugnad.coordinator.follower import RETRY_S
 from dugnad.coordinator.membership import Stage
-from dugnad.coordinator.messages import Applied, Commit, Delegation, Freeze, Message, Plan, Report
+from dugnad.coordinator.messages import Applied, Commit, Freeze, Plan, Report
 from dugnad.coordinator.rounds import Leader, Phase
+from dugnad.dht.delegation import Delegation
 from dugnad.dht.identity import PeerId
 from dugnad.dht.paths import Abilities
+from dugnad.dht.wire import Message
 
 
 class Keeper:
@@ -59,12 +61,20 @@ class Keeper:
         """What it is doing, in words."""
         if self.yields:
             return "yields: another coordinator was started later with the run key"
+        if self.dismissed is not None:
+            return self.dismissed
         if self._no_model and self.follower.model is None:
             return f"has no model yet: {self._no_model}"
         if self.leader.phase is Phase.FOLLOWING:
             named = self.follower.ledger.head.coordinator == self._me
             return "another peer leads this round" if named else "back; a block must name it before it leads"
         return self.leader.reason
+
+    @property
+    def dismissed(self) -> str | None:
+        """Why the organizer wants this coordinator to go, if so."""
+        refusal = self.follower.refuses(self._me)
+        return None if refusal is None else str(refusal)
 
     @property
     def yields(self) -> bool:
@@ -112,6 +122,13 @@ class Keeper:
         """The state could not be had yet; it is asked for again."""
         self._no_model, self._resync_at = why, now + RETRY_S
         return []
+
+    def renew(self, delegation: Delegation, *, now: float) -> list[Effect]:
+        """The organizer gave us another delegation, of a later term, unless it has given the seat to someone else."""
+        if self.yields:
+            return []
+        self._delegation = delegation
+        return self._settle(self.follower.receive(self._me, delegation, now=now), now)
 
     def stop(self, *, now: float) -> list[Effect]:
         """The organizer wants it to go: finish the round that it leads, and leave the committee to the others."""

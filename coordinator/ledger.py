@@ -4,12 +4,12 @@ A block is valid on top of its parent when it continues the chain, moves the dat
 sample, and names a committee that may vote next. A commit is valid when, besides, a quorum of the parent's committee
 precommitted to the block. Nothing else makes the head move, and it never moves back inside an epoch. The organizer's
 key alone begins another epoch: a block without work on any block of this chain, after which what followed that one
-counts no more.
+counts no more. Who may contribute at all is the `roll`'s.
 """
 
 from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dugnad.coordinator import ranges
 from dugnad.coordinator.messages import (
@@ -18,15 +18,16 @@ from dugnad.coordinator.messages import (
     Ballot,
     Block,
     Commit,
-    Delegation,
     Genesis,
     Voter,
-    delegation_payload,
     epoch_payload,
     vote_payload,
 )
+from dugnad.coordinator.roll import OPEN, Gate, Roll, RollError
 from dugnad.coordinator.votes import QuorumRule, Signer, leaders
+from dugnad.dht.delegation import Delegation, is_delegated
 from dugnad.dht.identity import PeerId
+from dugnad.dht.wire import Verify
 
 KEPT_BLOCKS = 64
 """How many of the newest blocks are kept in memory: a new epoch may begin on any of them."""
@@ -46,11 +47,18 @@ class Charter:
     incarnation: bytes
     """Of the founder."""
     rule: QuorumRule
+    admission: str
+    """Whom it admits: `roll.OPEN`, `roll.INVITED` or `roll.ALLOW_LIST`."""
 
     @classmethod
-    def of(cls, genesis: Genesis, *, open_to_all: bool) -> "Charter":
-        """The charter of that genesis; open_to_all is its recipe's word."""
-        return cls(genesis.run, genesis.organizer, genesis.founder, genesis.incarnation, QuorumRule(open_to_all))
+    def of(cls, genesis: Genesis, admission: str) -> "Charter":
+        """The charter of that genesis; admission is its recipe's word."""
+        rule = QuorumRule(open=admission == OPEN)
+        return cls(genesis.run, genesis.organizer, genesis.founder, genesis.incarnation, rule, admission)
+
+    def gate(self, verify: Verify) -> Gate:
+        """What reads the proofs of those who want in."""
+        return Gate(self.run, self.organizer, self.founder, self.admission, verify)
 
     def first_head(self) -> "Head":
         """The head of a chain without blocks."""
@@ -74,6 +82,8 @@ class Head:
     """The newest term of a coordinator that the chain has seen."""
     contributors: int = 0
     """Whose work counted in the newest round that had any: the size of the swarm."""
+    roll: Roll = field(default_factory=Roll, compare=False, repr=False)
+    """Who is admitted."""
 
     @property
     def place(self) -> tuple[int, int]:
@@ -94,8 +104,8 @@ class Head:
         order = leaders(self.hash, self.committee, self.coordinator)
         return order[view % len(order)]
 
-    def after(self, block: Block) -> "Head":
-        """The head that `block` makes of this one."""
+    def after(self, block: Block, roll: Roll) -> "Head":
+        """The head that `block` makes of this one; roll: who is admitted after it."""
         seat = block.coordinator
         return Head(
             block.epoch,
@@ -108,14 +118,16 @@ class Head:
             None if seat is None else seat.coordinator,
             self.term if seat is None else seat.term,
             len(block.entries) or self.contributors,
+            roll,
         )
 
 
 class Ledger:
-    """One peer's copy of the chain."""
+    """One peer's copy of the chain; gate: what reads its admissions, which a simulation shares among its peers."""
 
-    def __init__(self, charter: Charter, signer: Signer) -> None:
+    def __init__(self, charter: Charter, signer: Signer, gate: Gate | None = None) -> None:
         self.charter = charter
+        self.gate = gate or charter.gate(signer.verify)
         self.head = charter.first_head()
         self.tip: Commit | None = None
         self.credit: Counter[PeerId] = Counter()
@@ -154,6 +166,7 @@ class Ledger:
         _check_entries(block)
         _check_ranges(head, block)
         self._check_committee(head, block)
+        self._roll_after(block)
 
     def check_commit(self, commit: Commit) -> None:
         """Raise LedgerError unless `commit` proves that its block follows the head, or begins an epoch here."""
@@ -182,8 +195,7 @@ class Ledger:
 
     def delegates(self, said: Delegation) -> bool:
         """Whether the organizer signed `said`."""
-        payload = delegation_payload(self.run, said.coordinator, said.term)
-        return self._signer.verify(self.charter.organizer, payload, said.signature)
+        return is_delegated(said, self.run, self.charter.organizer, self._signer.verify)
 
     def append(self, commit: Commit) -> None:
         """Move the head to a commit that `check_commit` passed, or that this peer stored after it had.
@@ -193,10 +205,17 @@ class Ledger:
         block = commit.block
         if block.parent != self.head.hash:
             raise LedgerError(f"the block of round {block.round} does not stand on round {self.head.round} before it")
+        roll = self._roll_after(block)
         for entry in block.entries:
             self.credit[entry.peer] += entry.tokens
         self._recent.append((self.head, commit))
-        self.tip, self.head = commit, self.head.after(block)
+        self.tip, self.head = commit, self.head.after(block, roll)
+
+    def _roll_after(self, block: Block) -> Roll:
+        try:
+            return self.gate.after(self.head.roll, block)
+        except RollError as error:
+            raise LedgerError(f"block of round {block.round}: {error}") from None
 
     def rewind(self, parent: bytes) -> None:
         """Take blocks back until the head is `parent`, on which a new epoch begins."""
@@ -213,7 +232,7 @@ class Ledger:
         base = self.head if block.parent == self.head.hash else base
         if base is None or block.round != base.round + 1:
             raise LedgerError(f"epoch {block.epoch} begins on a block that is not among the newest of this chain")
-        if block.entries or block.parts or block.steps or block.global_step != base.global_step:
+        if block.entries or block.parts or block.steps or block.admissions or block.global_step != base.global_step:
             raise LedgerError("a block that begins an epoch holds no work")
         if (block.redo, block.cursor) != (base.redo, base.cursor):
             raise LedgerError("a block that begins an epoch changed the data ranges")

@@ -16,18 +16,26 @@ from typing import Annotated
 
 import msgspec
 from blake3 import blake3
-from msgspec import Meta, Struct
+from msgspec import Meta
 
+from dugnad.dht.delegation import Delegation
 from dugnad.dht.identity import PeerId
 from dugnad.dht.paths import Reach
-from dugnad.dht.wire import Kind
+from dugnad.dht.ticket import CLAIM_BYTES
+from dugnad.dht.wire import Kind, Message
 
 MAX_PEERS = 1024
 MAX_PARTS = 8192
 MAX_RANGES = 4096
 MAX_VOTERS = 64
 """The largest committee."""
-COMMIT_BYTES = 1024 * 1024 + 32 * 1024
+ADMISSION_BYTES = 1536
+"""The largest proof that somebody may be a member: a claim to a ticket, or a decision of the organizer."""
+ADMISSIONS_BYTES = 384 * 1024
+"""The most that all such proofs in one block may have together."""
+BLOCK_BYTES = 1024 * 1024 + ADMISSIONS_BYTES
+"""The largest block."""
+COMMIT_BYTES = BLOCK_BYTES + 32 * 1024
 """The largest commit: the largest block, and a ballot of each voter; a lock and a new view are no larger."""
 
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -41,26 +49,13 @@ Member = Annotated[PeerId, Meta(min_length=1, max_length=80)]
 Incarnation = Annotated[bytes, Meta(min_length=8, max_length=8)]
 """Names one disk of a voter: its votes and locks live there, so a voter with another disk is another voter."""
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+Admission = Annotated[bytes, Meta(min_length=1, max_length=ADMISSION_BYTES)]
+"""A proof that somebody may be a member, as `roll.Gate` reads it."""
 Rate = Annotated[float, Meta(ge=0, le=1e15)]
 """Bytes per second."""
 Range = tuple[Count, Count]
 """Half-open range [start, end) of sample indices."""
 Ranges = Annotated[tuple[Range, ...], Meta(max_length=MAX_RANGES)]
-
-
-class Message(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Base of every message: immutable, encoded as a msgpack array, unknown fields refused."""
-
-
-class Delegation(Message, frozen=True):
-    """The organizer's word that `coordinator` may have the coordinator's seat; of two, the one of the later term.
-
-    Signed with the run key over `delegation_payload`.
-    """
-
-    coordinator: Member
-    term: Count
-    signature: Signature
 
 
 class Seat(Message, frozen=True):
@@ -177,8 +172,9 @@ class Block(Message, frozen=True, dict=True):
     `parts` are the digests of the encoded averages, in part order; empty in a block that only changes the committee.
     `redo` and `cursor` say which samples are still to be trained on: those in `redo`, and all from `cursor` on.
     `model_before` is the digest of the model that the parts are applied to. `coordinator` says who of the next
-    committee has the coordinator's seat, if someone has. In which view it was proposed it does not say: a later leader
-    may have to propose the same block again.
+    committee has the coordinator's seat, if someone has. `admissions` prove that those may be members who contribute
+    for the first time, in the order of their ids. In which view it was proposed it does not say: a later leader may
+    have to propose the same block again.
     """
 
     epoch: Count
@@ -193,11 +189,12 @@ class Block(Message, frozen=True, dict=True):
     cursor: Count
     committee: Annotated[tuple[Voter, ...], Meta(min_length=1, max_length=MAX_VOTERS)]
     coordinator: Delegation | None
+    admissions: Annotated[tuple[Admission, ...], Meta(max_length=MAX_PEERS)] = ()
 
     @cached_property
     def hash(self) -> bytes:
         """blake3 of the block's canonical encoding: 32 bytes."""
-        return blake3(b"dugnad/block/2" + msgspec.msgpack.encode(self)).digest()
+        return blake3(b"dugnad/block/3" + msgspec.msgpack.encode(self)).digest()
 
 
 class Proposal(Message, frozen=True):
@@ -309,6 +306,7 @@ class Report(Message, frozen=True):
     `in_view` is the view of the next round that it knows of, `stage` a `Stage` value; `round`, `view` and `attempt` are
     of the plan which it follows (zeros without one). `trains`: whether it wants a seat.
     `uplink` is its sending rate in bytes/s, 0 where unknown; who owns parts has to be reached by all (`planning`).
+    `claim` is its claim to a ticket, until the chain has admitted it.
     """
 
     epoch: Count
@@ -327,6 +325,7 @@ class Report(Message, frozen=True):
     reach: Reach
     uplink: Rate
     addresses: Addresses
+    claim: Annotated[bytes, Meta(max_length=CLAIM_BYTES)] = b""
 
 
 class Standing(Message, frozen=True):
@@ -411,7 +410,7 @@ ROUND_KINDS: tuple[Kind, ...] = (
     Kind("contribution", Contribution, 64 * 1024),
     Kind("have", Have, 256 * 1024),
     Kind("freeze", Freeze, 1024 * 1024),
-    Kind("proposal", Proposal, 1024 * 1024),
+    Kind("proposal", Proposal, BLOCK_BYTES),
     Kind("vote", Vote, 1024),
     Kind("lock", Lock, COMMIT_BYTES),
     Kind("view-change", ViewChange, COMMIT_BYTES),
@@ -436,11 +435,6 @@ SYNC_KINDS: tuple[Kind, ...] = (
 
 VOTE_DOMAIN, PLEDGE_DOMAIN = b"dugnad/vote/2", b"dugnad/pledge/1"
 """What signed votes and pledges begin with."""
-
-
-def delegation_payload(run: bytes, coordinator: PeerId, term: int) -> bytes:
-    """What the organizer signs so that `coordinator` may have the coordinator's seat, from `term` on."""
-    return b"dugnad/delegation/1" + msgspec.msgpack.encode((run, coordinator, term))
 
 
 def vote_payload(run: bytes, epoch: int, round_: int, view: int, phase: int, block: bytes, incarnation: bytes) -> bytes:

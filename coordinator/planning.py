@@ -15,19 +15,9 @@ from dugnad.coordinator import ranges
 from dugnad.coordinator.effects import LeftOut
 from dugnad.coordinator.ledger import Head
 from dugnad.coordinator.membership import Membership, Stage
-from dugnad.coordinator.messages import (
-    MAX_VOTERS,
-    Block,
-    Contribution,
-    Delegation,
-    Entry,
-    Freeze,
-    Have,
-    Plan,
-    Seat,
-    Voter,
-)
+from dugnad.coordinator.messages import MAX_VOTERS, Block, Contribution, Entry, Freeze, Have, Plan, Seat, Voter
 from dugnad.coordinator.poll import Poll
+from dugnad.dht.delegation import Delegation
 from dugnad.dht.identity import PeerId
 from dugnad.dht.paths import Reach
 
@@ -72,7 +62,11 @@ class Round:
     """Who was waited for when we looked last: while it still is, nobody else needs a look."""
     slow: set[PeerId] = field(default_factory=set)
     """Owners that were here and did not deliver."""
+    barred: frozenset[PeerId] = frozenset()
+    """Whose work counts no more, and who reduces nothing."""
     freeze: Freeze | None = None
+    admissions: tuple[bytes, ...] = ()
+    """Proofs of those in the frozen set who contribute for the first time."""
     results: dict[int, bytes] = field(default_factory=dict)
     poll: Poll | None = None
 
@@ -98,6 +92,11 @@ class Round:
         report = self.membership.report(peer)
         self.seats[peer] = Seat(peer, self.steps, allotted, report.addresses if report else ())
 
+    def bar(self, barred: frozenset[PeerId]) -> None:
+        """Leave these out from now on."""
+        if barred != self.barred:
+            self.barred, self.owners_seen, self.awaited = barred, -1, None
+
     # -- who reduces
 
     def attempt(self, empty: Plan, assign: Assign, num_parts: int) -> bool:
@@ -109,7 +108,7 @@ class Round:
         owners = self._owners(able, assign, num_parts)
         backups = _backups(owners, sorted(able))
         self.plan = msgspec.structs.replace(empty, seats=seats, owners=owners, backups=backups)
-        self.freeze, self.poll = None, None
+        self.freeze, self.poll, self.admissions = None, None, ()
         self.owners, self.owners_seen = tuple(sorted(set(owners))), -1
         self.held.clear()
         self.holders.clear()
@@ -153,7 +152,8 @@ class Round:
     def _may_reduce(self, peer: PeerId) -> bool:
         """Whether `peer` is here and has not started anew, its bytes forgotten."""
         said = self.membership.report(peer)
-        return said is not None and said.stage != Stage.SYNCING and self.membership.is_live(peer)
+        here = said is not None and said.stage != Stage.SYNCING and self.membership.is_live(peer)
+        return here and peer not in self.barred
 
     def mark_slow(self, owners: set[PeerId]) -> None:
         """These did not take or deliver what they had to; where that is all of them, none is to blame alone."""
@@ -213,7 +213,8 @@ class Round:
         return self.awaited
 
     def _may_contribute(self, peer: PeerId) -> bool:
-        return peer not in self.whole and self.membership.is_live(peer) and not self._declined(peer)
+        awaited = peer not in self.whole and peer not in self.barred
+        return awaited and self.membership.is_live(peer) and not self._declined(peer)
 
     def _declined(self, peer: PeerId) -> bool:
         """Whether `peer` knows this plan and says that it has nothing to contribute to it."""
@@ -222,12 +223,17 @@ class Round:
         return known and said is not None and said.stage == Stage.WAITING
 
     def entries(self) -> tuple[Entry, ...]:
-        """What every owner holds whole, in peer-id order."""
+        """What every owner holds whole and may count, in peer-id order."""
         return tuple(
             Entry(peer, said.root, said.tokens, said.loss, said.ranges)
             for peer, said in sorted(self.contributions.items())
-            if peer in self.whole
+            if peer in self.whole and peer not in self.barred
         )
+
+    @property
+    def counts_barred(self) -> bool:
+        """Whether someone was barred whose work is in the frozen set."""
+        return self.freeze is not None and any(entry.peer in self.barred for entry in self.freeze.entries)
 
     # -- what becomes of it
 
@@ -256,6 +262,7 @@ class Round:
             cursor=self.cursor,
             committee=committee,
             coordinator=coordinator,
+            admissions=self.admissions if entries else (),
         )
 
     # -- who is told

@@ -40,10 +40,10 @@ from dugnad.coordinator.messages import (
     Block,
     Commit,
     Contribution,
+    Entry,
     Freeze,
     Have,
     Lock,
-    Message,
     Plan,
     Proposal,
     Report,
@@ -56,6 +56,7 @@ from dugnad.coordinator.poll import Poll
 from dugnad.coordinator.votes import Signer
 from dugnad.coordinator.vouched import Vouched
 from dugnad.dht.identity import PeerId
+from dugnad.dht.wire import Message
 
 PASS_ON_S = 3.0
 """How long voters may take to pass a commit on, before a member that lacks it is told by the leader."""
@@ -76,7 +77,7 @@ class Leader:
     """Leads the run whenever `follower`, this peer's own voting half, says that it is its turn.
 
     started: unix seconds when this process began, so that its attempts are told from those before. known_plan: the
-    newest plan of the round under way that this peer was given by another leader. barred: who gets no seat and no vote.
+    newest plan of the round under way that this peer was given by another leader.
     """
 
     def __init__(
@@ -89,7 +90,6 @@ class Leader:
         *,
         started: int,
         known_plan: Callable[[], Plan | None] = lambda: None,
-        barred: Callable[[], frozenset[PeerId]] = frozenset,
     ) -> None:
         self.phase = Phase.FOLLOWING
         self.reason = "starting"
@@ -105,7 +105,6 @@ class Leader:
         self._num_parts = num_parts
         self._assign = assign
         self._known_plan = known_plan
-        self._barred = barred
         self._round: Round | None = None
         self._led: tuple[bytes, int] | None = None
         """(head, view) that we lead."""
@@ -365,6 +364,8 @@ class Leader:
         work = self._round
         if work is not None and work.plan.head != self.follower.ledger.head.hash:
             return self._abandon("the chain went on without this round")
+        if work is not None:
+            work.bar(self._barred())
         if self.phase is Phase.GATHER:
             return self._gather(now)
         if self.phase is Phase.REDUCE:
@@ -400,7 +401,7 @@ class Leader:
         bound = self.follower.bound_to
         if bound is not None:
             return self._propose_again(bound, now)
-        barred = self._barred()
+        barred = self._barred() | self._strangers()
         self._awaited.tick(head, now=now)
         if not self.leaving and self._awaited.holds_up(head, barred, now=now):
             return []
@@ -467,30 +468,42 @@ class Leader:
         self.reason = f"round {work.plan.round}: {len(work.whole)} of {len(work.plan.seats)} contributions held"
         if waiting and now < work.deadline:
             return []
-        if work.whole:
-            return self._freeze(work, now)
+        entries = self._admitted(work)
+        if entries:
+            return self._freeze(work, entries, now)
         if not waiting:
             return self._abandon("nobody's work could be gathered")
         work.mark_slow({owner for owner in work.owners if work.holds_nothing(owner)})
         return self._attempt(work, now)
 
-    def _freeze(self, work: Round, now: float) -> list[Effect]:
+    def _admitted(self, work: Round) -> tuple[Entry, ...]:
+        """What is held whole of those who may contribute; what proves that they may is kept for the block."""
         entries = work.entries()
+        proofs = self.follower.admission.proofs((entry.peer, self._claim(entry.peer)) for entry in entries)
+        work.admissions = tuple(proof for proof in proofs.values() if proof)
+        return tuple(entry for entry in entries if entry.peer in proofs)
+
+    def _freeze(self, work: Round, entries: tuple[Entry, ...], now: float) -> list[Effect]:
         work.freeze = Freeze(*work.plan.order, entries)
         work.deadline = now + self._recipe.rounds.exchange_s
         self.phase = Phase.REDUCE
-        counted = {entry.peer for entry in entries}
-        late = [
-            LeftOut(peer, "late", f"not all of its bytes were there when round {work.plan.round} was frozen")
-            for peer in sorted(work.contributions.keys() - counted)
-        ]
-        return [*late, *self._tell(work.folding, work.freeze, now)]
+        left_out = work.contributions.keys() - {entry.peer for entry in entries}
+        told = [LeftOut(peer, *self._why_left_out(work, peer)) for peer in sorted(left_out)]
+        return [*told, *self._tell(work.folding, work.freeze, now)]
+
+    def _why_left_out(self, work: Round, peer: PeerId) -> tuple[str, str]:
+        refusal = self.follower.refuses(peer, self._claim(peer))
+        if refusal is not None:
+            return refusal.reason, f"it may not take part: {refusal}"
+        if peer in work.barred:
+            return "barred", "it is proven to lie"
+        return "late", f"not all of its bytes were there when round {work.plan.round} was frozen"
 
     def _reduce(self, now: float) -> list[Effect]:
         work = self._round
         assert work is not None
         assert work.freeze is not None
-        if work.lost_owners():
+        if work.lost_owners() or work.counts_barred:
             return self._attempt(work, now)
         missing = work.missing()
         self.reason = f"round {work.plan.round}: {self._num_parts - len(missing)} of {self._num_parts} parts reduced"
@@ -526,6 +539,22 @@ class Leader:
             self._barred(),
             self.leaving,
         )
+
+    def _barred(self) -> frozenset[PeerId]:
+        """Who gets no seat and no vote, and whose work counts no more."""
+        return self.follower.barred(self._claim)
+
+    def _strangers(self) -> frozenset[PeerId]:
+        """Who of those that are here may not contribute: not admitted, and without a claim that is good now."""
+        admission, admitted = self.follower.admission, self.follower.ledger.head.roll.members
+        if admission.is_open:
+            return frozenset()
+        new = [peer for peer in self.membership.live() if peer not in admitted]
+        return frozenset(new) - admission.proofs((peer, self._claim(peer)) for peer in new).keys()
+
+    def _claim(self, peer: PeerId) -> bytes:
+        said = self.membership.report(peer)
+        return b"" if said is None else said.claim
 
     def _propose(
         self, work: Round, parts: tuple[bytes, ...], succession: Succession, members: Mapping[PeerId, bytes], now: float

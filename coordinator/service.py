@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from dugnad.coordinator import history
 from dugnad.coordinator.effects import Cost
 from dugnad.coordinator.keeper import Keeper
-from dugnad.coordinator.messages import Commit, Delegation, delegation_payload
+from dugnad.coordinator.messages import Commit
 from dugnad.coordinator.rounds import Phase
 from dugnad.coordinator.shell import Shell
 from dugnad.coordinator.state import Model, Numerics
 from dugnad.coordinator.surroundings import Surroundings
+from dugnad.dht.delegation import LASTS_S, RENEW_S, Delegation, delegate
 from dugnad.dht.identity import Identity, PeerId
 
 log = logging.getLogger(__name__)
@@ -36,23 +37,37 @@ class Coordinator(Shell):
     def __init__(self, around: Surroundings, organizer: Identity, numerics: Numerics) -> None:
         super().__init__(around, numerics)
         me = self.identity.peer_id
-        term = self.chain.next_term(at_s=time.time())
-        signature = organizer.sign(delegation_payload(self.run, me, term))
+        self._organizer = organizer
+        self._clock = around.clock
         rounds = self.recipe.rounds
         self.machine = Keeper(
             me,
             self.leader,
-            Delegation(me, term, signature),
+            self._delegation(),
             report_s=rounds.report_s,
             leave_s=rounds.train_s + rounds.exchange_s,
         )
         self._yielded = False
+
+    def _delegation(self) -> Delegation:
+        """A new one, by the run's key; its term is the clock of this machine, whose chain file sees that it grows."""
+        term = self.chain.next_term(at_s=time.time())
+        return delegate(self._organizer, self.run, self.identity.peer_id, term, int(self._clock() + LASTS_S))
 
     def stop(self) -> None:
         """Finish the round under way, leave the committee to the others, write a checkpoint, and end."""
         self.perform(self.machine.stop(now=self.now()))
 
     # -- the role's part of the shell
+
+    async def begin(self) -> None:
+        """Renew the delegation long before it ends."""
+        self.spawn(self._keep_delegated())
+
+    async def _keep_delegated(self) -> None:
+        while True:
+            await asyncio.sleep(RENEW_S)
+            self.perform(self.machine.renew(self._delegation(), now=self.now()))
 
     def perform(self, effects: Sequence[object]) -> None:
         """Do the effects, and see whether the run, or our part in it, has come to its end."""
@@ -61,7 +76,7 @@ class Coordinator(Shell):
             self._yielded = True
             log.warning(self.machine.reason)
         over = (self.leader.finished and self.follower.ledger.head.round > 0) or self.machine.may_go(now=self.now())
-        if over and self.follower.at_head:
+        if (over and self.follower.at_head) or self.machine.dismissed is not None:
             self.finish()
 
     def on_applied(self, commit: Commit, model: Model, cost: Cost) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from dugnad.configs.recipe import decode
 from dugnad.coordinator import effects, sync
+from dugnad.coordinator.admission import Admission
 from dugnad.coordinator.answers import Answers
 from dugnad.coordinator.averages import HEADER_BYTES, RESULTS_CHANNEL, Averages
 from dugnad.coordinator.chain import Chain
@@ -24,7 +25,7 @@ from dugnad.coordinator.follower import Follower
 from dugnad.coordinator.ledger import Charter, Ledger
 from dugnad.coordinator.machine import Machine
 from dugnad.coordinator.mail import Mail
-from dugnad.coordinator.messages import ROUND_KINDS, Commit, Message, Plan
+from dugnad.coordinator.messages import ROUND_KINDS, Commit, Plan
 from dugnad.coordinator.patience import Patience
 from dugnad.coordinator.phases import PhaseWatch
 from dugnad.coordinator.rounds import Leader
@@ -36,7 +37,7 @@ from dugnad.dht import bulk
 from dugnad.dht.blobs import Blobs
 from dugnad.dht.budget import Budget
 from dugnad.dht.identity import Identity, PeerId, nickname, verify
-from dugnad.dht.wire import Codec, WireError, open_sealed, seal
+from dugnad.dht.wire import Codec, Message, WireError, open_sealed, seal
 
 log = logging.getLogger(__name__)
 
@@ -66,13 +67,17 @@ class Shell:
         self.chain.found(self.genesis)
         self.blobs = Blobs(around.directory / "blobs")
         self.signer = KeySigner(self.identity)
-        self.charter = Charter.of(self.genesis, open_to_all=self.recipe.admission.kind == "open")
-        self.follower = Follower(
-            self.signer,
-            Ledger(self.charter, self.signer),
-            Patience.of(self.recipe.rounds),
-            self.chain.incarnation(),
+        self.charter = Charter.of(self.genesis, self.recipe.admission.kind)
+        ledger, patience = Ledger(self.charter, self.signer), Patience.of(self.recipe.rounds)
+        self.admission = Admission(
+            ledger.gate,
+            lambda: ledger.head.roll,
+            decisions=around.decisions,
+            quarantined=around.quarantined,
+            clock=around.clock,
+            round_s=patience.round_s,
         )
+        self.follower = Follower(self.signer, ledger, patience, self.chain.incarnation(), self.admission)
         self.leader = Leader(
             self.follower,
             self.signer,
@@ -81,7 +86,6 @@ class Shell:
             numerics.assign_parts,
             started=int(time.time()),
             known_plan=self.known_plan,
-            barred=around.barred,
         )
         self.state = State(self.genesis, self.charter, self.recipe, numerics, self.signer, around.directory)
         self.averages = Averages(self.blobs, self.chain, self.leader, numerics)

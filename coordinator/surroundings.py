@@ -1,11 +1,13 @@
 """What a role is given by the process that it lives in."""
 
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dugnad.coordinator.messages import Genesis
 from dugnad.dht.budget import GIVE_MBIT
+from dugnad.dht.decisions import Decisions
 from dugnad.dht.identity import Identity, PeerId
 from dugnad.dht.paths import Abilities
 from dugnad.dht.transport import Transport
@@ -32,7 +34,11 @@ class Surroundings:
     """Where and how the role can be reached now."""
     contacts: Callable[[], Iterable[PeerId]] = tuple
     """Peers of the run that are known from elsewhere, for one who hears of no leader."""
-    barred: Callable[[], frozenset[PeerId]] = frozenset
-    """Who gets no seat and no vote."""
+    quarantined: Callable[[], frozenset[PeerId]] = frozenset
+    """Who is proven to lie: no seat and no vote."""
+    decisions: Decisions = field(default_factory=Decisions)
+    """What the organizer has decided so far; more come in as they are heard of."""
+    clock: Callable[[], float] = time.time
+    """The run's time, unix seconds."""
     accuse: Callable[[bytes, bytes], None] = _hears_nothing
     """Hears the two halves of each proof that a voter lies."""

@@ -18,7 +18,6 @@ from dugnad.coordinator.messages import (
     Commit,
     Commits,
     CommitsRequest,
-    Message,
     StateOffer,
     StateRequest,
     Welcome,
@@ -28,7 +27,7 @@ from dugnad.coordinator.messages import (
 from dugnad.coordinator.votes import Signer
 from dugnad.dht.identity import Identity, PeerId
 from dugnad.dht.transport import Transport, TransportError
-from dugnad.dht.wire import Codec, WireError, open_sealed, seal
+from dugnad.dht.wire import Codec, Message, WireError, open_sealed, seal
 
 CHANNEL = "dugnad/sync/1"
 CODEC = Codec(SYNC_KINDS)

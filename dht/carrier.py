@@ -185,7 +185,7 @@ class Carrier:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
             listener.bind((place.host, place.port))
         except OSError as error:
-            raise ListenError(f"{place}: can't listen there: {error.strerror}") from error
+            raise ListenError(str(place), f"can't listen there: {error.strerror}") from error
         listener.listen(_PENDING)
         listener.setblocking(False)
         return listener

@@ -21,6 +21,8 @@ MIN_BUCKETS, MAX_BUCKETS = 256, 4096
 """Into how many buckets, by the first bits of their slots, two maps are divided to be compared: a power of two."""
 BUCKET_HASH_BYTES = 8
 MAX_EVIDENCE = 1024
+MAX_DECISIONS = 8192
+"""How many peers and tickets the organizer may have decided about."""
 _LEAF_SHIFT = 16 - 12  # a leaf is one of 4096 buckets: the first 12 bits of a slot
 _RECORDS_PER_BUCKET = 4
 _WORD = 2**64 - 1
@@ -30,11 +32,19 @@ _MAX_PAST = 100_000
 class RecordMap:
     """The newest record of each owner, kind and key; at most max_owners x the keys of all kinds, and max_evidence.
 
+    Kinds whose keys are not listed count by themselves: max_decisions of them altogether.
     A full map takes no further owners, until `prune` makes room: the order of arrival matters in that case only.
     """
 
-    def __init__(self, *, max_owners: int = 10_000, max_evidence: int = MAX_EVIDENCE) -> None:
-        self._max_owners, self._max_evidence = max_owners, max_evidence
+    def __init__(
+        self,
+        *,
+        max_owners: int = 10_000,
+        max_evidence: int = MAX_EVIDENCE,
+        max_decisions: int = MAX_DECISIONS,
+    ) -> None:
+        self._max_owners, self._max_evidence, self._max_decisions = max_owners, max_evidence, max_decisions
+        self._decisions: dict[bytes, PeerId] = {}  # the slots of those kinds, and whose they are
         self._by_slot: dict[bytes, tuple[int, Entry]] = {}  # with the number of its change; in that order
         self._slot_of_tag: dict[bytes, bytes] = {}
         self._slots_of: Counter[PeerId] = Counter()
@@ -68,15 +78,18 @@ class RecordMap:
             return False
         if isinstance(entry, Evidence):
             self._evidence[entry.owner] = entry
-            for kind, rules in KINDS.items():
-                for key in rules.keys:
-                    self._drop(slot_of(kind, entry.owner, key))
+            listed = (slot_of(kind, entry.owner, key) for kind, rules in KINDS.items() for key in rules.keys or ())
+            for slot in (*listed, *[slot for slot, owner in self._decisions.items() if owner == entry.owner]):
+                self._drop(slot)
         self._drop(entry.slot)
         self.changes += 1
         self._by_slot[entry.slot] = self.changes, entry  # at the end, as the newest
         self._slot_of_tag[entry.tag] = entry.slot
         if isinstance(entry, Record):
-            self._slots_of[entry.owner] += 1
+            if _is_listed(entry):
+                self._slots_of[entry.owner] += 1
+            else:
+                self._decisions[entry.slot] = entry.owner
         self._count(entry, 1)
         return True
 
@@ -181,6 +194,8 @@ class RecordMap:
         held = self._held(entry.slot)
         if isinstance(held, Record):
             return (entry.seq, entry.hash) > (held.seq, held.hash)
+        if not _is_listed(entry):
+            return len(self._decisions) < self._max_decisions
         return entry.owner in self._slots_of or len(self._slots_of) < self._max_owners
 
     def _drop(self, slot: bytes) -> None:
@@ -194,6 +209,8 @@ class RecordMap:
             self._count(entry, -1)
         del self._slot_of_tag[entry.tag]
         self._pass(entry.tag)
+        if self._decisions.pop(slot, None) is not None:
+            return
         self._slots_of[entry.owner] -= 1
         if not self._slots_of[entry.owner]:
             del self._slots_of[entry.owner]
@@ -215,3 +232,8 @@ class RecordMap:
         # collide in it hides nothing but what he says himself
         leaf = (entry.slot[0] << 8 | entry.slot[1]) >> _LEAF_SHIFT
         self._sums[leaf] = (self._sums[leaf] + sign * int.from_bytes(entry.tag[:8])) & _WORD
+
+
+def _is_listed(record: Record) -> bool:
+    """Whether the keys that an owner may have are known, so that its owners bound the records of that kind."""
+    return KINDS[record.kind].keys is not None

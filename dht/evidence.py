@@ -19,8 +19,8 @@ from msgspec import Meta, Struct
 from dugnad.dht import identity as keys
 from dugnad.dht import records
 from dugnad.dht.identity import PeerId, peer_id_of, public_key_of
-from dugnad.dht.records import MAX_RECORD_BYTES, TAG_BYTES, Record, Verify, slot_of
-from dugnad.dht.wire import WireError
+from dugnad.dht.records import KINDS, MAX_RECORD_BYTES, TAG_BYTES, Record, slot_of
+from dugnad.dht.wire import Verify, WireError
 
 MAX_SIDE_BYTES = MAX_RECORD_BYTES
 """Of each of the two signed things."""
@@ -117,7 +117,8 @@ class Proofs:
 def contradict(one: Record, other: Record) -> bool:
     """Whether two checked records of one run can't both be an honest owner's."""
     # two signatures under the same words are no two words: someone else might have made one out of the other
-    return (one.slot, one.seq) == (other.slot, other.seq) and one.said != other.said
+    same = (one.slot, one.seq) == (other.slot, other.seq)
+    return same and one.said != other.said and KINDS[one.kind].convicts
 
 
 def of_records(one: Record, other: Record) -> Evidence:

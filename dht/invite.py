@@ -1,20 +1,22 @@
 """Invites: the one line of text with which a stranger finds a run and knows it for the right one.
 
 "dugnad1:" and, in lower-case base32 without padding: u16 length of the whole text in characters, big-endian; msgpack
-array [run, organizer, addresses, name, expires]; the first 4 bytes of the blake3 of both. The length tells a copy that
+array [run, organizer, addresses, name, ticket]; the first 4 bytes of the blake3 of both. The length tells a copy that
 was cut off from one that was mistyped. Case and white space do not matter, for mail programs change them.
 """
 
 import base64
-from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Self
 
 import msgspec
 from blake3 import blake3
 from msgspec import Meta, Struct
 
-from dugnad.dht.identity import PeerId, public_key_of
+from dugnad.dht import ticket
+from dugnad.dht.delegation import Delegation, Signature, Signs, UnixSeconds, ends
+from dugnad.dht.identity import Identity, PeerId, peer_id_of, public_key_of, verify
 from dugnad.dht.records import Address
+from dugnad.dht.wire import WireError
 
 PREFIX = "dugnad1:"
 MAX_CHARACTERS = 8192
@@ -26,15 +28,41 @@ _Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
 
 
 class InviteError(Exception):
-    """An invite that can't be used; says why and what to do. code: "E101" unreadable, "E102" expired."""
+    """An invite that can't be used; says why and what to do.
+
+    code: "E101" unreadable, "E102" expired, "E401" it lets this peer in no more, or never did.
+    """
 
     def __init__(self, code: str, sentence: str) -> None:
         super().__init__(f"{code} {sentence}")
         self.code = code
 
 
+class Pass(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A ticket as an invite carries it: without what the invite says already, and with the seed of the ticket's key."""
+
+    seed: _Key
+    roles: ticket.Roles
+    expires: UnixSeconds
+    until: UnixSeconds
+    uses: ticket.Uses
+    bound: ticket.Bound
+    delegation: Delegation | None
+    signature: Signature
+
+    @classmethod
+    def issue(cls, signer: Signs, run: bytes, seed: bytes, terms: ticket.Terms, seat: Delegation | None = None) -> Self:
+        """A new one, of 32 bytes that nobody else knows. Raises ValueError for terms that nobody would accept."""
+        made = ticket.issue(signer, run, Identity.from_seed(seed).peer_id, terms, seat)
+        return cls(seed, *(getattr(made, name) for name in cls.__struct_fields__[1:]))
+
+    def of(self, run: bytes, key: PeerId) -> ticket.Ticket:
+        """The ticket of that run and of the key that `seed` makes."""
+        return ticket.Ticket(run, key, *(getattr(self, name) for name in self.__struct_fields__[1:]))
+
+
 class Invite(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """How to find a run (its id: 32 bytes), and whom it obeys (the organizer's ed25519 public key).
+    """How to find a run (its id: 32 bytes), whom it obeys (the organizer's ed25519 public key), and what lets one in.
 
     Raises ValueError for an address that does not end in an ed25519 peer id.
     """
@@ -45,12 +73,19 @@ class Invite(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Multiaddrs, each with /p2p/ and a peer id at its end."""
     name: Annotated[str, Meta(max_length=64, pattern=r"\A[a-z0-9]+(-[a-z0-9]+)*\Z")]
     """The recipe's; safe as the name of a folder."""
-    expires: Annotated[int, Meta(ge=0, le=253_402_300_799)] = 0
-    """Unix seconds; 0 for never."""
+    ticket: Pass | None = None
+    """None where nobody needs one, or where whoever made this invite has none to give."""
 
     def __post_init__(self) -> None:
         for address in self.addresses:
             public_key_of(PeerId(address.rpartition("/p2p/")[2]))
+
+    def claim(self, peer: PeerId) -> bytes:
+        """The claim of `peer` to the ticket in it; empty without one."""
+        if self.ticket is None:
+            return b""
+        key = Identity.from_seed(self.ticket.seed)
+        return ticket.claim(self.ticket.of(self.run, key.peer_id), key, peer)
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -79,11 +114,17 @@ def parse_invite(text: str) -> Invite:
     return _checked(text)
 
 
-def check_expiry(invite: Invite, *, now: float) -> None:
-    """Raises InviteError E102 if the invite has expired at `now`: unix seconds, the run's, as ours may err."""
-    if invite.expires and now >= invite.expires:
-        day = datetime.fromtimestamp(invite.expires, UTC).date()
-        raise InviteError("E102", f"invite expired on {day}. Ask the organizer for a new one.")
+def check(invite: Invite, peer: PeerId, *, now: float) -> None:
+    """Raises InviteError where the ticket in it lets `peer` in no more, or never did; now: unix seconds of the run."""
+    given, organizer = invite.ticket, peer_id_of(invite.organizer)
+    if given is None:
+        return
+    if ends(given.expires) <= now:
+        raise InviteError("E102", f"invite expired on {ticket.day_of(given.expires)}. Ask the organizer for a new one.")
+    try:
+        ticket.parse_claim(invite.claim(peer), invite.run, organizer, verify)
+    except WireError as error:
+        raise InviteError("E401", f"{error}. Ask the organizer for an invite. Your key: {peer}") from None
 
 
 def _checked(text: str) -> Invite:

@@ -32,11 +32,15 @@ class Path(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Abilities:
-    """What a peer says of itself: where and how it can be reached, and its sending rate in bytes/s (0: unknown)."""
+    """What a peer says of itself: where and how it can be reached, and its sending rate in bytes/s (0: unknown).
+
+    claim: to a ticket, empty without one.
+    """
 
     addresses: tuple[str, ...] = ()
     reach: Reach = Reach.UNKNOWN
     uplink: float = 0.0
+    claim: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

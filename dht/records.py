@@ -1,4 +1,7 @@
-"""Signed single-writer records: what one peer says of itself, in bytes that anyone can check and nobody else can write.
+"""Signed single-writer records: what one key says, in bytes that anyone can check and nobody else can write.
+
+A member says where it is and what it does. The organizer, or who holds its delegation, says what it has decided about
+others (`decisions.py` sees to it that nobody else does).
 
 A record is the msgpack array [version, run, kind, owner, key, seq, issued, expires, body], followed by 64 bytes of
 ed25519 signature over a domain tag and that array. These raw bytes are what travels. Everything is bounded before it is
@@ -7,19 +10,20 @@ sending, since clocks differ and a merge that looked at them would leave replica
 """
 
 import math
-from collections.abc import Callable
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from blake3 import blake3
 from msgspec import Meta, Struct
 
 from dugnad.dht import identity as keys
+from dugnad.dht.delegation import Delegation
 from dugnad.dht.identity import Identity, PeerId, peer_id_of
 from dugnad.dht.paths import Reach
-from dugnad.dht.wire import WireError
+from dugnad.dht.wire import Verify, WireError
 
 VERSION = 1
 MAX_AHEAD_S = 60.0
@@ -27,11 +31,10 @@ MAX_AHEAD_S = 60.0
 TAG_BYTES = 16
 """What names a record in gossip; 8 would do against chance, but an owner could find two of its own that share those."""
 _DOMAIN = b"dugnad/record/1"
+DECISION_S = 100 * 365.25 * 86400.0
+"""For how long a decision holds: longer than any run."""
 _SIGNATURE_BYTES = 64
 _LAST_MS = 253_402_300_799_000  # the year 9999: later times are nonsense, and some would not fit a float
-
-Verify = Callable[[PeerId, bytes, bytes], bool]
-"""Whether these 64 bytes are the peer's signature over those."""
 
 Address = Annotated[str, Meta(pattern=r"^/[!-~]{1,255}\Z")]
 """A multiaddr, as far as its characters go."""
@@ -81,7 +84,21 @@ class ProgressBody(Struct, frozen=True, array_like=True, forbid_unknown_fields=T
             raise ValueError("a model digest has 32 bytes, or none")
 
 
-Body = MemberBody | ProgressBody
+class DecisionBody(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What was decided about the peer, or the ticket (its id in hex), that is the record's key."""
+
+    verdict: Literal["allow", "ban", "unban", "revoke"]
+    """allow: on the list of an allow-list run. ban: out. unban: as if nothing had been said. revoke: no more members
+    by that ticket."""
+    reason: Annotated[str, Meta(max_length=200)]
+    delegation: Delegation | None
+    """By what the record's owner may decide; None for the organizer itself."""
+
+    def __post_init__(self) -> None:
+        _check_printable(self.reason)
+
+
+Body = MemberBody | ProgressBody | DecisionBody
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +109,10 @@ class RecordKind:
     cap_bytes: int
     """Of the raw record."""
     max_lifetime_s: float
-    keys: tuple[str, ...] = ("",)
-    """All the keys that one owner may have: with them, members x kinds bound a map."""
+    keys: tuple[str, ...] | None = ("",)
+    """All the keys that one owner may have: with them, members x kinds bound a map. None: any; see `RecordMap`."""
+    convicts: bool = True
+    """Whether two records with one number prove that their owner lies."""
     decoder: msgspec.msgpack.Decoder[Body] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -103,7 +122,11 @@ class RecordKind:
 KINDS = {
     "member": RecordKind(MemberBody, cap_bytes=6144, max_lifetime_s=1800.0),
     "progress": RecordKind(ProgressBody, cap_bytes=1536, max_lifetime_s=1800.0),
+    # decisions must not lapse; and an organizer that decides on two machines within one millisecond is no liar
+    "decision": RecordKind(DecisionBody, cap_bytes=1536, max_lifetime_s=DECISION_S, keys=None, convicts=False),
 }
+MEMBER_KINDS = tuple(name for name, kind in KINDS.items() if kind.keys is not None)
+"""What every member says of itself, again and again."""
 MAX_RECORD_BYTES = max(kind.cap_bytes for kind in KINDS.values())
 
 
@@ -161,6 +184,7 @@ class _Payload(Struct, frozen=True, array_like=True, forbid_unknown_fields=True)
 
 _encoder = msgspec.msgpack.Encoder()
 _payloads = msgspec.msgpack.Decoder(_Payload)
+_NAME = re.compile(r"[0-9A-Za-z]{1,64}\Z")
 
 
 def slot_of(kind: str, owner: PeerId, key: str) -> bytes:
@@ -238,7 +262,7 @@ def _kind_of(head: _Payload, num_bytes: int) -> RecordKind:
         raise WireError("unknown kind", repr(head.kind))
     if num_bytes > kind.cap_bytes:
         raise WireError("too large", f"a {head.kind} record of {num_bytes} bytes, at most {kind.cap_bytes}")
-    if head.key not in kind.keys:
+    if head.key not in kind.keys if kind.keys is not None else not _NAME.match(head.key):
         raise WireError("unknown key", f"{head.key!r} of a {head.kind} record")
     if not 0 < head.expires_ms - head.issued_ms <= kind.max_lifetime_s * 1000:
         lifetime_s = (head.expires_ms - head.issued_ms) / 1000

@@ -19,15 +19,16 @@ from typing import Any, Self
 import msgspec
 
 from dugnad.dht import clock as clocks
-from dugnad.dht import records
+from dugnad.dht import decisions, records
 from dugnad.dht.clock import Sample
 from dugnad.dht.crdt import Entry, RecordMap
+from dugnad.dht.decisions import DECISION, Decision, Decisions
 from dugnad.dht.evidence import Evidence, Proofs, is_evidence
 from dugnad.dht.gossip import GOSSIP_KINDS, Changed, Effect, Gossip, Send, refresh_s
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId, nickname, write_private
 from dugnad.dht.paths import Reach
-from dugnad.dht.records import KINDS, MemberBody, ProgressBody, Record
+from dugnad.dht.records import KINDS, MEMBER_KINDS, MemberBody, ProgressBody, Record
 from dugnad.dht.sequence import Sequence
 from dugnad.dht.transport import Direction, TransportError
 from dugnad.dht.twin import WATCH_S, KeyInUse, Twin
@@ -60,12 +61,12 @@ MAX_WAITING = 64
 
 def progress_period_s(num_members: int) -> float:
     """How often each of so many members says what it is doing."""
-    return refresh_s(num_members * len(KINDS))
+    return refresh_s(num_members * len(MEMBER_KINDS))
 
 
 def member_period_s(num_members: int) -> float:
     """How often each of so many members says again where it can be reached."""
-    return max(ANNOUNCE_S, refresh_s(num_members * len(KINDS)))
+    return max(ANNOUNCE_S, refresh_s(num_members * len(MEMBER_KINDS)))
 
 
 def lifetime_s(kind: str, period_s: float) -> float:
@@ -81,7 +82,7 @@ class Swarm:
     doing, asked now and then. reach, certificate: how our direct connections come about, and the fingerprint that they
     show. refused: hears why a record or a message of gossip was refused, in a word or two. passed: hears the direction
     and kind of each message of gossip. proofs: what convicts a peer of having said two things; accused: hears of each
-    peer that is convicted, once, and why.
+    peer that is convicted, once, and why. organizer: whose decisions count.
     Raises OSError or ValueError if the directory can't be used; KeyInUse, in entering or soon after.
     """
 
@@ -100,8 +101,11 @@ class Swarm:
         passed: Callable[[Direction, str], None] | None = None,
         proofs: Proofs | None = None,
         accused: Callable[[PeerId, str], None] | None = None,
+        organizer: PeerId | None = None,
     ) -> None:
         self.records = RecordMap()
+        self.decisions = Decisions()
+        """What the organizer has decided, as far as we have heard."""
         self.clock = host.clock
         """What this machine's clock is corrected by, and what people should know of it."""
         self._host = host
@@ -109,7 +113,9 @@ class Swarm:
         self._run = run
         self._role = role
         self._directory = directory
+        self._organizer = organizer
         self._evidence_file = directory / "evidence"
+        self._decisions_file = directory / "decisions"
         self._sequence = Sequence(directory / "sequence")
         self._twin = Twin(suspected=self._sequence.copied)
         self._twin_found = asyncio.Event()
@@ -135,6 +141,7 @@ class Swarm:
     async def __aenter__(self) -> Self:
         await self._tasks.__aenter__()
         self._load_evidence()
+        self._load_decisions()
         await self._host.serve(CLOCK_CHANNEL, self._on_clock)
         await self._host.serve(MINE_CHANNEL, self._on_mine)
         await self._host.serve(CHANNEL, self._on_message)
@@ -457,6 +464,8 @@ class Swarm:
             if is_evidence(raw):
                 return self._proofs.parse(raw, self._run)
             record = records.parse(raw, self._run, now=now)
+            self._check_decision(record)
+            return record
         except WireError as error:
             self._refused(error.reason)
             raise
@@ -469,10 +478,56 @@ class Swarm:
             entry = self._parse(raw, self.now())
             self._changed(self.records.learn(entry) if isinstance(entry, Record) else ())
 
+    # -- what the organizer decided
+
+    def decide(self, raw: bytes) -> str | None:
+        """Spread a decision that someone brings; why it is refused, or None if it holds from now on."""
+        try:
+            record = records.parse(raw, self._run, now=self.now())
+            if record.kind != DECISION:
+                raise WireError("unknown kind", f"a {record.kind} record is no decision")
+            self._check_decision(record)
+        except WireError as error:
+            return str(error)
+        if not self.records.merge(record):
+            return "there is a newer decision on that, or no room for another"
+        self._changed([record])
+        return None
+
+    def _check_decision(self, record: Record) -> None:
+        if record.kind == DECISION:
+            if self._organizer is None:
+                raise WireError("not the organizer", "whose decisions count is not known here")
+            decisions.check(record, self._organizer)
+
+    def _take_decisions(self, found: list[Record]) -> None:
+        news = [said for record in found if self.decisions.take(said := Decision.of(record))]
+        for said in news:
+            self._tell_decision(said)
+        if news:
+            write_private(self._decisions_file, msgspec.msgpack.encode([said.raw for said in self.decisions.all()]))
+
+    def _tell_decision(self, said: Decision) -> None:
+        if said.verdict in ("ban", "unban"):
+            peer = PeerId(said.subject)
+            why = f": {said.reason}" if said.reason else ""
+            log.warning("%s (%s) is %sned by the organizer%s", nickname(peer), peer, said.verdict, why)
+
+    def _load_decisions(self) -> None:
+        for raw in _list_in(self._decisions_file, "what it says has to come from others"):
+            with contextlib.suppress(WireError):
+                record = records.parse_of_any_time(raw, self._run)
+                self._check_decision(record)
+                # what was said of ourselves the others tell us anew: they may have heard better since
+                if record.kind == DECISION and record.key != self._identity.peer_id and self.records.merge(record):
+                    self.decisions.take(Decision.of(record))
+
     # -- who said two things
 
     def _changed(self, entries: Iterable[Entry]) -> None:
         """Do what news call for: who is convicted is named once, here and to those who asked; the rest asks the map."""
+        entries = list(entries)
+        self._take_decisions([one for one in entries if isinstance(one, Record) and one.kind == DECISION])
         found = [entry for entry in entries if isinstance(entry, Evidence)]
         for evidence in found:
             self._tell_of(evidence)
@@ -481,14 +536,7 @@ class Swarm:
             write_private(self._evidence_file, msgspec.msgpack.encode(kept))
 
     def _load_evidence(self) -> None:
-        try:
-            kept = msgspec.msgpack.decode(self._evidence_file.read_bytes(), type=list[bytes])
-        except FileNotFoundError:
-            return
-        except (OSError, msgspec.DecodeError) as error:
-            log.warning("%s can't be read; what it proves has to come from others: %s", self._evidence_file, error)
-            return
-        for raw in kept:
+        for raw in _list_in(self._evidence_file, "what it proves has to come from others"):
             with contextlib.suppress(WireError):  # as of another run, or of a sort that is no longer known
                 evidence = self._proofs.parse(raw, self._run)
                 if self.records.merge(evidence):
@@ -517,6 +565,17 @@ def _decode_mine(raw: bytes) -> list[bytes]:
 
 
 _mine = msgspec.msgpack.Decoder(list[bytes])
+
+
+def _list_in(path: Path, otherwise: str) -> list[bytes]:
+    """What a file of ours holds, nothing if there is none or it can't be read: `otherwise` says what of that comes."""
+    try:
+        return msgspec.msgpack.decode(path.read_bytes(), type=list[bytes])
+    except FileNotFoundError:
+        return []
+    except (OSError, msgspec.DecodeError) as error:
+        log.warning("%s can't be read; %s: %s", path, otherwise, error)
+        return []
 
 
 def _steady_s() -> float:

@@ -21,6 +21,13 @@ ENVELOPE_BYTES = 256
 """What a seal adds to a body, at most."""
 _DOMAIN = b"dugnad/message/1"
 
+Verify = Callable[[PeerId, bytes, bytes], bool]
+"""Whether these 64 bytes are the peer's signature over those."""
+
+
+class Message(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Base of every message: immutable, encoded as a msgpack array, unknown fields refused."""
+
 
 class WireError(Exception):
     """They sent nonsense: drop it, and count it under `reason` (one or two words)."""
@@ -87,9 +94,6 @@ def seal(identity: Identity, run: bytes, codec: Codec, message: Struct) -> bytes
     tag, body = codec.tag_of(message), codec.encode(message)
     signature = identity.sign(_signed(run, tag, body))
     return _encoder.encode(_Sealed(PROTOCOL, run, tag, identity.public_key, msgspec.Raw(body), signature))
-
-
-Verify = Callable[[PeerId, bytes, bytes], bool]
 
 
 def open_sealed(raw: bytes, run: bytes, codec: Codec, *, verify: Verify = keys.verify) -> tuple[PeerId, Struct]:

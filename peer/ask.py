@@ -66,7 +66,7 @@ def audit(directory: Path) -> dict[str, Any]:
         if genesis is None:
             raise AskError(f"{path}: this chain has not begun.")
         applied = {round_: {peer: one.model for peer, one in said.items()} for round_, said in chain.applieds().items()}
-        charter = Charter.of(genesis, open_to_all=decode(genesis.recipe).admission.kind == "open")
+        charter = Charter.of(genesis, decode(genesis.recipe).admission.kind)
         found = audit_chain(charter, chain.commits(), applied, _Checker())
     finally:
         chain.close()

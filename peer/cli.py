@@ -105,8 +105,9 @@ def launch(
         from dugnad.dht.invite import parse_invite
         from dugnad.peer import folder as folders
         from dugnad.peer import roles
+        from dugnad.peer.place import Network
 
-        network = roles.Network(host=host, port=port, metrics_port=metrics_port, give_mbit=give_mbit)
+        network = Network(host=host, port=port, metrics_port=metrics_port, give_mbit=give_mbit)
         if resume is not None:
             where = folders.Folder(resume)
             known = None if invite is None else parse_invite(invite)
@@ -140,10 +141,11 @@ def join(
         known = parse_invite(invite)
         from dugnad.peer import folder as folders
         from dugnad.peer import gate, roles
+        from dugnad.peer.place import Network
         from dugnad.peer.terminal import say
 
         where = folders.Folder(directory or folders.data_folder() / f"{known.name}-{known.run.hex()[:8]}")
-        network = roles.Network(host=host, port=port, metrics_port=metrics_port, give_mbit=give_mbit)
+        network = Network(host=host, port=port, metrics_port=metrics_port, give_mbit=give_mbit)
         cores = threads or cli_self.default_threads()
         say(f'dugnad {version("dugnad")}   run "{known.name}" ({known.run.hex()[:8]})')
         wanted = (("--port", port), ("--metrics-port", metrics_port))

@@ -3,11 +3,12 @@
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Callable
 
 from dugnad.coordinator.service import Coordinator
 from dugnad.dht.direct import Direct
 from dugnad.dht.hello import Judge, welcomes
-from dugnad.dht.identity import nickname
+from dugnad.dht.identity import PeerId, nickname
 from dugnad.dht.records import ProgressBody
 from dugnad.dht.swarm import Swarm
 from dugnad.dht.transport import printable
@@ -27,8 +28,10 @@ class Face:
         self.role: Coordinator | Session | None = None
         self.swarm: Swarm | None = None
         self.direct: Direct | None = None
-        self.invite = ""
-        """One that leads to this peer."""
+        self.claim = b""
+        """Why we may take part, to be shown until the chain says it."""
+        self.invite: Callable[[], str] = str
+        """Makes one that leads to this peer."""
         self._state = ("", 0.0)
         """What the role does, and since when, by the monotonic clock."""
         self.judge: Judge = welcomes
@@ -51,9 +54,16 @@ class Face:
             "out": said["peer"] in self.swarm.quarantined(),
             "key_in_use": self.swarm.key_in_use,
             "state_s": time.monotonic() - self._state[1],
-            "invite": self.invite,
+            "invite": self.invite(),
             **self._ways(),
         }
+
+    def refuses(self, peer: PeerId, claim: bytes) -> str | None:
+        """Why `peer`, who shows this claim, may have no direct connection with us."""
+        if self.swarm is None or peer in self.swarm.quarantined():
+            return "it is quarantined" if self.swarm is not None else "we are just starting"
+        refusal = self.role.follower.refuses(peer, claim) if self.role is not None else None
+        return str(refusal) if refusal is not None else None
 
     def _ways(self) -> Report:
         """How others reach us, and we them."""

@@ -19,24 +19,15 @@ from itertools import pairwise
 
 from dugnad.coordinator import follower as following
 from dugnad.coordinator import ranges
+from dugnad.coordinator.admission import BANNED, Refusal
 from dugnad.coordinator.effects import Cost, Refused, Resync, Send
 from dugnad.coordinator.effects import Effect as LeaderEffect
 from dugnad.coordinator.membership import Stage, stretch
-from dugnad.coordinator.messages import (
-    Applied,
-    Commit,
-    Contribution,
-    Freeze,
-    Have,
-    Message,
-    Plan,
-    Report,
-    Seat,
-    Standing,
-)
+from dugnad.coordinator.messages import Applied, Commit, Contribution, Freeze, Have, Plan, Report, Seat, Standing
 from dugnad.coordinator.rounds import Leader
 from dugnad.dht.identity import PeerId
 from dugnad.dht.paths import Abilities
+from dugnad.dht.wire import Message
 from dugnad.optim import reduce as reducing
 from dugnad.optim.reduce import Reducer, Weighed
 
@@ -96,6 +87,8 @@ class Work:
 
 GOODBYE_S = 10.0
 """How long whoever leads a finished run waits for the others to see that it is finished."""
+REFUSED_S = 5.0
+"""How long who is not admitted waits for the organizer's word, or for someone to give up a place, before it leaves."""
 
 
 class Volunteer:
@@ -130,6 +123,11 @@ class Volunteer:
         self._reported: tuple[object, ...] = ()
         self._resync_at = 0.0
         self._leave_by = float("inf")
+        self.refusal: Refusal | None = None
+        """Why we may not take part, if that is so."""
+        self.dismissed: Refusal | None = None
+        """Why we leave, if we do not do so by ourselves."""
+        self._refused_at = float("inf")
         self._handlers: dict[type[Message], Callable[..., list[Effect]]] = {
             Plan: self._on_plan,
             Freeze: self._on_freeze,
@@ -267,7 +265,19 @@ class Volunteer:
             self._train_until = float("inf")
             out.append(StopTraining(keep=True))
         out += self._reduced(self._reducer.tick(now=now)) if self.plan is not None else []
+        self._look_whether_admitted(now)
+        out += self.leader.leave(now=now) if self.dismissed is not None and not self.leader.leaving else []
         return self._settle([*out, *self.leader.tick(now=now)], now)
+
+    def _look_whether_admitted(self, now: float) -> None:
+        """Leave where we may not take part: at once when we are banned, else after a while, for it may change."""
+        self.refusal = self.follower.refuses(self._me, self.abilities.claim)
+        if self.refusal is None or (self.refusal.code != BANNED and self.follower.model is None):
+            self._refused_at = float("inf")  # without the chain, we do not know whom it admitted
+            return
+        self._refused_at = min(self._refused_at, now)
+        if self.dismissed is None and (self.refusal.code == BANNED or now >= self._refused_at + REFUSED_S):
+            self.dismissed, self.leaving, self._leave_by = self.refusal, True, now + GOODBYE_S
 
     def wake_at(self) -> float:
         """When `tick` has something to do."""
@@ -298,6 +308,8 @@ class Volunteer:
 
     def why(self, *, now: float) -> str:
         """What it is doing, or why it does nothing, in words."""
+        if self.refusal is not None and (self.refusal.code == BANNED or self.follower.model is not None):
+            return str(self.refusal)
         silent = self.follower.silent_s(now=now)
         if silent is None or self.state is State.SYNC:
             return self.reason
@@ -461,6 +473,7 @@ class Volunteer:
             reach=self.abilities.reach,
             uplink=self.abilities.uplink,
             addresses=self.abilities.addresses,
+            claim=follower.admission.shows(self._me, self.abilities.claim),
         )
         to = (self._me,) if follower.leads else follower.contacts(now=now)
         return [Send(to, said)] if to else []
@@ -470,6 +483,10 @@ class Volunteer:
         follower, leader = self.follower, self.leader
         if leader.finished and follower.at_head and follower.ledger.head.round > 0 and self._is_dismissed(now):
             return "the run is finished"
+        if self.dismissed is not None:
+            # who is voted out is not awaited any more: without its last vote, that might be impossible
+            gone = follower.ledger.head.voter(self._me) is None or now >= self._leave_by
+            return str(self.dismissed) if gone else None
         if not self.leaving:
             return None
         if self._leave_by == float("inf"):

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from dugnad.configs.recipe import decode
 from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.ledger import Charter, Ledger
-from dugnad.coordinator.messages import Ballot, Block, Commit, Delegation, delegation_payload, epoch_payload
+from dugnad.coordinator.messages import Ballot, Block, Commit, epoch_payload
 from dugnad.coordinator.shell import KeySigner
+from dugnad.dht.delegation import LASTS_S, delegate
 from dugnad.peer.folder import Folder, FolderError
 
 
@@ -56,14 +57,14 @@ class Recoverer:
         if genesis is None or genesis.organizer != organizer.peer_id:
             raise FolderError(f"{self._folder.path}: run.key is not the key of the run in chain.sqlite.")
         recipe = decode(genesis.recipe)
-        ledger = Ledger(Charter.of(genesis, open_to_all=recipe.admission.kind == "open"), KeySigner(identity))
+        ledger = Ledger(Charter.of(genesis, recipe.admission.kind), KeySigner(identity))
         for commit in self._chain.commits():
             ledger.append(commit)
         head = ledger.head
         model = self._model_after(head.round, genesis.first_model)
         term = self._chain.next_term(at_s=at_s)
-        signature = organizer.sign(delegation_payload(genesis.run, identity.peer_id, term))
         me = identity.peer_id
+        seat = delegate(organizer, genesis.run, me, term, int(at_s + LASTS_S))
         block = Block(
             epoch=head.epoch + 1,
             round=head.round + 1,
@@ -76,7 +77,7 @@ class Recoverer:
             redo=head.redo,
             cursor=head.cursor,
             committee=ledger.rule.weigh({me: self._chain.incarnation()}, me, ledger.credit),
-            coordinator=Delegation(me, term, signature),
+            coordinator=seat,
         )
         ballot = Ballot(organizer.peer_id, organizer.sign(epoch_payload(genesis.run, block.hash)))
         self._commit = Commit(block, 0, (ballot,))

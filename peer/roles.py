@@ -8,35 +8,23 @@ import contextlib
 import logging
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
-from typing import Self
+
+from blake3 import blake3
 
 from dugnad.configs.recipe import Recipe, decode, encode
-from dugnad.coordinator import equivocation
 from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.messages import Genesis, Welcome
+from dugnad.coordinator.roll import INVITED
 from dugnad.coordinator.service import Coordinator
-from dugnad.coordinator.surroundings import Surroundings
 from dugnad.coordinator.sync import Asker, SyncError
-from dugnad.dht import hello
-from dugnad.dht.budget import GIVE_MBIT
-from dugnad.dht.carrier import Place as CarrierPlace
-from dugnad.dht.direct import Direct
-from dugnad.dht.evidence import Proofs
 from dugnad.dht.host import Host
-from dugnad.dht.identity import Identity, PeerId, nickname, public_key_of, verify
-from dugnad.dht.invite import Invite, check_expiry, encode_invite
-from dugnad.dht.paths import Abilities
-from dugnad.dht.records import owner_of
-from dugnad.dht.rendezvous import Acquaintances, Rendezvous
-from dugnad.dht.swarm import Swarm
-from dugnad.dht.transport import BootstrapError, NetworkDown
-from dugnad.monitoring.exporter import Exporter
-from dugnad.monitoring.metrics import Metrics
+from dugnad.dht.identity import Identity, PeerId, nickname, peer_id_of
+from dugnad.dht.invite import Invite, InviteError, Pass, check, encode_invite
+from dugnad.dht.ticket import Terms
 from dugnad.peer import gate
-from dugnad.peer.face import Face
-from dugnad.peer.folder import Folder, FolderError, OtherRun, RoleName
+from dugnad.peer.folder import Folder, FolderError, OtherRun
 from dugnad.peer.numerics import Numerics
+from dugnad.peer.place import Network, Place, Way, keep_remembering, placed, tcp_port
 from dugnad.peer.session import Session
 from dugnad.peer.terminal import live_line
 
@@ -44,103 +32,12 @@ log = logging.getLogger(__name__)
 
 WELCOME_S = 60.0
 """How long a volunteer looks for someone who can say what the run is."""
-_REMEMBER_S = 5.0
 _LOOK_S = 1.0
 """How often it is seen to that the network daemon is there."""
-UNKNOWN_UPLINK = 1.0
-"""Until uplinks are measured, all count as the same."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Network:
-    """Where a role listens (`port` and `metrics_port` 0 take any free one), and what it gives to those who fetch."""
-
-    host: str = "127.0.0.1"
-    port: int = 0
-    bulk_port: int | None = None
-    """Of direct connections; None: the one after `port`, or any where that is 0."""
-    metrics_port: int = 0
-    give_mbit: float = GIVE_MBIT
-    """Megabits a second."""
-
-    @property
-    def bulk(self) -> CarrierPlace:
-        """Where direct connections are accepted."""
-        following = self.port + 1 if self.port else 0
-        return CarrierPlace(self.host, following if self.bulk_port is None else self.bulk_port)
-
-    @property
-    def listen(self) -> str:
-        """The multiaddr to listen on."""
-        return self.listen_on(self.port)
-
-    def listen_on(self, port: int) -> str:
-        """The multiaddr of another port on the same host."""
-        return f"/{'ip6' if ':' in self.host else 'ip4'}/{self.host}/tcp/{port}"
-
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """Into which run, 32 bytes and its recipe's name, and through whom: the addresses of an invite, or none."""
-
-    run: bytes
-    name: str
-    bootstrap: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, invite: Invite) -> Self:
-        """The way that an invite shows."""
-        return cls(invite.run, invite.name, invite.addresses)
-
-    @property
-    def invited(self) -> list[PeerId]:
-        """The peers that the invite names."""
-        return list(dict.fromkeys(PeerId(address.rpartition("/p2p/")[2]) for address in self.bootstrap))
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A peer in the network, before it has a role."""
-
-    identity: Identity
-    host: Host
-    direct: Direct
-    rendezvous: Rendezvous
-    swarm: Swarm
-    face: Face
-    url: str
-    """Of the exporter."""
-
-    def contacts(self) -> list[PeerId]:
-        """The members of the run that gossip tells of."""
-        return list(self.swarm.roles())
-
-    def abilities(self) -> Abilities:
-        """Where and how we can be reached."""
-        return Abilities(self.host.addresses(), self.rendezvous.reach, UNKNOWN_UPLINK)
-
-    def surroundings(self, genesis: Genesis, folder: Folder, network: Network) -> Surroundings:
-        """What a role here is given."""
-        return Surroundings(
-            identity=self.identity,
-            genesis=genesis,
-            transport=self.direct,
-            directory=folder.path,
-            metrics=self.face.metrics,
-            give_mbit=network.give_mbit,
-            abilities=self.abilities,
-            contacts=self.contacts,
-            barred=self.swarm.quarantined,
-            accuse=self.accuse,
-        )
-
-    def accuse(self, first: bytes, second: bytes) -> None:
-        """Spread the proof that a voter lies."""
-        self.swarm.accuse(equivocation.SORT, first, second)
-
-    def invite(self, genesis: Genesis, name: str) -> Invite:
-        """An invite that leads to us."""
-        return Invite(genesis.run, public_key_of(genesis.organizer), self.host.addresses(), name, 0)
+class Dismissed(Exception):
+    """The run wants us no more, or never did; the message is for the user."""
 
 
 async def launch(recipe: Recipe, folder: Folder, network: Network, *, told: Callable[[str, str], None]) -> None:
@@ -158,7 +55,7 @@ async def launch(recipe: Recipe, folder: Folder, network: Network, *, told: Call
         with contextlib.closing(Chain(folder.chain)) as chain:
             incarnation = chain.incarnation()
         genesis = Genesis(encode(recipe), organizer, founder, incarnation, first.digest())
-        async with _coordinator_placed(folder, Way(genesis.run, recipe.name), network) as place:
+        async with _coordinator_placed(folder, Way(genesis.run, recipe.name, organizer), network) as place:
             await _coordinate(genesis, numerics, place, folder, network, told)
 
 
@@ -179,7 +76,7 @@ async def resume(folder: Folder, network: Network, *, invite: Invite | None, tol
             way = Way.of(invite)
         else:
             assert genesis is not None
-            way = Way(genesis.run, decode(genesis.recipe).name)
+            way = Way(genesis.run, decode(genesis.recipe).name, genesis.organizer)
         async with _coordinator_placed(folder, way, network) as place:
             if genesis is None and invite is not None:
                 genesis = (await _welcome(place, invite)).genesis
@@ -205,24 +102,41 @@ async def join(
     checked: hears what was looked at. told: hears the recipe, our nickname and the exporter's URL.
     """
     with folder.occupied():
-        kept = _kept_genesis(folder)
+        kept, organizer = _kept_genesis(folder), peer_id_of(invite.organizer)
         if kept is not None and kept.run != invite.run:
             raise _other_run(folder, kept, invite)
         back = kept is not None
-        async with _placed("volunteer", folder, Way.of(invite), network.listen, network, may_wait=back) as place:
-            check_expiry(invite, now=place.swarm.now())
+        async with placed("volunteer", folder, Way.of(invite), network.listen, network, may_wait=back) as place:
+            if not back:  # the chain knows who was here before
+                check(invite, place.identity.peer_id, now=place.swarm.now())
             genesis = kept if kept is not None else (await _welcome(place, invite)).genesis
+            if genesis.organizer != organizer:
+                raise InviteError("E101", "this invite names another organizer than the run has. Ask for another one.")
             recipe = decode(genesis.recipe)
             gate.tell_network(place.host.contacts, place.swarm.clock.correction, told=checked)
             await asyncio.to_thread(gate.check_recipe, recipe, folder, threads=threads, told=checked)
             told(recipe, nickname(place.identity.peer_id), place.url)
             numerics = Numerics(recipe, threads=threads)
             await asyncio.to_thread(numerics.prepare, to_train=True)
+            place.face.claim = invite.claim(place.identity.peer_id)
             role = Session(place.surroundings(genesis, folder, network), numerics)
-            place.face.role, place.face.invite = role, encode_invite(place.invite(genesis, recipe.name))
+
+            def passed_on() -> str:
+                given = invite.ticket if role.may_pass_on(place.face.claim) else None
+                return encode_invite(place.invite(genesis, recipe.name, given))
+
+            place.face.role, place.face.invite = role, passed_on
             with folder.inhabited("volunteer", invite.run, recipe.name, place.url):
                 await _until_done(role, place, folder, role.leave, "leaving after this round; Ctrl+C again leaves now")
+    if role.machine.dismissed is not None:
+        raise Dismissed(role.left_because)
     return role.left_because
+
+
+def lasting_ticket(organizer: Identity, run: bytes) -> Pass:
+    """The ticket in the invite that a launch prints, for any number of members, for good: always the same of a key."""
+    seed = blake3(organizer.sign(b"dugnad/lasting-ticket/1" + run)).digest()
+    return Pass.issue(organizer, run, seed, Terms())
 
 
 def _kept_genesis(folder: Folder) -> Genesis | None:
@@ -244,8 +158,8 @@ def _other_run(folder: Folder, kept: Genesis, invite: Invite) -> OtherRun:
 @contextlib.asynccontextmanager
 async def _coordinator_placed(folder: Folder, way: Way, network: Network) -> AsyncIterator[Place]:
     listen = network.listen if network.port or folder.address is None else folder.address
-    async with _placed("coordinator", folder, way, listen, network, may_wait=True) as place:
-        folder.keep_address(network.listen_on(_tcp_port(place.host)))  # a resumed run keeps its invites good
+    async with placed("coordinator", folder, way, listen, network, may_wait=True) as place:
+        folder.keep_address(network.listen_on(tcp_port(place.host)))  # a resumed run keeps its invites good
         yield place
 
 
@@ -260,98 +174,13 @@ async def _coordinate(
     around = place.surroundings(genesis, folder, network)
     role = Coordinator(around, folder.organizer(), numerics)
     name = numerics.recipe.name
-    place.face.role, place.face.invite = role, encode_invite(place.invite(genesis, name))
+    ticket = lasting_ticket(folder.organizer(), genesis.run) if role.charter.admission == INVITED else None
+    invite = encode_invite(place.invite(genesis, name, ticket))
+    place.face.role, place.face.invite = role, lambda: invite
     with folder.inhabited("coordinator", genesis.run, name, place.url):
-        told(place.face.invite, place.url)
+        told(invite, place.url)
         promise = "finishing the round, then leaving it to the others; Ctrl+C again: now"
         await _until_done(role, place, folder, role.stop, promise)
-
-
-@contextlib.asynccontextmanager
-async def _placed(
-    role: RoleName, folder: Folder, way: Way, listen: str, network: Network, *, may_wait: bool
-) -> AsyncIterator[Place]:
-    """Be a peer of the run, whom others can see and ask; may_wait: also while none of them is there."""
-    known = tuple(dict.fromkeys((*way.bootstrap, *folder.remembered())))
-    try:
-        async with _connected(role, folder, way, listen, network, known) as place:
-            yield place
-    except BootstrapError as error:
-        if not may_wait:
-            raise
-        log.info("nobody is there yet: %s", error)
-    else:
-        return
-    async with _connected(role, folder, way, listen, network, ()) as place:
-        for address in known:
-            await place.host.learn(PeerId(address.rpartition("/p2p/")[2]), (address,))
-        yield place
-
-
-@contextlib.asynccontextmanager
-async def _connected(
-    role: RoleName, folder: Folder, way: Way, listen: str, network: Network, bootstrap: tuple[str, ...]
-) -> AsyncIterator[Place]:
-    identity = folder.identity()
-    face = Face(Metrics(role, way.run.hex()[:8], nickname=nickname(identity.peer_id)))
-    metrics = face.metrics
-    async with (
-        Exporter(metrics, face.status, port=network.metrics_port) as exporter,
-        Rendezvous(
-            identity, listen=network.bulk, folder=folder.path, meter=metrics.bytes_moved, punched=metrics.punched
-        ) as rendezvous,
-        Host(
-            identity,
-            listen=(listen,),
-            bootstrap=bootstrap,
-            meter=metrics.bytes_moved,
-            state_dir=folder.path,
-            owner_of=owner_of,
-        ) as host,
-        _greeted(host, way, face),
-        Swarm(
-            host,
-            identity,
-            way.run,
-            role=role,
-            directory=folder.path,
-            refused=metrics.rejected_message,
-            progress=face.progress,
-            reach=lambda: rendezvous.reach,
-            certificate=rendezvous.certificate.fingerprint,
-            passed=metrics.message_passed,
-            proofs=Proofs({equivocation.SORT: equivocation.checker(verify)}),
-        ) as swarm,
-    ):
-        await rendezvous.begin(host, _acquaintances(swarm))
-        face.swarm, face.direct = swarm, Direct(host, rendezvous)
-        yield Place(identity, host, face.direct, rendezvous, swarm, face, exporter.url)
-
-
-def _acquaintances(swarm: Swarm) -> Acquaintances:
-    def refuses(peer: PeerId, claim: bytes) -> str | None:
-        return "it is quarantined" if peer in swarm.quarantined() else None
-
-    return Acquaintances(
-        refuses=refuses, pinned=swarm.fingerprint_of, open_peers=swarm.open_peers, open_hosts=lambda: ()
-    )
-
-
-@contextlib.asynccontextmanager
-async def _greeted(host: Host, way: Way, face: Face) -> AsyncIterator[None]:
-    """Say hello, and answer it, before anything else: who does not fit should hear why. Raises TurnedAway."""
-    await hello.serve(host, way.run, way.name, judge=lambda peer: face.judge(peer), seen=host.seen_at)
-    await hello.greet(host, [peer for peer in way.invited if peer in host.contacts.peers], way.run)
-    yield
-
-
-def _tcp_port(host: Host) -> int:
-    """The port that the daemon took. Raises NetworkDown if it names none."""
-    for address in reversed(host.addresses()):  # the nearest first: a router may give those far away another port
-        if "/p2p-circuit" not in address:
-            parts = address.split("/")
-            return int(parts[parts.index("tcp") + 1])
-    raise NetworkDown("the network daemon names no address at which others could reach us; choose another --host")
 
 
 async def _welcome(place: Place, invite: Invite) -> Welcome:
@@ -386,7 +215,7 @@ async def _until_done(
     """
     serving = asyncio.create_task(_serve(role, place.host))
     looking = asyncio.create_task(place.face.keep_looking())
-    remembering = asyncio.create_task(_keep_remembering(place, folder))
+    remembering = asyncio.create_task(keep_remembering(place, folder))
     asked = 0
 
     def interrupted() -> None:
@@ -409,17 +238,6 @@ async def _until_done(
     finally:
         looking.cancel()
         remembering.cancel()
-
-
-async def _keep_remembering(place: Place, folder: Folder) -> None:
-    """Keep where the others are, so that we find them again when the peers of our invite are gone."""
-    before: set[str] = set()
-    while True:
-        await asyncio.sleep(_REMEMBER_S)
-        addresses = place.swarm.addresses()
-        if addresses and addresses != before:
-            folder.remember(addresses)
-            before = addresses
 
 
 async def _serve(role: Coordinator | Session, host: Host) -> None:

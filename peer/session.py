@@ -75,6 +75,10 @@ class Session(Shell):
         """Finish what others count on, then leave."""
         self.perform(self.machine.leave(now=self.now()))
 
+    def may_pass_on(self, claim: bytes) -> bool:
+        """Whether others may come by the ticket that we came by: it is bound to nobody, and has places left."""
+        return self.admission.has_places(claim)
+
     # -- the role's part of the shell
 
     async def serve(self) -> None:

@@ -17,7 +17,7 @@ from dugnad.dht.crdt import MAX_BUCKETS, Entry, RecordMap
 from dugnad.dht.evidence import Proofs, is_evidence
 from dugnad.dht.gossip import EXCHANGE_S, GOSSIP_KINDS, Changed, Effect, Gossip, Message, Send, Summary
 from dugnad.dht.identity import Identity, nickname
-from dugnad.dht.records import KINDS, TAG_BYTES, MemberBody, ProgressBody, slot_of
+from dugnad.dht.records import MEMBER_KINDS, TAG_BYTES, MemberBody, ProgressBody, slot_of
 from dugnad.dht.swarm import lifetime_s, member_period_s, progress_period_s
 from dugnad.dht.wire import Codec, seal
 
@@ -115,7 +115,7 @@ class _World:
         self.identities = [Identity.from_seed(number.to_bytes(32)) for number in range(size)]
         self.ids = tuple(identity.peer_id for identity in self.identities)
         self.index = {peer: number for number, peer in enumerate(self.ids)}
-        self.maps = [_Map(size * len(KINDS)) for _ in range(size)]
+        self.maps = [_Map(size * len(MEMBER_KINDS)) for _ in range(size)]
         self.peers = [Gossip(peer, held, self._parse) for peer, held in zip(self.ids, self.maps, strict=True)]
         self.sent: list[Counter[str]] = [Counter() for _ in range(size)]
         self.spreads: dict[bytes, _Spread] = {}
@@ -126,15 +126,13 @@ class _World:
         self._proofs = Proofs(verify=lambda peer, payload, signature: True)
         self._overhead = _sealed_bytes()
         # how many of the records that stand in nobody's map would stand in each of the most buckets
-        self._unchanged = Counter(
-            _leaf(slot_of(kind, peer, key)) for peer in self.ids for kind, rules in KINDS.items() for key in rules.keys
-        )
+        self._unchanged = Counter(_leaf(slot_of(kind, peer, "")) for peer in self.ids for kind in MEMBER_KINDS)
         self._events: list[tuple[float, int, int, int, Message | None]] = []
         self._count = 0
         self._due: list[tuple[float, int, str, int]] = []
         for one in range(size):
             self._at(self.now + self.rng.random() * EXCHANGE_S, one)
-            for kind in KINDS:
+            for kind in MEMBER_KINDS:
                 heapq.heappush(self._due, (self.now + self.rng.random() * self._period_s(kind), one, kind, 1))
 
     def connect(self, *groups: range) -> None:

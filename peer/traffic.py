@@ -5,9 +5,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from itertools import count
 
-from dugnad.coordinator.messages import ROUND_KINDS, Message
+from dugnad.coordinator.messages import ROUND_KINDS
 from dugnad.dht.identity import PeerId
-from dugnad.dht.wire import Codec
+from dugnad.dht.wire import Codec, Message
 
 SEAL_BYTES = 137
 """What a seal adds to a body, besides the tag: version, run, sender's key, signature, and the heads of all these."""

@@ -17,30 +17,23 @@ from blake3 import blake3
 
 from dugnad.configs.recipe import Recipe
 from dugnad.coordinator import effects, equivocation, ranges
+from dugnad.coordinator.admission import Admission
 from dugnad.coordinator.audit import Audit, audit
 from dugnad.coordinator.effects import Cost, Keep, LeftOut, Promises
 from dugnad.coordinator.follower import Follower
 from dugnad.coordinator.keeper import Keeper
 from dugnad.coordinator.ledger import Charter, Ledger
-from dugnad.coordinator.messages import (
-    Ballot,
-    Block,
-    Commit,
-    Delegation,
-    Lock,
-    Message,
-    Plan,
-    ViewChange,
-    Vote,
-    delegation_payload,
-    epoch_payload,
-)
+from dugnad.coordinator.messages import Ballot, Block, Commit, Lock, Plan, ViewChange, Vote, epoch_payload
 from dugnad.coordinator.patience import Patience
 from dugnad.coordinator.rounds import Leader, Phase
 from dugnad.coordinator.state import SHORT_REPLAY_ROUNDS
 from dugnad.coordinator.votes import QuorumRule
+from dugnad.dht.decisions import Decision, Decisions
+from dugnad.dht.delegation import delegate
 from dugnad.dht.identity import PeerId
 from dugnad.dht.paths import Abilities, Reach
+from dugnad.dht.ticket import Terms, claim, issue
+from dugnad.dht.wire import Message
 from dugnad.optim import reduce as reducing
 from dugnad.optim.plan import assign_parts
 from dugnad.peer.invariants import InvariantBroken, Invariants, average
@@ -52,6 +45,8 @@ FIRST_MODEL = blake3(b"a simulated first model").digest()
 FIRST_INCARNATION = bytes(8)
 ORGANIZER = PeerId("organizer")
 COORDINATOR = PeerId("coordinator")
+TICKET = PeerId("ticket")
+"""The key of all tickets."""
 PART_BYTES = 65_792
 STATE_RATIO = 8
 """How many times as large as an average the model is: weights and momentum, in fp32."""
@@ -153,7 +148,14 @@ class World:
         self.num_parts = len(self.part_bytes)
         self.traffic = Traffic()
         self.network = network or Network()
-        self.charter = Charter(RUN, ORGANIZER, COORDINATOR, FIRST_INCARNATION, rule or QuorumRule())
+        kind = recipe.admission.kind
+        self.charter = Charter(RUN, ORGANIZER, COORDINATOR, FIRST_INCARNATION, rule or QuorumRule(), kind)
+        self.gate = self.charter.gate(SimSigner(ORGANIZER).verify)
+        """Shared: what one of a thousand peers found out about a claim need not be found out a thousand times."""
+        self.ticket = issue(SimSigner(ORGANIZER), RUN, TICKET, Terms())
+        """What volunteers come with from now on."""
+        self.decisions: list[Decision] = []
+        """What the organizer has decided, oldest first: who starts later hears of it at once."""
         self.now = 0.0
         self.nodes: dict[PeerId, Node] = {}
         self.disks: dict[PeerId, Disk] = {}
@@ -223,12 +225,12 @@ class World:
         """The organizer begins an epoch on the chain of that coordinator's disk, while it is down: it decides alone."""
         peer = PeerId(name)
         disk = self.disks[peer]
-        ledger = Ledger(self.charter, SimSigner(peer))
+        ledger = Ledger(self.charter, SimSigner(peer), self.gate)
         for commit in disk.commits:
             ledger.append(commit)
         head = ledger.head
         term = self.starts + 1
-        seat = Delegation(peer, term, SimSigner(ORGANIZER).sign(delegation_payload(RUN, peer, term)))
+        seat = delegate(SimSigner(ORGANIZER), RUN, peer, term)
         block = Block(
             epoch=head.epoch + 1,
             round=head.round + 1,
@@ -276,6 +278,19 @@ class World:
         backlog, node.backlog = node.backlog, []
         for event in backlog:
             event()
+
+    def wall_s(self) -> float:
+        """The run's time, unix seconds."""
+        return WALL_S + self.now
+
+    def decide(self, verdict: str, name: str, reason: str = "", *, unheard_by: Iterable[str] = ()) -> None:
+        """The organizer decides about a peer; everyone hears of it at once but for those that a test names."""
+        raw = f"{verdict} {name} {self.now}".encode()
+        said = Decision(PeerId(name), verdict, reason, self.wall_s(), float("inf"), raw)
+        self.decisions.append(said)
+        for peer, node in self.nodes.items():
+            if peer not in unheard_by:
+                node.decisions.take(said)
 
     def partition(self, one: Sequence[str], other: Sequence[str]) -> None:
         """Nobody of `one` reaches anybody of `other`."""
@@ -455,7 +470,19 @@ class Node:
         self.backlog: list[Callable[[], None]] = []
         self.signer = SimSigner(peer)
         patience = Patience.of(world.recipe.rounds)
-        self.follower = Follower(self.signer, Ledger(world.charter, self.signer), patience, disk.incarnation)
+        self.decisions = Decisions()
+        for said in world.decisions:
+            self.decisions.take(said)
+        ledger = Ledger(world.charter, self.signer, world.gate)
+        admission = Admission(
+            world.gate,
+            lambda: ledger.head.roll,
+            decisions=self.decisions,
+            quarantined=lambda: frozenset(world.convicted if world.convicts else ()),
+            clock=world.wall_s,
+            round_s=patience.round_s,
+        )
+        self.follower = Follower(self.signer, ledger, patience, disk.incarnation, admission)
         self.apply_s = 0.05
         self._wake = 0
         self._overdue = 0
@@ -472,7 +499,6 @@ class Node:
             assign_parts,
             started=int(WALL_S + world.now + self.clock_error_s),
             known_plan=lambda: self.machine.plan if isinstance(self.machine, Volunteer) else None,
-            barred=lambda: frozenset(world.convicted if world.convicts else ()),
         )
 
     def begin(self) -> None:
@@ -745,11 +771,10 @@ class CoordinatorNode(Node):
     def __init__(self, world: World, peer: PeerId, disk: Disk, *, term: int) -> None:
         super().__init__(world, peer, disk)
         rounds = world.recipe.rounds
-        said = SimSigner(ORGANIZER).sign(delegation_payload(RUN, peer, term))
         self.machine = Keeper(
             peer,
             self.lead(),
-            Delegation(peer, term, said),
+            delegate(SimSigner(ORGANIZER), RUN, peer, term),
             report_s=rounds.report_s,
             leave_s=rounds.train_s,
         )
@@ -764,8 +789,9 @@ class VolunteerNode(Node):
         super().__init__(world, peer, disk)
         rounds = world.recipe.rounds
         address = f"/ip4/203.0.113.{world.rng.randrange(256)}/tcp/40001/p2p/{peer}"
+        shown = claim(world.ticket, SimSigner(TICKET), peer)
         self.machine = Volunteer(peer, self.lead(), num_parts=world.num_parts, report_s=rounds.report_s)
-        self.machine.abilities = Abilities((address,), Reach.OPEN, world.network.bytes_per_s)
+        self.machine.abilities = Abilities((address,), Reach.OPEN, world.network.bytes_per_s, shown)
         self.step_s = world.network.step_s * (1 + world.network.step_spread * world.rng.random())
         self.born_at = world.now
         """Training is not repeatable: after a restart the same samples give other work."""

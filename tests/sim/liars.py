@@ -17,7 +17,6 @@ from dugnad.coordinator.messages import (
     Commit,
     Contribution,
     Lock,
-    Message,
     Pledge,
     Proposal,
     ViewChange,
@@ -26,6 +25,7 @@ from dugnad.coordinator.messages import (
     vote_payload,
 )
 from dugnad.dht.identity import PeerId
+from dugnad.dht.wire import Message
 from dugnad.peer.world import RUN, Node, SimSigner, VolunteerNode, World
 
 

@@ -8,10 +8,11 @@ import pytest
 from dugnad.configs.recipe import Recipe, Stage, load
 from dugnad.coordinator import ranges
 from dugnad.coordinator.effects import LeftOut
-from dugnad.coordinator.messages import Block, Contribution, Message, Plan
+from dugnad.coordinator.messages import Block, Contribution, Plan
 from dugnad.coordinator.replica import REPLAY_ROUNDS
 from dugnad.coordinator.rounds import Leader, Phase
 from dugnad.dht.identity import PeerId
+from dugnad.dht.wire import Message
 from dugnad.optim import reduce as reducing
 from dugnad.peer.lifecycle import Reduce, Train
 from dugnad.peer.world import COORDINATOR, CoordinatorNode, Node, VolunteerNode, World

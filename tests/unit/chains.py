@@ -1,5 +1,6 @@
 """Valid chains to test with, and the means to forge others; a chain here is a list of commits from genesis."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,6 @@ from dugnad.coordinator.messages import (
     Ballot,
     Block,
     Commit,
-    Delegation,
     Entry,
     Genesis,
     Lock,
@@ -26,12 +26,12 @@ from dugnad.coordinator.messages import (
     ViewChange,
     Voter,
     applied_payload,
-    delegation_payload,
     epoch_payload,
     pledge_payload,
     vote_payload,
 )
 from dugnad.coordinator.votes import QuorumRule
+from dugnad.dht.delegation import Delegation, delegate
 from dugnad.dht.identity import PeerId
 
 FOUNDER, ORGANIZER = PeerId("founder"), PeerId("organizer")
@@ -51,7 +51,8 @@ def disk_of(peer: PeerId) -> bytes:
 
 GENESIS = Genesis(b"{}", ORGANIZER, FOUNDER, disk_of(FOUNDER), digest("model after round 0"))
 RUN = GENESIS.run
-CHARTER = Charter.of(GENESIS, open_to_all=False)
+CHARTER = dataclasses.replace(Charter.of(GENESIS, "invited"), admission="open")
+"""Of a run with the quorum of invited ones, in which a test need not say by what ticket each peer came in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ NO_COST = Cost(0.0, 0.0, {})
 
 def delegation(peer: PeerId, term: int, *, by: PeerId = ORGANIZER) -> Delegation:
     """The organizer's word that `peer` may have the coordinator's seat."""
-    return Delegation(peer, term, FakeSigner(by).sign(delegation_payload(RUN, peer, term)))
+    return delegate(FakeSigner(by), RUN, peer, term)
 
 
 SEAT = delegation(FOUNDER, 1)

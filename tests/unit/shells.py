@@ -44,7 +44,11 @@ from dugnad.peer.lifecycle import Volunteer
 from tests.unit.chains import a_block, an_entry, disk_of
 
 ANN, BOB, EVE, ORGANIZER = (Identity.from_seed(bytes([k]) * 32) for k in range(11, 15))
-RECIPE = dataclasses.replace(recipe.load("tiny-books"), checkpoints=recipe.CheckpointSettings(every_rounds=4, keep=3))
+RECIPE = dataclasses.replace(
+    recipe.load("tiny-books"),
+    checkpoints=recipe.CheckpointSettings(every_rounds=4, keep=3),
+    admission=recipe.AdmissionSettings(kind="open"),  # with so few, votes weigh the same as among those invited
+)
 LAYOUT = Layout([("bias", (7,)), ("embed", (40, 5))], 64, 128)
 
 
@@ -101,7 +105,7 @@ class Run:
         self.genesis = Genesis(
             recipe.encode(RECIPE), organizer.peer_id, founder, self.disks[founder], self.models[0].digest()
         )
-        self.ledger = Ledger(Charter.of(self.genesis, open_to_all=False), KeySigner(workers[0]))
+        self.ledger = Ledger(Charter.of(self.genesis, RECIPE.admission.kind), KeySigner(workers[0]))
         self.commits: list[Commit] = []
         self.parts: list[list[bytes]] = []
         """The averages of each round."""

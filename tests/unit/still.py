@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from dugnad.coordinator.effects import Cost
-from dugnad.coordinator.messages import Applied, Commit, Message, Plan
+from dugnad.coordinator.messages import Applied, Commit, Plan
 from dugnad.dht.identity import PeerId
 from dugnad.dht.paths import Abilities
+from dugnad.dht.wire import Message
 
 
 class Still:

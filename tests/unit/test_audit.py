@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from dugnad.coordinator import ranges
 from dugnad.coordinator.audit import Applieds, Audit, audit
 from dugnad.coordinator.ledger import Charter
-from dugnad.coordinator.messages import Ballot, Block, Commit, Delegation, Voter
+from dugnad.coordinator.messages import Ballot, Block, Commit, Voter
 from dugnad.coordinator.votes import QuorumRule
+from dugnad.dht.delegation import Delegation
 from dugnad.dht.identity import PeerId
 from tests.unit.chains import (
     CHARTER,
@@ -193,7 +194,7 @@ def test_a_round_may_be_certified_in_any_view_but_its_votes_are_of_one() -> None
 
 
 def test_an_open_run_is_audited_by_the_weights_of_its_own_rule() -> None:
-    charter = Charter.of(GENESIS, open_to_all=True)
+    charter = Charter.of(GENESIS, "open")
     assert charter.rule == QuorumRule(open=True)
     ledger = a_ledger()
     commits = [extend(ledger, *(an_entry(peer, (10 * k, 10 * k + 10)) for k, peer in enumerate("abcd")))]

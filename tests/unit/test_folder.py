@@ -10,6 +10,7 @@ import pytest
 
 from dugnad.configs.recipe import load
 from dugnad.dht.invite import Invite
+from dugnad.peer import place as places
 from dugnad.peer import roles
 from dugnad.peer.folder import Folder, FolderError
 
@@ -21,7 +22,7 @@ with Folder(Path(sys.argv[1])).occupied():
     print("held", flush=True)
     sys.stdin.read()
 """
-INVITE = Invite(b"r" * 32, b"o" * 32, (), "quick", 0)
+INVITE = Invite(b"r" * 32, b"o" * 32, (), "quick")
 
 
 @pytest.fixture
@@ -58,9 +59,9 @@ def test_a_killed_process_leaves_its_folder_free(folder: Folder) -> None:
 
 
 BEGIN: dict[str, Callable[[Folder], Coroutine[Any, Any, object]]] = {
-    "launch": lambda folder: roles.launch(load("tiny-books"), folder, roles.Network(), told=print),
-    "resume": lambda folder: roles.resume(folder, roles.Network(), invite=None, told=print),
-    "join": lambda folder: roles.join(INVITE, folder, roles.Network(), threads=1, checked=print, told=print),
+    "launch": lambda folder: roles.launch(load("tiny-books"), folder, places.Network(), told=print),
+    "resume": lambda folder: roles.resume(folder, places.Network(), invite=None, told=print),
+    "join": lambda folder: roles.join(INVITE, folder, places.Network(), threads=1, checked=print, told=print),
 }
 
 

@@ -29,7 +29,6 @@ from dugnad.coordinator.messages import (
     Block,
     Commit,
     Lock,
-    Message,
     NewView,
     Proposal,
     ViewChange,
@@ -40,6 +39,7 @@ from dugnad.coordinator.messages import (
 from dugnad.coordinator.patience import Patience
 from dugnad.coordinator.replica import REPLAY_ROUNDS
 from dugnad.dht.identity import PeerId
+from dugnad.dht.wire import Message
 from tests.unit.chains import (
     CHARTER,
     FOUNDER,

@@ -8,12 +8,21 @@ from blake3 import blake3
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dugnad.dht.identity import Identity
-from dugnad.dht.invite import Invite, InviteError, check_expiry, encode_invite, parse_invite
+from dugnad.dht.identity import Identity, verify
+from dugnad.dht.invite import Invite, InviteError, Pass, check, encode_invite, parse_invite
+from dugnad.dht.ticket import Terms, parse_claim
 
 PEER = Identity.from_seed(b"p" * 32)
 ADDRESS = f"/ip4/203.0.113.7/tcp/4001/p2p/{PEER.peer_id}"
-INVITE = Invite(b"r" * 32, b"o" * 32, (ADDRESS,), "tiny-books", 1_795_132_800)
+ORGANIZER = Identity.from_seed(b"o" * 32)
+
+
+def a_pass(run: bytes = b"r" * 32, *, by: Identity = ORGANIZER, **terms: object) -> Pass:
+    return Pass.issue(by, run, b"t" * 32, Terms(**terms))  # type: ignore[arg-type]
+
+
+EXPIRING = a_pass(expires=1_795_132_800)
+INVITE = Invite(b"r" * 32, ORGANIZER.public_key, (ADDRESS,), "tiny-books", EXPIRING)
 TEXT = encode_invite(INVITE)
 keys = st.binary(min_size=32, max_size=32)
 names = st.from_regex(r"\A[a-z0-9]{1,9}(-[a-z0-9]{1,9}){0,3}\Z")
@@ -33,9 +42,12 @@ def text_of(body: bytes) -> str:
     return "dugnad1:" + base64.b32encode(checked + blake3(checked).digest(length=4)).decode().lower().rstrip("=")
 
 
-@given(keys, keys, addresses, names, st.integers(0, 253_402_300_799))
-def test_what_was_written_is_what_is_read(run: bytes, organizer: bytes, at: list[str], name: str, until: int) -> None:
-    invite = Invite(run, organizer, tuple(at), name, until)
+@given(keys, keys, addresses, names, st.none() | st.integers(0, 253_402_300_799))
+def test_what_was_written_is_what_is_read(
+    run: bytes, organizer: bytes, at: list[str], name: str, until: int | None
+) -> None:
+    ticket = None if until is None else a_pass(run, until=until, uses=3, bound=PEER.peer_id)
+    invite = Invite(run, organizer, tuple(at), name, ticket)
     assert parse_invite(encode_invite(invite)) == invite
 
 
@@ -62,16 +74,39 @@ def test_the_message_of_a_cut_off_invite_is_word_for_word_what_users_were_promis
 
 
 def test_an_expired_invite_says_when_it_expired() -> None:
-    assert INVITE.expires == 1_795_132_800
-    check_expiry(INVITE, now=1_795_132_799.9)
+    assert EXPIRING.expires == 1_795_132_800
+    check(INVITE, PEER.peer_id, now=1_795_132_799.9)
     with pytest.raises(InviteError) as caught:
-        check_expiry(INVITE, now=1_795_132_800.0)
+        check(INVITE, PEER.peer_id, now=1_795_132_800.0)
     assert caught.value.code == "E102"
     assert str(caught.value) == "E102 invite expired on 2026-11-20. Ask the organizer for a new one."
 
 
 def test_an_invite_without_expiry_never_expires() -> None:
-    check_expiry(msgspec.structs.replace(INVITE, expires=0), now=1e12)
+    check(msgspec.structs.replace(INVITE, ticket=a_pass()), PEER.peer_id, now=1e12)
+    check(msgspec.structs.replace(INVITE, ticket=None), PEER.peer_id, now=1e12)
+
+
+def test_whoever_has_the_invite_claims_its_ticket_in_its_own_name() -> None:
+    said = parse_claim(parse_invite(TEXT).claim(PEER.peer_id), INVITE.run, ORGANIZER.peer_id, verify)
+    assert (said.peer, said.ticket.expires) == (PEER.peer_id, 1_795_132_800)
+    assert msgspec.structs.replace(INVITE, ticket=None).claim(PEER.peer_id) == b""
+
+
+@pytest.mark.parametrize(
+    ("ticket", "why"),
+    [
+        (a_pass(bound=ORGANIZER.peer_id), "ticket bound to another key"),
+        (a_pass(by=PEER), "altered ticket"),
+        (msgspec.structs.replace(a_pass(uses=1), uses=0), "altered ticket"),
+        (a_pass(b"s" * 32), "altered ticket"),
+    ],
+)
+def test_an_invite_with_a_ticket_that_is_not_for_us_is_refused_before_we_join(ticket: Pass, why: str) -> None:
+    with pytest.raises(InviteError, match=why) as caught:
+        check(msgspec.structs.replace(INVITE, ticket=ticket), PEER.peer_id, now=0.0)
+    assert caught.value.code == "E401"
+    assert PEER.peer_id in str(caught.value), "to be sent to the organizer"
 
 
 def test_any_changed_character_is_noticed() -> None:
@@ -108,7 +143,8 @@ def test_what_is_no_invite_is_told_why(text: str, why: str) -> None:
     assert f"E101 invite not readable: {why}. Copy it again" in str(error)
 
 
-FIELDS = [b"r" * 32, b"o" * 32, [ADDRESS], "tiny-books", 0]
+PASS = [b"t" * 32, ["volunteer"], 0, 0, 0, "", None, b"s" * 64]
+FIELDS: list[object] = [b"r" * 32, b"o" * 32, [ADDRESS], "tiny-books", PASS]
 
 
 @pytest.mark.parametrize(
@@ -125,9 +161,12 @@ FIELDS = [b"r" * 32, b"o" * 32, [ADDRESS], "tiny-books", 0]
         (3, "../../home"),
         (3, ""),
         (3, "a" * 65),
-        (4, -1),
-        (4, 2**60),
-        (4, None),
+        (4, 0),
+        (4, PASS[:-1]),
+        (4, [b"t" * 31, *PASS[1:]]),
+        (4, [b"t" * 32, [], *PASS[2:]]),
+        (4, [b"t" * 32, ["volunteer"], -1, *PASS[3:]]),
+        (4, [b"t" * 32, ["volunteer"], 0, 2**60, *PASS[4:]]),
     ],
 )
 def test_fields_out_of_their_bounds_are_refused_though_the_checksum_is_right(index: int, value: object) -> None:
@@ -138,7 +177,7 @@ def test_fields_out_of_their_bounds_are_refused_though_the_checksum_is_right(ind
 def test_an_invite_has_one_text_only() -> None:
     body = msgspec.msgpack.encode(FIELDS)
     assert parse_invite(text_of(body)).name == "tiny-books"
-    assert failure(text_of(body[:-1] + b"\xcc\x00")).code == "E101"  # zero in two bytes
+    assert failure(text_of(body.replace(b"volunteer\0", b"volunteer\xcc\0"))).code == "E101"  # zero in two bytes
     assert failure(text_of(msgspec.msgpack.encode([*FIELDS, 1]))).code == "E101"
 
 

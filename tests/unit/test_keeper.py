@@ -19,10 +19,8 @@ from dugnad.coordinator.messages import (
     Block,
     Commit,
     Contribution,
-    Delegation,
     Freeze,
     Have,
-    Message,
     NewView,
     Plan,
     Proposal,
@@ -33,8 +31,10 @@ from dugnad.coordinator.messages import (
 )
 from dugnad.coordinator.patience import Patience
 from dugnad.coordinator.rounds import Leader, Phase
+from dugnad.dht.delegation import Delegation
 from dugnad.dht.identity import PeerId
 from dugnad.dht.paths import Abilities, Reach
+from dugnad.dht.wire import Message
 from dugnad.optim.plan import assign_parts
 from tests.unit.chains import (
     CHARTER,

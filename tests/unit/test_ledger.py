@@ -118,10 +118,10 @@ def test_a_new_ledger_stands_at_genesis_with_the_founder_as_its_whole_committee(
     assert (head.leader(0), head.leader(7), head.coordinator, head.term) == (FOUNDER, FOUNDER, FOUNDER, 0)
 
 
-@pytest.mark.parametrize("open_to_all", [False, True])
-def test_a_charter_is_what_the_genesis_fixes(open_to_all: bool) -> None:
-    charter = Charter.of(GENESIS, open_to_all=open_to_all)
-    assert charter == Charter(GENESIS.run, ORGANIZER, FOUNDER, GENESIS.incarnation, QuorumRule(open_to_all))
+@pytest.mark.parametrize("kind", ["invited", "allow-list", "open"])
+def test_a_charter_is_what_the_genesis_fixes(kind: str) -> None:
+    rule = QuorumRule(open=kind == "open")
+    assert Charter.of(GENESIS, kind) == Charter(GENESIS.run, ORGANIZER, FOUNDER, GENESIS.incarnation, rule, kind)
 
 
 @given(honest_chains())
@@ -232,7 +232,7 @@ def test_a_commit_needs_more_than_half_of_the_committee(ledger: Ledger, voters: 
 
 @pytest.mark.parametrize("voters", ["abc", "ad", "abcd"])
 def test_in_an_open_run_a_commit_needs_more_than_two_thirds_of_what_was_earned(voters: str) -> None:
-    ledger = Ledger(Charter.of(GENESIS, open_to_all=True), SIGNER)
+    ledger = Ledger(Charter.of(GENESIS, "open"), SIGNER)
     work = (an_entry("a", (0, 10)), an_entry("b", (10, 20)), an_entry("c", (20, 30)), an_entry("d", (30, 70)))
     ledger.append(certify(a_block(ledger.head, *work), [FOUNDER]))
     weights = committee("a", "b", "c", "d", rule=ledger.rule, credit=ledger.credit)
@@ -288,7 +288,9 @@ def test_votes_of_a_disk_that_the_committee_does_not_know_prove_nothing(ledger: 
 
 
 def test_votes_of_another_run_prove_nothing_here() -> None:
-    here = Ledger(Charter(digest("another run"), ORGANIZER, FOUNDER, disk_of(FOUNDER), QuorumRule()), FakeSigner(A))
+    here = Ledger(
+        Charter(digest("another run"), ORGANIZER, FOUNDER, disk_of(FOUNDER), QuorumRule(), "open"), FakeSigner(A)
+    )
     block = replace(a_block(a_ledger().head, an_entry("a", (0, 10)), seat=None), parent=here.run)
     with pytest.raises(LedgerError, match="not a quorum"):
         here.check_commit(certify(block, [FOUNDER]))

@@ -25,12 +25,10 @@ from dugnad.coordinator.messages import (
     Block,
     Commit,
     Contribution,
-    Delegation,
     Entry,
     Freeze,
     Have,
     Lock,
-    Message,
     Plan,
     Proposal,
     Report,
@@ -41,8 +39,10 @@ from dugnad.coordinator.messages import (
 )
 from dugnad.coordinator.patience import Patience
 from dugnad.coordinator.rounds import Leader, Phase
+from dugnad.dht.delegation import Delegation
 from dugnad.dht.identity import PeerId
 from dugnad.dht.paths import Abilities, Reach
+from dugnad.dht.wire import Message
 from dugnad.optim.plan import assign_parts
 from dugnad.optim.reduce import Deliver, Drop, Fold, Upload, Weighed
 from dugnad.peer.lifecycle import (

@@ -49,7 +49,7 @@ def say_applied(chain: Chain, run: Run, round_: int, *, model: bytes | None = No
 
 def follower_of(run: Run) -> Ledger:
     """The chain of one who followed up to now."""
-    ledger = Ledger(Charter.of(run.genesis, open_to_all=False), KeySigner(EVE))
+    ledger = Ledger(Charter.of(run.genesis, "open"), KeySigner(EVE))
     for commit in run.commits:
         ledger.check_commit(commit)
         ledger.append(commit)

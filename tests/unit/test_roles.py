@@ -22,6 +22,7 @@ from dugnad.dht.invite import Invite, encode_invite
 from dugnad.dht.transport import NetworkDown
 from dugnad.dht.wire import seal
 from dugnad.peer import cli, roles
+from dugnad.peer import place as places
 from dugnad.peer.folder import Folder, FolderError
 from tests.unit.memory_transport import Net, network
 
@@ -29,7 +30,7 @@ ME, FOUNDER, ORGANIZER, OTHER = (Identity.from_seed(bytes([k]) * 32) for k in ra
 GENESIS = Genesis(b"{}", ORGANIZER.peer_id, FOUNDER.peer_id, bytes(8), bytes(32))
 RUN = GENESIS.run
 WELCOME = Welcome(GENESIS)
-INVITE = Invite(RUN, ORGANIZER.public_key, (f"/ip4/127.0.0.1/tcp/1/p2p/{FOUNDER.peer_id}",), "tiny", 0)
+INVITE = Invite(RUN, ORGANIZER.public_key, (f"/ip4/127.0.0.1/tcp/1/p2p/{FOUNDER.peer_id}",), "tiny")
 STRANGERS = [Identity.from_seed(bytes([k]) * 32).peer_id for k in range(100, 100 + 5 * sync.ASKED_AT_ONCE)]
 
 
@@ -79,9 +80,9 @@ async def test_where_those_of_the_invite_are_gone_the_members_are_asked() -> Non
 
 @pytest.mark.parametrize("command", [["launch", "tiny-books"], ["join", encode_invite(INVITE)]])
 def test_what_a_volunteer_will_give_reaches_its_network(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
-    given: list[roles.Network] = []
+    given: list[places.Network] = []
 
-    def begin(known: object, folder: object, network: roles.Network, **_: object) -> None:
+    def begin(known: object, folder: object, network: places.Network, **_: object) -> None:
         given.append(network)
 
     monkeypatch.setattr(roles, command[0], begin)
@@ -111,13 +112,13 @@ async def test_looking_for_the_run_ends_in_time_however_many_say_nothing(monkeyp
 )
 def test_the_port_is_that_of_our_own_machine(addresses: list[str], port: int) -> None:
     host: Any = SimpleNamespace(addresses=lambda: tuple(addresses))
-    assert roles._tcp_port(host) == port
+    assert places.tcp_port(host) == port
 
 
 def test_a_daemon_that_names_no_address_is_told_as_that() -> None:
     host: Any = SimpleNamespace(addresses=lambda: ())
     with pytest.raises(NetworkDown, match="names no address"):
-        roles._tcp_port(host)
+        places.tcp_port(host)
 
 
 # -- going on with a run
@@ -172,7 +173,7 @@ async def test_a_folder_that_no_coordinator_can_go_on_from_is_refused_in_words(
     folder.create()
     make_ready(folder)
     with pytest.raises(FolderError, match=why):
-        await roles.resume(folder, roles.Network(), invite=invite, told=lambda *_: None)
+        await roles.resume(folder, places.Network(), invite=invite, told=lambda *_: None)
 
 
 @contextlib.asynccontextmanager
@@ -196,7 +197,7 @@ async def test_a_key_alone_goes_on_with_the_run_of_the_invite_and_only_with_its_
         folder.create()
         folder.organizer()
     genesis = msgspec.structs.replace(GENESIS, recipe=encode(load("tiny-books")), organizer=own.organizer().peer_id)
-    invite = Invite(genesis.run, own.organizer().public_key, INVITE.addresses, "tiny", 0)
+    invite = Invite(genesis.run, own.organizer().public_key, INVITE.addresses, "tiny")
     went_on: list[tuple[Genesis, Path]] = []
 
     async def coordinate(genesis: Genesis, numerics: object, where: object, folder: Folder, *_: object) -> None:
@@ -208,7 +209,7 @@ async def test_a_key_alone_goes_on_with_the_run_of_the_invite_and_only_with_its_
     monkeypatch.setattr(roles, "_coordinate", coordinate)
     async with network() as net, asyncio.timeout(10), in_memory(net):
         await net.join(FOUNDER.peer_id).serve(CHANNEL, answer)
-        await roles.resume(own, roles.Network(), invite=invite, told=lambda *_: None)
+        await roles.resume(own, places.Network(), invite=invite, told=lambda *_: None)
         with pytest.raises(FolderError, match=r"run\.key is not the key of this run"):
-            await roles.resume(foreign, roles.Network(), invite=invite, told=lambda *_: None)
+            await roles.resume(foreign, places.Network(), invite=invite, told=lambda *_: None)
     assert went_on == [(genesis, own.path)]

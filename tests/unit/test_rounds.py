@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from dugnad.configs.recipe import load
 from dugnad.coordinator import ranges
+from dugnad.coordinator.admission import Admission
 from dugnad.coordinator.awaited import SETTLE_S
 from dugnad.coordinator.effects import Apply, CatchUp, Effect, Keep, LeftOut, Promises, Refused, Remember, Send, Store
 from dugnad.coordinator.follower import Follower
@@ -27,7 +28,6 @@ from dugnad.coordinator.messages import (
     Freeze,
     Have,
     Lock,
-    Message,
     Plan,
     Proposal,
     Report,
@@ -43,6 +43,7 @@ from dugnad.coordinator.rounds import Leader, Phase
 from dugnad.coordinator.vouched import SHOWN_ROUNDS
 from dugnad.dht.identity import PeerId
 from dugnad.dht.paths import Reach
+from dugnad.dht.wire import Message
 from dugnad.optim.plan import assign_parts
 from tests.unit.chains import (
     CHARTER,
@@ -109,10 +110,12 @@ class Run:
         self.now = 0.0
         signer = FakeSigner(me)
         recipe = dataclasses.replace(RECIPE, rounds=dataclasses.replace(ROUNDS, min_peers=min_peers))
-        self.follower = Follower(signer, Ledger(charter, signer), PATIENCE, disk_of(me) if disk is None else disk)
+        self.barred = barred
+        ledger = Ledger(charter, signer)
+        admission = Admission(ledger.gate, lambda: ledger.head.roll, quarantined=lambda: self.barred)
+        self.follower = Follower(signer, ledger, PATIENCE, disk_of(me) if disk is None else disk, admission)
         self.follower.restore(commits, (), promises)
         self.known = known
-        self.barred = barred
         self.leader = Leader(
             self.follower,
             signer,
@@ -121,7 +124,6 @@ class Run:
             assign_parts,
             started=STARTED,
             known_plan=lambda: self.known,
-            barred=lambda: self.barred,
         )
         head = self.follower.ledger.head
         self.begun = self.leader.synced(head.round, model_after(head.round), (), now=0.0)
@@ -986,7 +988,7 @@ def test_who_waits_alone_for_votes_is_deserted_as_well_and_looks_for_another_cha
 
 
 def test_in_an_open_run_the_next_committee_weighs_what_was_earned_before() -> None:
-    charter = Charter.of(GENESIS, open_to_all=True)
+    charter = Charter.of(GENESIS, "open")
     ledger = Ledger(charter, FakeSigner(FOUNDER))
     work = [an_entry(peer, (10 * k, 10 * k + 10)) for k, peer in enumerate("abcd")]
     first = certify(a_block(ledger.head, *work), [FOUNDER])

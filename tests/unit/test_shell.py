@@ -21,17 +21,7 @@ from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.checkpoint import Checkpoint, inspect, read_head
 from dugnad.coordinator.effects import Promises, Remember, Rewind, Send, Store
 from dugnad.coordinator.membership import Stage
-from dugnad.coordinator.messages import (
-    Commits,
-    CommitsRequest,
-    Delegation,
-    Message,
-    Plan,
-    Proposal,
-    Report,
-    StateOffer,
-    StateRequest,
-)
+from dugnad.coordinator.messages import Commits, CommitsRequest, Plan, Proposal, Report, StateOffer, StateRequest
 from dugnad.coordinator.replica import REPLAY_ROUNDS
 from dugnad.coordinator.service import Coordinator
 from dugnad.coordinator.shell import CODEC, ROUND_CHANNEL, Shell
@@ -41,10 +31,11 @@ from dugnad.coordinator.tensorfile import WEIGHTS
 from dugnad.dht import bulk
 from dugnad.dht.blobs import Blobs
 from dugnad.dht.budget import Budget
+from dugnad.dht.delegation import Delegation
 from dugnad.dht.identity import Identity, PeerId
 from dugnad.dht.paths import Reach
 from dugnad.dht.transport import Transport
-from dugnad.dht.wire import open_sealed, seal
+from dugnad.dht.wire import Message, open_sealed, seal
 from dugnad.monitoring.metrics import Metrics
 from dugnad.peer.lifecycle import Work
 from dugnad.peer.session import Session
@@ -55,7 +46,7 @@ from tests.unit.still import Still
 SHORT = Run(ANN)
 PARTS = (SHORT.grow(2), SHORT.parts)[1]
 GENESIS = SHORT.genesis
-HELLO = seal(BOB, GENESIS.run, CODEC, Delegation(BOB.peer_id, 1, b"\0" * 64))
+HELLO = seal(BOB, GENESIS.run, CODEC, Delegation(BOB.peer_id, 1, 0, b"\0" * 64))
 QUESTION = seal(BOB, GENESIS.run, sync.CODEC, CommitsRequest(0, 0))
 FULL = OSError(errno.ENOSPC, "No space left on device")
 PLAN = Plan(0, 1, 1, 0, GENESIS.run, 0, (), (BOB.peer_id,) * len(LAYOUT.parts), (), 1.0, 1.0)
@@ -341,7 +332,7 @@ async def test_what_a_role_gives_comes_out_of_its_budget(tmp_path: Path) -> None
 # -- what is durable before it is said
 
 PROMISES = Promises(0, 3, 2, Proposal(2, SHORT.commits[1].block))
-SAID = Delegation(ANN.peer_id, 1, b"\0" * 64)
+SAID = Delegation(ANN.peer_id, 1, 0, b"\0" * 64)
 
 
 def the_epoch() -> Store:

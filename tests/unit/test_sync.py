@@ -25,8 +25,6 @@ from dugnad.coordinator.messages import (
     Commit,
     Commits,
     CommitsRequest,
-    Delegation,
-    Message,
     Plan,
     StateOffer,
     StateRequest,
@@ -36,9 +34,10 @@ from dugnad.coordinator.messages import (
 )
 from dugnad.coordinator.sync import CHANNEL, CODEC, Asker, SyncError
 from dugnad.dht import bulk
+from dugnad.dht.delegation import Delegation
 from dugnad.dht.identity import Identity, PeerId
 from dugnad.dht.transport import RequestRefused, Transport, TransportError, Unreachable
-from dugnad.dht.wire import Codec, Kind, WireError, open_sealed, seal
+from dugnad.dht.wire import Codec, Kind, Message, WireError, open_sealed, seal
 from tests.unit.chains import (
     CHARTER,
     GENESIS,
@@ -210,7 +209,7 @@ GARBAGE: dict[str, tuple[bytes, str]] = {
     "the question": (sealed(CommitsRequest(0, 0)), "wrong answer"),
     "the answer to another question": (sealed(StateOffer(9, b"manifest", ())), "wrong answer"),
     "a word of the rounds": (
-        seal(DONOR, RUN, Codec(ROUND_KINDS), Delegation(DONOR.peer_id, 1, bytes(64))),
+        seal(DONOR, RUN, Codec(ROUND_KINDS), Delegation(DONOR.peer_id, 1, 0, bytes(64))),
         "unknown kind",
     ),
     "too many commits": (
@@ -641,7 +640,7 @@ def questions() -> Iterator[tuple[str, bytes]]:
     yield "another run's", sealed(CommitsRequest(0, 0), by=ME)
     yield "another sender's", sealed(CommitsRequest(0, 0), by=OTHER, run=WORLD.run)
     yield "the donor's own", sealed(CommitsRequest(0, 0), by=DONOR, run=WORLD.run)
-    yield "a word of the rounds", seal(ME, WORLD.run, Codec(ROUND_KINDS), Delegation(ME.peer_id, 1, bytes(64)))
+    yield "a word of the rounds", seal(ME, WORLD.run, Codec(ROUND_KINDS), Delegation(ME.peer_id, 1, 0, bytes(64)))
     for message in (Commits(0, 0, ()), WELCOME, StateOffer(0, b"", ()), StateRequest()):
         yield f"{type(message).__name__} of a role that has no answer to it", sealed(message, by=ME, run=WORLD.run)
     for end in range(1, len(whole)):
@@ -676,7 +675,7 @@ async def test_a_role_drops_garbage_among_the_messages_of_a_round(tmp_path: Path
         still.receive = receive  # type: ignore[method-assign]
         for what, raw in garbage:
             assert await me.request(DONOR.peer_id, shell.ROUND_CHANNEL, raw, timeout_s=LONG_S) == b"", what
-        assert heard == [Delegation(ME.peer_id, 1, bytes(64))]
+        assert heard == [Delegation(ME.peer_id, 1, 0, bytes(64))]
 
 
 # -- averages that are pushed

@@ -20,7 +20,6 @@ from dugnad.coordinator.messages import (
     Commit,
     Freeze,
     Lock,
-    Message,
     NewView,
     Proposal,
     Standing,
@@ -31,6 +30,7 @@ from dugnad.coordinator.messages import (
 from dugnad.coordinator.patience import Patience
 from dugnad.coordinator.votes import QuorumRule
 from dugnad.dht.identity import PeerId
+from dugnad.dht.wire import Message
 from tests.unit.chains import (
     CHARTER,
     FOUNDER,
@@ -374,7 +374,7 @@ def test_who_follows_the_view_that_it_pledged_is_not_drawn_on_by_one_voice() -> 
 
 
 def test_in_an_open_run_a_third_of_the_weight_draws_nobody_on_since_it_may_lie() -> None:
-    charter = Charter.of(GENESIS, open_to_all=True)
+    charter = Charter.of(GENESIS, "open")
     ledger = Ledger(charter, SIGNER)
     work = [an_entry(peer, (10 * k, 10 * k + 10)) for k, peer in enumerate("abcd")]
     ledger.append(certify(a_block(ledger.head, *work), [FOUNDER]))

@@ -9,7 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from msgspec import Struct, inspect
 
-from dugnad.coordinator.messages import ROUND_KINDS, SYNC_KINDS, Applied, Commits, Delegation, Report, WelcomeRequest
+from dugnad.coordinator.messages import ROUND_KINDS, SYNC_KINDS, Applied, Commits, Report, WelcomeRequest
+from dugnad.dht.delegation import Delegation
 from dugnad.dht.identity import Identity, PeerId, peer_id_of
 from dugnad.dht.wire import ENVELOPE_BYTES, PROTOCOL, Codec, Kind, WireError, open_sealed, seal
 
@@ -18,7 +19,7 @@ CODEC = Codec(KINDS)
 RUN = bytes(range(32))
 ME = Identity.from_seed(bytes(32))
 OTHER = Identity.from_seed(bytes([7]) * 32)
-SAID = Delegation(ME.peer_id, 3, bytes(64))
+SAID = Delegation(ME.peer_id, 3, 0, bytes(64))
 
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.tag)
 
@@ -276,7 +277,7 @@ def test_a_message_above_every_cap_is_refused_before_a_byte_of_it_is_parsed(monk
 
 def test_a_small_kind_cannot_be_as_long_as_a_large_one() -> None:
     codec = Codec([Kind("delegation", Delegation, 150), Kind("report", Report, 8192)])
-    body = msgspec.msgpack.encode(Delegation(PeerId("é" * 80), 1, bytes(64)))
+    body = msgspec.msgpack.encode(Delegation(PeerId("é" * 80), 1, 0, bytes(64)))
     assert 150 < len(body) < codec.cap_bytes
     assert refused(envelope(body=body), codec=codec) == "too large"
 
@@ -338,16 +339,16 @@ def test_values_outside_what_their_type_allows_are_refused(message: Struct) -> N
 @pytest.mark.parametrize(
     "body",
     [
-        CODEC.encode(SAID).replace(b"\x03\xc4", b"\xcc\x03\xc4"),
-        CODEC.encode(SAID).replace(b"\x03\xc4", b"\xd3" + bytes(7) + b"\x03\xc4"),
-        CODEC.encode(SAID).replace(b"\x03\xc4\x40", b"\x03\xc5\x00\x40"),
-        b"\xdc\x00\x03" + CODEC.encode(SAID)[1:],
-        b"\x94" + CODEC.encode(SAID)[1:] + b"\xc0",
-        b"\x92" + CODEC.encode(SAID)[1:-66],
-        msgpack.packb({"coordinator": ME.peer_id, "term": 3, "signature": bytes(64)}),
-        msgpack.packb([ME.peer_id, 3.0, bytes(64)]),
-        msgpack.packb([ME.peer_id.encode(), 3, bytes(64)]),
-        msgpack.packb([ME.peer_id, 3, "s" * 64]),
+        CODEC.encode(SAID).replace(b"\x03\x00\xc4", b"\xcc\x03\x00\xc4"),
+        CODEC.encode(SAID).replace(b"\x03\x00\xc4", b"\xd3" + bytes(7) + b"\x03\x00\xc4"),
+        CODEC.encode(SAID).replace(b"\x03\x00\xc4\x40", b"\x03\x00\xc5\x00\x40"),
+        b"\xdc\x00\x04" + CODEC.encode(SAID)[1:],
+        b"\x95" + CODEC.encode(SAID)[1:] + b"\xc0",
+        b"\x93" + CODEC.encode(SAID)[1:-66],
+        msgpack.packb({"coordinator": ME.peer_id, "term": 3, "until": 0, "signature": bytes(64)}),
+        msgpack.packb([ME.peer_id, 3.0, 0, bytes(64)]),
+        msgpack.packb([ME.peer_id.encode(), 3, 0, bytes(64)]),
+        msgpack.packb([ME.peer_id, 3, 0, "s" * 64]),
     ],
     ids=[
         "integer in two bytes", "integer in nine bytes", "long length", "long array", "field too many",

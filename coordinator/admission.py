@@ -1,0 +1,235 @@
+"""Who may take part now: by the chain, by what it shows, by what the organizer decided, and by the time.
+
+The chain says for ever who is admitted (`roll`); this says who still is. A ban, a membership that is over and a
+delegation that ended hold at once for whoever gives seats, so an honest leader leaves those peers out of the round
+under way. Voters object to a block that counts them only once every leader has had the time to hear of it: a leader
+that could not know costs no view.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from dugnad.coordinator.messages import ADMISSIONS_BYTES, Block
+from dugnad.coordinator.roll import ALLOW_LIST, OPEN, Admitted, Gate, Roll, RollError
+from dugnad.dht.decisions import Decisions
+from dugnad.dht.delegation import Delegation, ends
+from dugnad.dht.identity import PeerId
+from dugnad.dht.ticket import day_of
+from dugnad.dht.wire import WireError
+
+GRACE_S = 15.0
+"""How long a decision may take to reach whoever leads, before voters object to what goes against it."""
+
+NOT_ADMITTED, OVER, BANNED = "E401", "E102", "E403"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a peer may not take part, as it is told itself."""
+
+    code: str
+    """E401 not admitted, E102 expired, E403 banned."""
+    reason: str
+    """In one or a few words, to be counted."""
+    sentence: str
+
+    def __str__(self) -> str:
+        return f"{self.code} {self.sentence}"
+
+
+class Admission:
+    """What one peer knows of who may take part in a run.
+
+    gate, roll: what admits there, and whom the chain has admitted so far. quarantined: who is proven to lie. clock:
+    the run's time, unix seconds. round_s: for how long a seat may be worked on.
+    """
+
+    def __init__(
+        self,
+        gate: Gate,
+        roll: Callable[[], Roll],
+        *,
+        decisions: Decisions | None = None,
+        quarantined: Callable[[], frozenset[PeerId]] = frozenset,
+        clock: Callable[[], float] = lambda: 0.0,
+        round_s: float = 3600.0,
+    ) -> None:
+        self.decisions = decisions or Decisions()
+        self._gate = gate
+        self._roll = roll
+        self._quarantined = quarantined
+        self._clock = clock
+        self._round_s = round_s
+        self._ending: tuple[Roll, tuple[tuple[int, PeerId], ...]] | None = None
+        """A roll, and whose membership ends by it, when."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anyone may take part who is not banned."""
+        return self._gate.kind == OPEN
+
+    # -- whom to leave out
+
+    def barred(
+        self, seat: Delegation | None = None, claim_of: Callable[[PeerId], bytes] = lambda peer: b""
+    ) -> frozenset[PeerId]:
+        """Who gets no seat and no vote now.
+
+        seat: the newest delegation. claim_of: what someone shows, by which its membership may go on.
+        """
+        now, roll = self._clock(), self._roll()
+        out = self._quarantined() | self.decisions.banned(now=now).keys()
+        over = [peer for until, peer in self._endings(roll) if until <= now]
+        out |= {peer for peer in over if not self._renews(peer, claim_of(peer), roll)}
+        if seat is not None and seat.over(now):
+            out |= {seat.coordinator}
+        return frozenset(out)
+
+    def _endings(self, roll: Roll) -> tuple[tuple[int, PeerId], ...]:
+        """Whose membership ends, when: the same for as long as the roll is."""
+        if self._ending is None or self._ending[0] is not roll:
+            self._ending = roll, tuple((one.until, peer) for peer, one in roll.members.items() if one.until)
+        return self._ending[1]
+
+    def _renews(self, peer: PeerId, claim: bytes, roll: Roll) -> bool:
+        return bool(claim) and self._refuses_claim(peer, claim, roll) is None
+
+    def distrusts(self, peer: PeerId, seat: Delegation | None) -> bool:
+        """Whether what `peer` says as a leader counts no more: everyone has had the time to hear that it is out."""
+        since = self._clock() - GRACE_S
+        banned = self.decisions.banned(now=since).get(peer)
+        known = self._roll().members.get(peer)
+        return (
+            (banned is not None and banned.at_s <= since)
+            or (known is not None and ends(known.until) <= since)
+            or (seat is not None and seat.coordinator == peer and seat.over(since))
+        )
+
+    def objects(self, block: Block) -> str | None:
+        """Why a voter should not vote for a block that the chain would take, if by now its leader must know better."""
+        since, before = self._clock() - GRACE_S, self._roll()
+        banned = self.decisions.banned(now=since)
+        try:
+            roll = self._gate.after(before, block)
+        except RollError as error:
+            return str(error)
+        for entry in block.entries:
+            said, known = banned.get(entry.peer), roll.members.get(entry.peer)
+            if said is not None and said.at_s <= since:
+                return f"{entry.peer} contributed, and is banned"
+            if known is not None and ends(known.until) <= since:
+                return f"{entry.peer} contributed, and its membership was over on {day_of(known.until)}"
+        for raw in block.admissions:
+            one = self._gate.read(raw)
+            if ends(one.expires) <= since - self._round_s:
+                return f"{one.peer} was admitted by a ticket that had expired"
+        return None
+
+    # -- whom to let in
+
+    def refuses(self, peer: PeerId, claim: bytes = b"") -> Refusal | None:
+        """Why `peer`, who shows this claim, may not take part now, or None; quarantine is not looked at."""
+        now, roll = self._clock(), self._roll()
+        banned = self.decisions.banned(now=now).get(peer)
+        if banned is not None:
+            why = f": {banned.reason}" if banned.reason else ""
+            return Refusal(BANNED, "banned", f"your key was banned by the organizer{why}")
+        known = roll.members.get(peer)
+        if known is None and not self._gate.needs_proof(peer):
+            return None
+        if known is not None and (ends(known.until) > now or self._renews(peer, claim, roll)):
+            return None
+        if known is not None:
+            return Refusal(OVER, "membership over", f"your membership ended on {day_of(known.until)}. {_ASK}")
+        return self._refuses_claim(peer, claim, roll)
+
+    def _refuses_claim(self, peer: PeerId, claim: bytes, roll: Roll) -> Refusal | None:
+        if self._gate.kind == ALLOW_LIST:
+            allowed = self.decisions.on(peer, now=self._clock())
+            if allowed is not None and allowed.verdict == "allow":
+                return None
+            asks = f"you are not on the allow-list. Your key: {peer} (send it to the organizer)."
+            return Refusal(NOT_ADMITTED, "not on the allow-list", asks)
+        if not claim:
+            asks = f"members come by invitation, and your invite holds no ticket. {_ASK} Your key: {peer}"
+            return Refusal(NOT_ADMITTED, "no ticket", asks)
+        try:
+            one = self._gate.read(claim)
+        except WireError as error:
+            return Refusal(NOT_ADMITTED, error.reason, f"your invite is not good here: {error}. {_ASK}")
+        if one.peer != peer:
+            return Refusal(NOT_ADMITTED, "bad claim", f"that claim is the one of {one.peer}")
+        return self._refuses_ticket(one, roll)
+
+    def _refuses_ticket(self, one: Admitted, roll: Roll) -> Refusal | None:
+        now = self._clock()
+        if ends(one.expires) <= now:
+            return Refusal(OVER, "expired ticket", f"your invite expired on {day_of(one.expires)}. {_ASK}")
+        if ends(one.until) <= now:
+            return Refusal(OVER, "membership over", f"your membership ended on {day_of(one.until)}. {_ASK}")
+        said = self.decisions.on(one.ticket.hex(), now=now)
+        if said is not None and said.verdict == "revoke":
+            return Refusal(NOT_ADMITTED, "ticket revoked", f"your invite was revoked by the organizer. {_ASK}")
+        if roll.refuses(one) is not None:
+            taken = (
+                f"all {one.uses} places of your invite are taken" if one.uses > 1 else "your invite was used already"
+            )
+            return Refusal(NOT_ADMITTED, "ticket used up", f"{taken}. {_ASK}")
+        return None
+
+    def has_places(self, claim: bytes) -> bool:
+        """Whether others may come in by the ticket that this claim is to."""
+        try:
+            one = self._gate.read(claim) if claim else None
+        except WireError:
+            return False
+        if one is None or one.bound:
+            return False
+        stranger = replace(one, peer=PeerId(""))
+        return self._refuses_ticket(stranger, self._roll()) is None
+
+    def shows(self, peer: PeerId, claim: bytes) -> bytes:
+        """What `peer` should show of its claim: all of it, until the chain knows what it gives, then nothing."""
+        return claim if claim and self._proof(peer, claim, self._roll()) is not None else b""
+
+    def proofs(self, claims: Iterable[tuple[PeerId, bytes]]) -> dict[PeerId, bytes]:
+        """Who of these, with the claims that they show, may contribute to the next block: {peer: proof}.
+
+        The proof is what the block has to show; empty for who is admitted. In the order in which they come: of more
+        claims to a ticket than it has uses, the first count.
+        """
+        roll, out, nbytes = self._roll(), dict[PeerId, bytes](), 0
+        uses: Counter[bytes] = Counter()
+        for peer, claim in claims:
+            if self.refuses(peer, claim) is not None:
+                continue
+            proof = self._proof(peer, claim, roll)
+            if proof is not None:
+                one = self._gate.read(proof)
+                left = one.uses - roll.uses.get(one.ticket, 0) - uses[one.ticket] if one.uses else 1
+                if left > 0 and nbytes + len(proof) <= ADMISSIONS_BYTES:
+                    uses[one.ticket] += 1
+                    nbytes += len(proof)
+                    out[peer] = proof
+            elif peer in roll.members or not self._gate.needs_proof(peer):
+                out[peer] = b""
+        return out
+
+    def _proof(self, peer: PeerId, claim: bytes, roll: Roll) -> bytes | None:
+        """What would admit `peer`, or its membership longer, after that roll."""
+        if not self._gate.needs_proof(peer):
+            return None
+        if self._gate.kind == ALLOW_LIST:
+            said = self.decisions.on(peer, now=self._clock())
+            raw = said.raw if said is not None and said.verdict == "allow" else b""
+        else:
+            raw = claim
+        try:
+            one = self._gate.read(raw) if raw else None
+        except WireError:
+            return None
+        return raw if one is not None and one.peer == peer and roll.refuses(one) is None else None
+
+
+_ASK = "Ask the organizer for a new one."

@@ -1,0 +1,230 @@
+"""A peer in the network of a run, before it has a role: host, direct connections, swarm and exporter together."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Self
+
+from dugnad.coordinator import equivocation
+from dugnad.coordinator.messages import Genesis
+from dugnad.coordinator.surroundings import Surroundings
+from dugnad.dht import hello
+from dugnad.dht.budget import GIVE_MBIT
+from dugnad.dht.carrier import Place as CarrierPlace
+from dugnad.dht.direct import Direct
+from dugnad.dht.evidence import Proofs
+from dugnad.dht.host import Host
+from dugnad.dht.identity import Identity, PeerId, nickname, peer_id_of, public_key_of, verify
+from dugnad.dht.invite import Invite, Pass
+from dugnad.dht.paths import Abilities
+from dugnad.dht.records import owner_of
+from dugnad.dht.rendezvous import Acquaintances, Rendezvous
+from dugnad.dht.swarm import Swarm
+from dugnad.dht.transport import BootstrapError, NetworkDown
+from dugnad.monitoring.exporter import Exporter
+from dugnad.monitoring.metrics import Metrics
+from dugnad.peer.face import Face
+from dugnad.peer.folder import Folder, RoleName
+
+log = logging.getLogger(__name__)
+
+_REMEMBER_S = 5.0
+UNKNOWN_UPLINK = 1.0
+"""Until uplinks are measured, all count as the same."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Network:
+    """Where a role listens (`port` and `metrics_port` 0 take any free one), and what it gives to those who fetch."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    bulk_port: int | None = None
+    """Of direct connections; None: the one after `port`, or any where that is 0."""
+    metrics_port: int = 0
+    give_mbit: float = GIVE_MBIT
+    """Megabits a second."""
+
+    @property
+    def bulk(self) -> CarrierPlace:
+        """Where direct connections are accepted."""
+        following = self.port + 1 if self.port else 0
+        return CarrierPlace(self.host, following if self.bulk_port is None else self.bulk_port)
+
+    @property
+    def listen(self) -> str:
+        """The multiaddr to listen on."""
+        return self.listen_on(self.port)
+
+    def listen_on(self, port: int) -> str:
+        """The multiaddr of another port on the same host."""
+        return f"/{'ip6' if ':' in self.host else 'ip4'}/{self.host}/tcp/{port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """Into which run, 32 bytes and its recipe's name, and through whom: the addresses of an invite, or none."""
+
+    run: bytes
+    name: str
+    organizer: PeerId
+    bootstrap: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, invite: Invite) -> Self:
+        """The way that an invite shows."""
+        return cls(invite.run, invite.name, peer_id_of(invite.organizer), invite.addresses)
+
+    @property
+    def invited(self) -> list[PeerId]:
+        """The peers that the invite names."""
+        return list(dict.fromkeys(PeerId(address.rpartition("/p2p/")[2]) for address in self.bootstrap))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A peer in the network, before it has a role."""
+
+    identity: Identity
+    host: Host
+    direct: Direct
+    rendezvous: Rendezvous
+    swarm: Swarm
+    face: Face
+    url: str
+    """Of the exporter."""
+
+    def contacts(self) -> list[PeerId]:
+        """The members of the run that gossip tells of."""
+        return list(self.swarm.roles())
+
+    def abilities(self) -> Abilities:
+        """Where and how we can be reached."""
+        return Abilities(self.host.addresses(), self.rendezvous.reach, UNKNOWN_UPLINK, self.face.claim)
+
+    def surroundings(self, genesis: Genesis, folder: Folder, network: Network) -> Surroundings:
+        """What a role here is given."""
+        return Surroundings(
+            identity=self.identity,
+            genesis=genesis,
+            transport=self.direct,
+            directory=folder.path,
+            metrics=self.face.metrics,
+            give_mbit=network.give_mbit,
+            abilities=self.abilities,
+            contacts=self.contacts,
+            quarantined=self.swarm.quarantined,
+            decisions=self.swarm.decisions,
+            clock=self.swarm.now,
+            accuse=self.accuse,
+        )
+
+    def accuse(self, first: bytes, second: bytes) -> None:
+        """Spread the proof that a voter lies."""
+        self.swarm.accuse(equivocation.SORT, first, second)
+
+    def invite(self, genesis: Genesis, name: str, ticket: Pass | None) -> Invite:
+        """An invite that leads to us."""
+        return Invite(genesis.run, public_key_of(genesis.organizer), self.host.addresses(), name, ticket)
+
+
+@contextlib.asynccontextmanager
+async def placed(
+    role: RoleName, folder: Folder, way: Way, listen: str, network: Network, *, may_wait: bool
+) -> AsyncIterator[Place]:
+    """Be a peer of the run, whom others can see and ask; may_wait: also while none of them is there."""
+    known = tuple(dict.fromkeys((*way.bootstrap, *folder.remembered())))
+    try:
+        async with connected(role, folder, way, listen, network, known) as place:
+            yield place
+    except BootstrapError as error:
+        if not may_wait:
+            raise
+        log.info("nobody is there yet: %s", error)
+    else:
+        return
+    async with connected(role, folder, way, listen, network, ()) as place:
+        for address in known:
+            await place.host.learn(PeerId(address.rpartition("/p2p/")[2]), (address,))
+        yield place
+
+
+@contextlib.asynccontextmanager
+async def connected(
+    role: RoleName, folder: Folder, way: Way, listen: str, network: Network, bootstrap: tuple[str, ...]
+) -> AsyncIterator[Place]:
+    identity = folder.identity()
+    face = Face(Metrics(role, way.run.hex()[:8], nickname=nickname(identity.peer_id)))
+    metrics = face.metrics
+    async with (
+        Exporter(metrics, face.status, port=network.metrics_port) as exporter,
+        Rendezvous(
+            identity, listen=network.bulk, folder=folder.path, meter=metrics.bytes_moved, punched=metrics.punched
+        ) as rendezvous,
+        Host(
+            identity,
+            listen=(listen,),
+            bootstrap=bootstrap,
+            meter=metrics.bytes_moved,
+            state_dir=folder.path,
+            owner_of=owner_of,
+        ) as host,
+        _greeted(host, way, face),
+        Swarm(
+            host,
+            identity,
+            way.run,
+            role=role,
+            directory=folder.path,
+            refused=metrics.rejected_message,
+            progress=face.progress,
+            reach=lambda: rendezvous.reach,
+            certificate=rendezvous.certificate.fingerprint,
+            passed=metrics.message_passed,
+            proofs=Proofs({equivocation.SORT: equivocation.checker(verify)}),
+            organizer=way.organizer,
+        ) as swarm,
+    ):
+        await rendezvous.begin(host, _acquaintances(swarm, face))
+        face.swarm, face.direct = swarm, Direct(host, rendezvous)
+        yield Place(identity, host, face.direct, rendezvous, swarm, face, exporter.url)
+
+
+def _acquaintances(swarm: Swarm, face: Face) -> Acquaintances:
+    return Acquaintances(
+        refuses=face.refuses,
+        pinned=swarm.fingerprint_of,
+        open_peers=swarm.open_peers,
+        open_hosts=lambda: (),
+        claim=lambda: face.claim,
+    )
+
+
+@contextlib.asynccontextmanager
+async def _greeted(host: Host, way: Way, face: Face) -> AsyncIterator[None]:
+    """Say hello, and answer it, before anything else: who does not fit should hear why. Raises TurnedAway."""
+    await hello.serve(host, way.run, way.name, judge=lambda peer: face.judge(peer), seen=host.seen_at)
+    await hello.greet(host, [peer for peer in way.invited if peer in host.contacts.peers], way.run)
+    yield
+
+
+def tcp_port(host: Host) -> int:
+    """The port that the daemon took. Raises NetworkDown if it names none."""
+    for address in reversed(host.addresses()):  # the nearest first: a router may give those far away another port
+        if "/p2p-circuit" not in address:
+            parts = address.split("/")
+            return int(parts[parts.index("tcp") + 1])
+    raise NetworkDown("the network daemon names no address at which others could reach us; choose another --host")
+
+
+async def keep_remembering(place: Place, folder: Folder) -> None:
+    """Keep where the others are, so that we find them again when the peers of our invite are gone."""
+    before: set[str] = set()
+    while True:
+        await asyncio.sleep(_REMEMBER_S)
+        addresses = place.swarm.addresses()
+        if addresses and addresses != before:
+            folder.remember(addresses)
+            before = addresses
