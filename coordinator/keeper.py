@@ -37,7 +37,8 @@ class Keeper:
         self.follower = leader.follower
         self._me = me
         self._delegation = delegation
-        self._addresses = addresses
+        self.addresses = addresses
+        """Where we can be dialled; kept true by the shell."""
         self._report_s = report_s
         self._leave_s = leave_s
         self._leave_by = float("inf")
@@ -168,5 +169,5 @@ class Keeper:
             leaving=self.leader.leaving,
             accepts=True,
             uplink=0.0,
-            addresses=self._addresses,
+            addresses=self.addresses,
         )

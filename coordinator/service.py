@@ -55,6 +55,10 @@ class Coordinator(Shell):
         """Finish the round under way, leave the committee to the others, write a checkpoint, and end."""
         self.perform(self.machine.stop(now=self.now()))
 
+    def moved(self, addresses: tuple[str, ...]) -> None:
+        """Tell the others from now on that we can be dialled there."""
+        self.machine.addresses = addresses
+
     # -- the role's part of the shell
 
     def perform(self, effects: Sequence[object]) -> None:

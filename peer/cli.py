@@ -16,6 +16,7 @@ import typer
 if TYPE_CHECKING:
     from dugnad.configs.recipe import Recipe
     from dugnad.peer.folder import Folder
+    from dugnad.peer.roles import Network
 
 app = typer.Typer(
     name="dugnad",
@@ -33,6 +34,21 @@ app = typer.Typer(
 
 Dir = Annotated[Path | None, typer.Option("--dir", help="Folder for everything this role keeps.", show_default=False)]
 Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")]
+JoinHost = Annotated[
+    str | None,
+    typer.Option(
+        help="Address to listen on. If not given: all, or only this machine's own if the invite leads no farther.",
+        show_default=False,
+    ),
+]
+Announce = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Where everyone reaches this peer, if you know: as with a router that was told to pass a port on.",
+        show_default=False,
+    ),
+]
 Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.", min=0, max=65535)]
 MetricsPort = Annotated[int, typer.Option(help="Port for /metrics and /status; 0: any.", min=0, max=65535)]
 GiveMbit = Annotated[float, typer.Option(help="Mbit/s to give to joiners and late peers, at most.", min=1)]
@@ -80,6 +96,7 @@ def launch(
     directory: Dir = None,
     host: Host = "127.0.0.1",
     port: Port = 0,
+    announce: Announce = None,
     metrics_port: MetricsPort = 0,
     give_mbit: GiveMbit = 100,
     exit_with_stdin: WithStdin = False,
@@ -103,7 +120,7 @@ def launch(
         from dugnad.peer import folder as folders
         from dugnad.peer import roles
 
-        network = roles.Network(host=host, port=port, metrics_port=metrics_port, give_mbit=give_mbit)
+        network = _network(host, port, announce, metrics_port, give_mbit)
         if resume is not None:
             where = folders.Folder(resume)
             known = None if invite is None else parse_invite(invite)
@@ -120,8 +137,9 @@ def launch(
 def join(
     invite: Annotated[str, typer.Argument(help="The invite you were given: dugnad1:...")],
     directory: Dir = None,
-    host: Host = "127.0.0.1",
+    host: JoinHost = None,
     port: Port = 0,
+    announce: Announce = None,
     metrics_port: MetricsPort = 0,
     give_mbit: GiveMbit = 100,
     threads: Annotated[int, typer.Option(help="Cores to train with; 0: half of them.", min=0, max=1024)] = 0,
@@ -139,7 +157,7 @@ def join(
         from dugnad.peer import roles
 
         where = folders.Folder(directory or folders.data_folder() / f"{known.name}-{known.run.hex()[:8]}")
-        network = roles.Network(host=host, port=port, metrics_port=metrics_port, give_mbit=give_mbit)
+        network = _network(host or roles.host_for(known), port, announce, metrics_port, give_mbit)
         cores = threads or max(1, (os.cpu_count() or 1) // 2)
         _run(roles.join(known, where, network, threads=cores, told=_tell_run(where)), where, exit_with_stdin)
 
@@ -313,6 +331,17 @@ def _recipe(name: str, rounds: int | None) -> "Recipe":
     if rounds > chosen.rounds.num_rounds():
         raise UsageError(f"--rounds is {rounds}, but {chosen.name} ends after {chosen.rounds.num_rounds()} rounds")
     return chosen.cut(rounds)
+
+
+def _network(host: str, port: int, announce: str | None, metrics_port: int, give_mbit: float) -> "Network":
+    from dugnad.dht.multiaddrs import place_of
+    from dugnad.peer.roles import Network
+
+    try:
+        outside = None if announce is None else place_of(announce)
+    except ValueError as error:
+        raise UsageError(f"--announce {error}") from error
+    return Network(host=host, port=port, metrics_port=metrics_port, give_mbit=give_mbit, announce=outside)
 
 
 def _tell_invite(where: "Folder") -> Any:

@@ -125,7 +125,8 @@ class Volunteer:
         self.leader = leader
         self.follower = leader.follower
         self._me = me
-        self._abilities = abilities
+        self.abilities = abilities
+        """Kept true by the shell: addresses change when a relay is gone."""
         self._num_parts = num_parts
         self._report_s = report_s
         self._coordinator_at: float | None = None
@@ -465,9 +466,9 @@ class Volunteer:
             step=self.step if seat else 0,
             of_steps=seat.steps if seat else 0,
             leaving=self.leaving,
-            accepts=self._abilities.accepts,
-            uplink=self._abilities.uplink,
-            addresses=self._abilities.addresses,
+            accepts=self.abilities.accepts,
+            uplink=self.abilities.uplink,
+            addresses=self.abilities.addresses,
         )
         to = (self._me,) if follower.leads else follower.contacts(now=now)
         return [Send(to, said)] if to else []

@@ -22,6 +22,8 @@ from dugnad.dht.evidence import Proofs
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId, nickname, public_key_of, verify
 from dugnad.dht.invite import Invite, check_expiry, encode_invite
+from dugnad.dht.multiaddrs import is_direct, is_local, port_of
+from dugnad.dht.outside import Ways
 from dugnad.dht.records import owner_of
 from dugnad.dht.swarm import Swarm
 from dugnad.dht.transport import BootstrapError, NetworkDown
@@ -54,6 +56,8 @@ class Network:
     metrics_port: int = 0
     give_mbit: float = GIVE_MBIT
     """Megabits a second."""
+    announce: str | None = None
+    """A multiaddr at which, by the user's word, everyone reaches this role; see `Ways`."""
 
     @property
     def listen(self) -> str:
@@ -101,6 +105,11 @@ class Place:
     def invite(self, genesis: Genesis, name: str) -> Invite:
         """An invite that leads to us."""
         return Invite(genesis.run, public_key_of(genesis.organizer), self.host.addresses(), name, 0)
+
+
+def host_for(invite: Invite) -> str:
+    """Where a volunteer listens that was not told: all interfaces, unless the whole run is on this machine."""
+    return "127.0.0.1" if all(is_local(address) for address in invite.addresses) else "0.0.0.0"
 
 
 async def launch(recipe: Recipe, folder: Folder, network: Network, *, told: Callable[[str, str], None]) -> None:
@@ -254,6 +263,7 @@ async def _connected(
             meter=metrics.bytes_moved,
             state_dir=folder.path,
             owner_of=owner_of,
+            ways=Ways(announce=network.announce),
         ) as host,
         Swarm(
             host,
@@ -274,9 +284,8 @@ async def _connected(
 def _tcp_port(host: Host) -> int:
     """The port that the daemon took. Raises NetworkDown if it names none."""
     for address in reversed(host.addresses()):  # the nearest first: a router may give those far away another port
-        if "/p2p-circuit" not in address:
-            parts = address.split("/")
-            return int(parts[parts.index("tcp") + 1])
+        if is_direct(address) and (port := port_of(address)) is not None:
+            return port
     raise NetworkDown("the network daemon names no address at which others could reach us; choose another --host")
 
 
@@ -313,7 +322,7 @@ async def _until_done(
     """
     serving = asyncio.create_task(_serve(role, place.host))
     looking = asyncio.create_task(place.face.keep_looking())
-    remembering = asyncio.create_task(_keep_remembering(place, folder))
+    moving = asyncio.create_task(_keep_in_touch(role, place, folder))
     asked = 0
 
     def interrupted() -> None:
@@ -335,14 +344,20 @@ async def _until_done(
         raise
     finally:
         looking.cancel()
-        remembering.cancel()
+        moving.cancel()
 
 
-async def _keep_remembering(place: Place, folder: Folder) -> None:
-    """Keep where the others are, so that we find them again when the peers of our invite are gone."""
+async def _keep_in_touch(role: Coordinator | Session, place: Place, folder: Folder) -> None:
+    """Keep where the others are, so that we find them again when the peers of our invite are gone.
+
+    And say where we are, which changes with the relays that lead to us.
+    """
     before: set[str] = set()
     while True:
         await asyncio.sleep(_REMEMBER_S)
+        role.moved(place.host.addresses())
+        if place.host.addresses():
+            place.face.invite = encode_invite(place.invite(role.genesis, role.recipe.name))
         addresses = place.swarm.addresses()
         if addresses and addresses != before:
             folder.remember(addresses)

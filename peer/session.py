@@ -9,7 +9,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -75,6 +75,10 @@ class Session(Shell):
     def leave(self) -> None:
         """Finish what others count on, then leave."""
         self.perform(self.machine.leave(now=self.now()))
+
+    def moved(self, addresses: tuple[str, ...]) -> None:
+        """Tell the others from now on that we can be dialled there."""
+        self.machine.abilities = replace(self.machine.abilities, addresses=addresses)
 
     # -- the role's part of the shell
 
