@@ -1,7 +1,6 @@
 """The first contact: from addresses in an invite to connections, or to a precise reason for each that led nowhere."""
 
 import asyncio
-import contextlib
 import re
 import socket
 from collections import defaultdict
@@ -52,16 +51,6 @@ class Address:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def others(addresses: Sequence[str], me: PeerId) -> list[str]:
-    """Those of `addresses` that make sense and are not ours."""
-    sound = []
-    for text in addresses:
-        with contextlib.suppress(ValueError):
-            if Address.parse(text).peer != me:
-                sound.append(text)
-    return sound
-
-
 @dataclass(frozen=True, slots=True)
 class Contacts:
     """Who answered, without doubles and without ourselves, and (address, reason) of what led nowhere."""
@@ -101,7 +90,7 @@ async def _try(
     try:
         place = await _knock(address) + address.relay
         async with turns[address.peer]:
-            await _greet(address.peer, place, connect)
+            await _greet(address, place, connect)
     except _NoContact as error:
         return address.shown, str(error)
     return address
@@ -125,14 +114,16 @@ async def _knock(address: Address) -> str:
     return f"/ip{6 if ':' in host else 4}/{host}/tcp/{port}"
 
 
-async def _greet(peer: PeerId, place: str, connect: Connect) -> None:
+async def _greet(address: Address, place: str, connect: Connect) -> None:
     try:
-        await connect(peer, [place])
+        await connect(address.peer, [place])
     except DaemonRefused as error:
         # one line for each address that the daemon knows of this peer, earlier ones too
         lines = [line for line in str(error).splitlines() if f"[{place}]" in line]
         other = _OTHER_ID.search("".join(lines) or str(error))
         if other:
-            reason = f"answered as {other[1]}, the invite says {peer} (re-installed? the invite is stale)"
+            reason = f"answered as {other[1]}, the invite says {address.peer} (re-installed? the invite is stale)"
             raise _NoContact(reason) from None
+        if address.relay:
+            raise _NoContact("a relay is there, but not the peer that was behind it (gone, or at another)") from None
         raise _NoContact("answered, but not as a dugnad peer (another program on that port?)") from None

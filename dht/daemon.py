@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from dugnad.dht.multiaddrs import is_local
 from dugnad.dht.transport import ListenError, NetworkDown, PortInUse
 
 logger = logging.getLogger(__name__)
@@ -41,28 +42,46 @@ exec "$@"
 """
 
 
+# Per peer, as p2pd counts: a member behind a router may be in touch with all the others through one relay. Its default
+# buffers, 16 MiB for each direction of each connection, are for few.
+_RELAY_LIMITS = ("-relayMaxCircuits=256", "-relayMaxReservations=512", "-relayBufferSize=65536")
+
+
 class Daemon:
     """A running p2pd: `async with Daemon(...)` starts it, and no process is left afterwards.
 
-    listen: multiaddrs of TCP ports; relays: multiaddrs through which peers reach us if nothing else works.
-    identity_file: libp2p's private key; log: the daemon's output, the previous one's is kept beside it.
-    Entering raises PortInUse, ListenError or NetworkDown.
+    listen: multiaddrs of TCP ports. identity_file: libp2p's private key; log: the daemon's output, the previous one's
+    is kept beside it. Entering raises PortInUse, ListenError or NetworkDown.
     """
 
-    def __init__(self, *, identity_file: Path, listen: Sequence[str], relays: Sequence[str], log: Path) -> None:
+    def __init__(self, *, identity_file: Path, listen: Sequence[str], log: Path) -> None:
         self.pid = 0
         self.log = log
         self._identity_file = identity_file
-        self._listen = tuple(listen)
-        self._relays = tuple(relays)
+        self.listen = tuple(listen)
+        self._is_open = False
         self._directory = ""
         self._lifeline = -1
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        for address in self._listen:
+        for address in self.listen:
             check_free(address)
+        await self._begin()
+        return self
+
+    async def restart(self, listen: Sequence[str], *, is_open: bool) -> None:
+        """End the daemon and start it anew, on those multiaddrs; is_open: anyone can reach it, so it may relay.
+
+        Connections, handlers and the paths of the sockets do not survive. Raises as entering does.
+        """
+        self.listen, self._is_open = tuple(listen), is_open
+        await self._stop()
+        await self._begin()
+
+    async def _begin(self) -> None:
+        self._process = self._supervisor = None
         self._directory = tempfile.mkdtemp(prefix="dugnad-")  # mode 0700, and short: a socket's path has 104 bytes
         try:
             await self._start()
@@ -70,7 +89,6 @@ class Daemon:
         except BaseException:
             await self._stop()
             raise
-        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -134,7 +152,7 @@ class Daemon:
             with self.log.open("wb") as log:
                 self._process = await asyncio.create_subprocess_exec(
                     "/bin/sh", "-c", _LAUNCHER, self._directory, *self._arguments(),
-                    stdin=reading_end, stdout=log, stderr=log, env=_environment(),
+                    stdin=reading_end, stdout=log, stderr=log, env=self._environment(),
                     start_new_session=True,  # the terminal's Ctrl+C is for us: the daemon is needed to say goodbye
                 )  # fmt: skip
         finally:
@@ -143,24 +161,27 @@ class Daemon:
         self._supervisor = asyncio.create_task(self._supervise(self._process))
 
     def _arguments(self) -> list[str]:
-        public = any(not address.startswith(("/ip4/127.", "/ip6/::1/")) for address in self._listen)
-        relayed = public and bool(self._relays)
-        arguments = [
+        far = not all(is_local(address) for address in self.listen)
+        return [
             _p2pd(),
             f"-listen=/unix{self.control}",
             f"-id={self._identity_file}",
-            f"-hostAddrs={','.join(self._listen)}",
+            f"-hostAddrs={','.join(self.listen)}",
             f"-idleTimeout={START_S + 10:.0f}s",
-            f"-autonat={public:d}",
-            f"-natPortMap={public:d}",
-            f"-autoRelay={relayed:d}",
-            "-relayDiscovery=0",  # only relays that the run names
+            f"-autonat={far:d}",  # which also lets it punch holes
             "-dhtServer=1",
             "-connManager=1",
             "-relay=1",
+            f"-relayService={self._is_open:d}",
+            f"-forceReachabilityPublic={self._is_open:d}",
+            *_RELAY_LIMITS,
             "-tls=1",
         ]
-        return [*arguments, f"-trustedRelays={','.join(self._relays)}"] if relayed else arguments
+
+    def _environment(self) -> dict[str, str]:
+        """One core for a relay: of the two relay services that p2pd starts then, the right one mostly wins the race."""
+        cores = {"GOMAXPROCS": "1"} if self._is_open else {}
+        return {**os.environ, "GOLOG_LOG_LEVEL": "error", "GOLOG_LOG_FMT": "nocolor", **cores}
 
     async def _supervise(self, process: asyncio.subprocess.Process) -> None:
         status = await process.wait()
@@ -192,7 +213,7 @@ class Daemon:
     def _explain_failure(self) -> None:
         words = self.log.read_text(errors="replace").strip()
         if "address already in use" in words:
-            raise PortInUse(", ".join(self._listen))
+            raise PortInUse(", ".join(self.listen))
         last = words.splitlines()[-1] if words else "it said nothing"
         raise NetworkDown(f"the network daemon did not start: {last} (all of it: {self.log})")
 
@@ -229,10 +250,6 @@ def _p2pd() -> str:
     if spec is None or spec.origin is None:
         raise NetworkDown("hivemind, which brings the network daemon, is not installed:  pip install hivemind")
     return str(Path(spec.origin).parent / "hivemind_cli" / "p2pd")
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "GOLOG_LOG_LEVEL": "error", "GOLOG_LOG_FMT": "nocolor"}
 
 
 def check_free(address: str) -> None:

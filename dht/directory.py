@@ -65,8 +65,11 @@ class Directory:
         self._control.unary_handlers = _Handlers()
         return self
 
-    async def join(self, peers: Sequence[PeerId]) -> None:
-        """Enter the DHT through `peers`, to whom the daemon is connected already."""
+    async def join(self, peers: Sequence[PeerId], *, serves: bool = True) -> None:
+        """Enter the DHT through `peers`, to whom the daemon is connected already.
+
+        serves: also answer others and keep their announcements, as only those can whom others reach: they would wait.
+        """
         from hivemind.dht.node import DHTNode
         from hivemind.dht.routing import DHTID
 
@@ -75,6 +78,7 @@ class Directory:
             p2p=self._p2p,
             node_id=DHTID.generate(source=self._identity.peer_id.encode()),
             initial_peers=[f"/p2p/{peer}" for peer in peers],
+            client_mode=not serves,
             record_validator=self._ownership,
             wait_timeout=_ANSWER_S,
             ensure_bootstrap_success=False,  # that check turns away peers whose clocks are 3 s off; ours gets corrected

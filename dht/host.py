@@ -6,8 +6,6 @@ Whoever opens a stream closes it first: the daemon may reset a stream on closing
 """
 
 import asyncio
-import contextlib
-import ipaddress
 import logging
 import time
 from collections.abc import Sequence
@@ -17,15 +15,21 @@ from types import TracebackType
 from typing import Self
 
 from dugnad.dht import bootstrap as first_contact
+from dugnad.dht import control, reachability
 from dugnad.dht.clock import Clock
+from dugnad.dht.control import CONNECT_S
 from dugnad.dht.daemon import BUFFER_BYTES, Daemon, DaemonRefused
 from dugnad.dht.directory import Directory, OwnerOf, import_hivemind
-from dugnad.dht.identity import Identity, PeerId, peer_id_of, public_key_of, write_private
+from dugnad.dht.identity import Identity, PeerId, write_private
+from dugnad.dht.multiaddrs import IpAddress, ip_of, is_direct, is_public, peer_of, relay_of, usable
+from dugnad.dht.outside import Outside, Ways
+from dugnad.dht.paths import Path as Way
+from dugnad.dht.paths import Reach
+from dugnad.dht.reachability import DialBack
 from dugnad.dht.streams import HostStream, end
 from dugnad.dht.transport import (
     REQUEST_BYTES,
     Meter,
-    NetworkDown,
     RequestHandler,
     RequestRefused,
     Stream,
@@ -37,10 +41,8 @@ from dugnad.dht.wire import WireError
 
 logger = logging.getLogger(__name__)
 
-CONNECT_S = 10.0
 _ADDRESSES_PER_PEER = 16
 _PEERS_REMEMBERED = 4096
-_ID_PREFIX = bytes.fromhex("002408011220")  # what a peer id of an ed25519 key has before the key
 _REFUSED, _ANSWERED = b"\x01", b"\x00"
 
 
@@ -49,6 +51,7 @@ class Host:
 
     listen: multiaddrs, port 0 for any; bootstrap: multiaddrs with /p2p/ID of peers to join through.
     state_dir: for the daemon's key (mode 0600) and log; owner_of: whose record some bytes are, for announcements.
+    ways: what is known of how the world reaches us; the rest is found out, and relays are found, while it is entered.
     Entering raises PortInUse, ListenError, NetworkDown or BootstrapError, and OSError if state_dir can't be written.
     """
 
@@ -61,17 +64,16 @@ class Host:
         meter: Meter,
         state_dir: Path,
         owner_of: OwnerOf,
+        ways: Ways = Ways(),  # noqa: B008  # frozen
     ) -> None:
         self._identity = identity
         self._bootstrap = tuple(bootstrap)
         self._meter = meter
         self._state_dir = state_dir
         self._key_file = state_dir / "libp2p.key"
-        self._daemon = Daemon(
-            identity_file=self._key_file,
-            listen=listen,
-            relays=first_contact.others(self._bootstrap, identity.peer_id),
-            log=state_dir / "p2pd.log",
+        self._daemon = Daemon(identity_file=self._key_file, listen=listen, log=state_dir / "p2pd.log")
+        self._outside = Outside(
+            self._daemon, identity.peer_id, ways, request=self._ask_to_try, open_members=self._open_members
         )
         self.clock = Clock(identity.peer_id)
         """The run's time; whoever knows the run's peers keeps it right."""
@@ -82,7 +84,6 @@ class Host:
         self._serving: set[asyncio.Task[None]] = set()
         self._known: dict[PeerId, tuple[str, ...]] = {}
         self._dialled: set[PeerId] = set()
-        self._addresses: tuple[str, ...] = ()
         self._exit = AsyncExitStack()
 
     @property
@@ -95,19 +96,38 @@ class Host:
         """Process number of the network daemon."""
         return self._daemon.pid
 
+    @property
+    def reach(self) -> Reach:
+        """How others reach us, as far as libp2p is concerned: OPEN, or UNKNOWN."""
+        return self._outside.reach
+
+    @property
+    def seen_ip(self) -> str | None:
+        """Our IP address as most members see it; None while none was asked."""
+        return self._outside.found.seen_ip
+
+    @property
+    def open_ports(self) -> frozenset[int]:
+        """Those of our TCP ports, libp2p's and `ways.extra_ports`, that members reached when they tried last."""
+        return self._outside.found.open_ports
+
     async def __aenter__(self) -> Self:
         import_hivemind()
         self._state_dir.mkdir(parents=True, exist_ok=True)
         write_private(self._key_file, self._identity.libp2p_private_key())
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._daemon)
+            self.contacts = await self._join()
+            if await self._outside.find_out(self.contacts.peers):
+                self._dialled.clear()
+                self.contacts = await self._join()
             stack.push_async_callback(self._stop_serving)
             server = await asyncio.start_unix_server(self._accept, self._daemon.streams, limit=BUFFER_BYTES)
             stack.callback(server.close)
-            await self._look_up_addresses()
+            await self.serve(reachability.CHANNEL, DialBack(self._seen_at).answer)
             await stack.enter_async_context(self._directory)
-            self.contacts = await first_contact.join(self._bootstrap, self.peer_id, self._connect)
-            await self._directory.join(self.contacts.peers)
+            await self._directory.join(self.contacts.peers, serves=not self._outside.is_hidden)
+            stack.push_async_callback(self._stop, asyncio.create_task(self._keep_reachable()))
             self._exit = stack.pop_all()
         return self
 
@@ -121,11 +141,14 @@ class Host:
         return self.clock.now(time.time())
 
     def addresses(self) -> tuple[str, ...]:
-        """Our multiaddrs with /p2p/ID, at most 16, those that reach farthest first.
+        """Our multiaddrs with /p2p/ID, at most 16, those that reach farthest first: see `addresses_changed`."""
+        told = [f"{address}/p2p/{self.peer_id}" for address in self._outside.addresses]
+        return tuple(told[:_ADDRESSES_PER_PEER])  # no message takes more
 
-        They are as known at the last `announce`: relays and NATs add some later.
-        """
-        return self._addresses
+    async def addresses_changed(self) -> None:
+        """Returns once our addresses are others than at the last return: a relay was lost, say."""
+        await self._outside.changed.wait()
+        self._outside.changed.clear()
 
     def check_alive(self) -> None:
         """Raises NetworkDown once the daemon has ended."""
@@ -133,32 +156,21 @@ class Host:
 
     async def peers(self) -> list[PeerId]:
         """To whom the daemon is connected, sorted. Raises NetworkDown."""
-        return sorted(await self.connections())
+        return sorted({peer for peer, _ in await control.connections(self._daemon)})
 
-    async def connections(self) -> dict[PeerId, list[str]]:
-        """To whom the daemon is connected, and the other end's multiaddr of each connection. Raises NetworkDown."""
-        from hivemind.proto import p2pd_pb2
-        from hivemind.utils.multiaddr import Multiaddr
-
-        try:
-            answer = await self._daemon.ask(p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS))
-        except DaemonRefused as error:
-            raise NetworkDown(f"the network daemon does not say to whom it is connected: {error}") from error
-        found: dict[PeerId, list[str]] = {}
-        for one in answer.peers:
-            peer = _peer_of(one.id)
-            if peer is not None:
-                found.setdefault(peer, []).extend(str(Multiaddr(raw)) for raw in one.addrs)
-        return found
+    async def path_of(self, peer: PeerId) -> Way | None:
+        """By which way libp2p reaches `peer`: DIRECT, RELAYED, or None without a connection. Raises NetworkDown."""
+        found = {is_direct(address) for other, address in await control.connections(self._daemon) if other == peer}
+        return None if not found else Way.DIRECT if True in found else Way.RELAYED
 
     async def seen_at(self, peer: PeerId) -> str:
-        """From where `peer` is connected to us, directly if it can be; "" if it is not."""
-        found = (await self.connections()).get(peer, [])
-        return min(found, key=lambda address: "/p2p-circuit" in address, default="")
+        """From where `peer` is connected to us, directly if it can be; "" if it is not. Raises NetworkDown."""
+        found = [address for other, address in await control.connections(self._daemon) if other == peer]
+        return min(found, key=lambda address: not is_direct(address), default="")
 
     async def announce(self, run: bytes, raw: bytes, *, expires_s: float) -> bool:
         """Keep our signed record `raw` in the DHT under `run` for `expires_s` seconds; whether a node took it."""
-        await self._look_up_addresses()
+        await self._outside.look_up()
         return await self._directory.announce(run, raw, expires_s=expires_s)
 
     async def discover(self, run: bytes) -> list[bytes]:
@@ -168,27 +180,22 @@ class Host:
 
     async def learn(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Remember TCP multiaddrs under which `peer` can be dialled; others, and more than 16, are ignored."""
-        usable = tuple(address for address in addresses if _usable(address))[:_ADDRESSES_PER_PEER]
-        if not usable or peer == self.peer_id or self._known.get(peer) == usable:
+        dialled = tuple(address for address in addresses if usable(address))[:_ADDRESSES_PER_PEER]
+        if not dialled or peer == self.peer_id or self._known.get(peer) == dialled:
             return
         self._known.pop(peer, None)
-        self._known[peer] = usable
+        self._known[peer] = dialled
         self._dialled.discard(peer)
         while len(self._known) > _PEERS_REMEMBERED:
             self._known.pop(next(iter(self._known)))
 
     async def open(self, peer: PeerId, channel: str, *, kind: str) -> "HostStream":
         """A new stream to `peer`, its bytes counted as `kind`. Raises Unreachable, within 10 s, or NetworkDown."""
-        from hivemind.proto import p2pd_pb2
-
-        request = p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN)
-        request.streamOpen.peer, request.streamOpen.timeout = _id_bytes(peer), int(CONNECT_S)
-        request.streamOpen.proto.append(channel)
         try:
             async with asyncio.timeout(CONNECT_S):
                 if peer not in self._dialled:
                     await self._connect(peer, self._known.get(peer, ()))
-                _, reader, writer = await self._daemon.ask_stream(request)
+                reader, writer = await control.open_stream(self._daemon, peer, channel)
         except TimeoutError:
             raise Unreachable(peer, f"no connection in {CONNECT_S:.0f} s") from None
         except DaemonRefused as error:
@@ -229,40 +236,49 @@ class Host:
 
     async def serve_stream(self, channel: str, handler: StreamHandler) -> None:
         """Accept streams on `channel`; each is closed when its handler returns."""
-        from hivemind.proto import p2pd_pb2
-        from hivemind.utils.multiaddr import Multiaddr
-
         self._handlers[channel] = handler
-        request = p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_HANDLER)
-        request.streamHandler.addr = Multiaddr(f"/unix{self._daemon.streams}").to_bytes()
-        request.streamHandler.balanced = False
-        request.streamHandler.proto.append(channel)
-        try:
-            await self._daemon.ask(request)
-        except DaemonRefused as error:
-            raise NetworkDown(f"the network daemon does not serve {channel}: {error}") from error
+        await control.take_streams(self._daemon, channel)
+
+    # -- reaching others, and being reached
+
+    async def _join(self) -> first_contact.Contacts:
+        """Whom of our bootstrap peers we are connected to. Raises BootstrapError."""
+        joined = await first_contact.join(self._bootstrap, self.peer_id, self._connect)
+        for peer in joined.peers:
+            if peer not in self._known:
+                await self.learn(peer, [address for address in self._bootstrap if peer_of(address) == peer])
+        return joined
 
     async def _connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Have the daemon dial `peer`, or find it by itself. Raises DaemonRefused."""
-        from hivemind.proto import p2pd_pb2
-        from hivemind.utils.multiaddr import Multiaddr
-
-        request = p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT)
-        request.connect.peer, request.connect.timeout = _id_bytes(peer), int(CONNECT_S)
-        for address in addresses:
-            with contextlib.suppress(ValueError):  # a stranger's text
-                request.connect.addrs.append(Multiaddr(address.removesuffix(f"/p2p/{peer}")).to_bytes())
-        await self._daemon.ask(request)
+        await control.connect(self._daemon, peer, addresses)
         self._dialled.add(peer)
 
-    async def _look_up_addresses(self) -> None:
-        from hivemind.proto import p2pd_pb2
-        from hivemind.utils.multiaddr import Multiaddr
+    def _open_members(self) -> dict[PeerId, str]:
+        """The peers that are open to all, by what is known of them, each under a multiaddr without its name.
 
-        answer = await self._daemon.ask(p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY))
-        seen = (f"{Multiaddr(raw)}/p2p/{self.peer_id}" for raw in answer.identify.addrs)
-        farthest_first = sorted((address for address in seen if _usable(address)), key=_nearness)
-        self._addresses = tuple(farthest_first[:_ADDRESSES_PER_PEER])  # no message takes more
+        They say so by naming such an address first; or others name them as their relays.
+        """
+        first = {peer: addresses[0].removesuffix(f"/p2p/{peer}") for peer, addresses in self._known.items()}
+        relays = dict(found for address in first.values() if (found := relay_of(address)) is not None)
+        return {peer: address for peer, address in (relays | first).items() if is_public(address)}
+
+    async def _ask_to_try(self, peer: PeerId, raw: bytes) -> bytes:
+        return await self.request(peer, reachability.CHANNEL, raw, timeout_s=reachability.ANSWER_S)
+
+    async def _seen_at(self, peer: PeerId) -> IpAddress | None:
+        seen = [address for other, address in await control.connections(self._daemon) if other == peer]
+        return next((ip_of(address) for address in seen if is_direct(address)), None)
+
+    async def _keep_reachable(self) -> None:
+        try:
+            await self._outside.keep()
+        except* TransportError as errors:  # whoever serves a role sees to it that the daemon is there
+            logger.debug("nobody sees to relays any more: %s", errors.exceptions[0])
+
+    async def _stop(self, task: "asyncio.Task[None]") -> None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.create_task(self._serve_one(reader, writer))
@@ -271,17 +287,12 @@ class Host:
 
     async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve a stream that the daemon hands us."""
-        from hivemind.p2p.p2p_daemon_bindings.utils import read_pbmsg_safe
-        from hivemind.proto import p2pd_pb2
-
         try:
-            info = p2pd_pb2.StreamInfo()
-            await read_pbmsg_safe(reader, info)
-            peer = _peer_of(info.peer)
-            if peer is None or info.proto not in self._handlers:
+            peer, channel = await control.read_header(reader)
+            if peer is None or channel not in self._handlers:
                 return
             stream = HostStream(peer, "unknown", reader, writer, self._meter)
-            await self._handlers[info.proto](peer, stream)
+            await self._handlers[channel](peer, stream)
             await stream.wait_taken()
         except (TransportError, TimeoutError, OSError, EOFError) as error:
             logger.debug("a stream broke off: %s", error)
@@ -310,34 +321,6 @@ async def _answer(handler: RequestHandler, peer: PeerId, channel: str, payload: 
         logger.exception("the handler of %s failed on a request from %s", channel, peer)
         return _REFUSED, b"internal error"
     return _ANSWERED, reply
-
-
-def _id_bytes(peer: PeerId) -> bytes:
-    """A peer id in libp2p's bytes. Raises Unreachable for a name that is none of ours."""
-    try:
-        return _ID_PREFIX + public_key_of(peer)
-    except ValueError as error:
-        raise Unreachable(peer, str(error)) from error
-
-
-def _peer_of(raw: bytes) -> PeerId | None:
-    """The peer id in libp2p's bytes; None for other kinds of keys, which no peer of ours has."""
-    known = raw.startswith(_ID_PREFIX) and len(raw) == len(_ID_PREFIX) + 32
-    return peer_id_of(raw.removeprefix(_ID_PREFIX)) if known else None
-
-
-def _usable(address: str) -> bool:
-    """Whether a multiaddr means plain TCP, direct or through a relay: over QUIC the ends of replies get lost."""
-    return len(address) <= 256 and "/tcp/" in address and not any(part in address for part in ("/ws", "/udp", "/quic"))
-
-
-def _nearness(address: str) -> int:
-    """From how near a multiaddr can be dialled: 0 from anywhere, 1 in a private network, 2 on this link or machine."""
-    try:
-        ip = ipaddress.ip_address(address.split("/")[2])
-    except ValueError:  # a name
-        return 0
-    return 2 if ip.is_loopback or ip.is_link_local else int(not ip.is_global)
 
 
 def _in_short(words: str) -> str:

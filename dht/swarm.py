@@ -55,6 +55,8 @@ CLOCK_S = 300.0
 CLOCK_PEERS = 8
 """How many of them; as long as fewer have answered, anyone who is new is asked at once."""
 ANSWER_S = 3.0
+MOVED_S = 0.5
+"""For how long our addresses are left to settle once they changed, before we say it: a relay gone, another found."""
 MAX_WAITING = 64
 """Answers to one peer that wait for earlier ones to reach it; what does not fit is left to the next exchange."""
 
@@ -274,7 +276,10 @@ class Swarm:
 
     async def _keep_announcing(self) -> None:
         while True:
-            await asyncio.sleep(ANNOUNCE_S / 2 + self._rng.random() * ANNOUNCE_S / 2)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ANNOUNCE_S / 2 + self._rng.random() * ANNOUNCE_S / 2):
+                    await self._host.addresses_changed()
+                    await asyncio.sleep(MOVED_S)
             try:
                 await self._announce()
                 await self.look_around()

@@ -19,6 +19,7 @@ from dugnad.peer.told import told_errors
 if TYPE_CHECKING:
     from dugnad.configs.recipe import Recipe
     from dugnad.peer.folder import Folder
+    from dugnad.peer.place import Network
 
 app = typer.Typer(
     name="dugnad",
@@ -36,6 +37,30 @@ app = typer.Typer(
 
 Dir = Annotated[Path | None, typer.Option("--dir", help="Folder for everything this role keeps.", show_default=False)]
 Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")]
+JoinHost = Annotated[
+    str | None,
+    typer.Option(
+        help="Address to listen on. If not given: all, or only this machine's own if the invite leads no farther.",
+        show_default=False,
+    ),
+]
+BulkPort = Annotated[
+    int | None,
+    typer.Option(
+        help="Port for direct connections; if not given: the one after --port, or any.",
+        min=0,
+        max=65535,
+        show_default=False,
+    ),
+]
+Announce = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Where everyone reaches this peer, if you know: as with a router that was told to pass a port on.",
+        show_default=False,
+    ),
+]
 Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.", min=0, max=65535)]
 MetricsPort = Annotated[int, typer.Option(help="Port for /metrics and /status; 0: any.", min=0, max=65535)]
 GiveMbit = Annotated[float, typer.Option(help="Mbit/s to give to joiners and late peers, at most.", min=1)]
@@ -83,6 +108,8 @@ def launch(
     directory: Dir = None,
     host: Host = "127.0.0.1",
     port: Port = 0,
+    bulk_port: BulkPort = None,
+    announce: Announce = None,
     metrics_port: MetricsPort = 0,
     give_mbit: GiveMbit = 100,
     exit_with_stdin: WithStdin = False,
@@ -105,9 +132,8 @@ def launch(
         from dugnad.dht.invite import parse_invite
         from dugnad.peer import folder as folders
         from dugnad.peer import roles
-        from dugnad.peer.place import Network
 
-        network = Network(host=host, port=port, metrics_port=metrics_port, give_mbit=give_mbit)
+        network = _network(host, port, bulk_port, announce, metrics_port, give_mbit)
         if resume is not None:
             where = folders.Folder(resume)
             known = None if invite is None else parse_invite(invite)
@@ -124,8 +150,10 @@ def launch(
 def join(
     invite: Annotated[str, typer.Argument(help="The invite you were given: dugnad1:...")],
     directory: Dir = None,
-    host: Host = "127.0.0.1",
+    host: JoinHost = None,
     port: Port = 0,
+    bulk_port: BulkPort = None,
+    announce: Announce = None,
     metrics_port: MetricsPort = 0,
     give_mbit: GiveMbit = 100,
     threads: Annotated[int, typer.Option(help="Cores to train with; 0: half of them.", min=0, max=1024)] = 0,
@@ -141,15 +169,14 @@ def join(
         known = parse_invite(invite)
         from dugnad.peer import folder as folders
         from dugnad.peer import gate, roles
-        from dugnad.peer.place import Network
         from dugnad.peer.terminal import say
 
         where = folders.Folder(directory or folders.data_folder() / f"{known.name}-{known.run.hex()[:8]}")
-        network = Network(host=host, port=port, metrics_port=metrics_port, give_mbit=give_mbit)
+        network = _network(host or roles.host_for(known), port, bulk_port, announce, metrics_port, give_mbit)
         cores = threads or cli_self.default_threads()
         say(f'dugnad {version("dugnad")}   run "{known.name}" ({known.run.hex()[:8]})')
-        wanted = (("--port", port), ("--metrics-port", metrics_port))
-        gate.check_machine(where, host, wanted, threads=cores, told=_tell_check)
+        wanted = (("--port", port), ("--bulk-port", network.bulk.port), ("--metrics-port", metrics_port))
+        gate.check_machine(where, network.host, wanted, threads=cores, told=_tell_check)
         work = roles.join(known, where, network, threads=cores, checked=_tell_check, told=_tell_run(where, cores))
         _run(work, where, exit_with_stdin)
 
@@ -323,6 +350,21 @@ def _recipe(name: str, rounds: int | None) -> "Recipe":
     if rounds > chosen.rounds.num_rounds():
         raise UsageError(f"--rounds is {rounds}, but {chosen.name} ends after {chosen.rounds.num_rounds()} rounds")
     return chosen.cut(rounds)
+
+
+def _network(
+    host: str, port: int, bulk_port: int | None, announce: str | None, metrics_port: int, give_mbit: float
+) -> "Network":
+    from dugnad.dht.multiaddrs import place_of
+    from dugnad.peer.place import Network
+
+    try:
+        outside = None if announce is None else place_of(announce)
+    except ValueError as error:
+        raise UsageError(f"--announce {error}") from error
+    return Network(
+        host=host, port=port, bulk_port=bulk_port, metrics_port=metrics_port, give_mbit=give_mbit, announce=outside
+    )
 
 
 def _tell_invite(where: "Folder") -> Any:

@@ -191,8 +191,7 @@ async def _met(facts: NetworkFacts, host: Host, invite: Invite, probe: Probe) ->
     samples = await _samples(host, members[:CLOCK_PEERS])
     for peer, sample in samples.items():
         host.clock.take(peer, sample)
-    connections = await host.connections()
-    direct = any("/p2p-circuit" not in address for peer in members for address in connections.get(peer, ()))
+    ways = {await host.path_of(peer) for peer in members}
     reached = await probe(host, members)
     return replace(
         facts,
@@ -200,7 +199,7 @@ async def _met(facts: NetworkFacts, host: Host, invite: Invite, probe: Probe) ->
         clock_error_s=-host.clock.correction.offset_s if samples else None,
         clock_peers=len(samples),
         rtt_s=min((sample.round_trip_s for sample in samples.values()), default=None),
-        path=Way.DIRECT if direct else Way.RELAYED if members else None,
+        path=Way.DIRECT if Way.DIRECT in ways else Way.RELAYED if members else None,
         reach=reached.reach,
         inbound=reached.inbound,
         up_mbit=reached.up_mbit,

@@ -18,7 +18,9 @@ from dugnad.dht.evidence import Proofs
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId, nickname, peer_id_of, public_key_of, verify
 from dugnad.dht.invite import Invite, Pass
-from dugnad.dht.paths import Abilities
+from dugnad.dht.multiaddrs import ip_of, is_direct, is_public, port_of
+from dugnad.dht.outside import Ways
+from dugnad.dht.paths import Abilities, Reach
 from dugnad.dht.records import owner_of
 from dugnad.dht.rendezvous import Acquaintances, Rendezvous
 from dugnad.dht.swarm import Swarm
@@ -46,6 +48,8 @@ class Network:
     metrics_port: int = 0
     give_mbit: float = GIVE_MBIT
     """Megabits a second."""
+    announce: str | None = None
+    """A multiaddr at which, by the user's word, everyone reaches this role; see `Ways`."""
 
     @property
     def bulk(self) -> CarrierPlace:
@@ -170,6 +174,7 @@ async def connected(
             meter=metrics.bytes_moved,
             state_dir=folder.path,
             owner_of=owner_of,
+            ways=Ways(announce=network.announce, extra_ports=(rendezvous.carrier.port,)),
         ) as host,
         _greeted(host, way, face),
         Swarm(
@@ -187,19 +192,28 @@ async def connected(
             organizer=way.organizer,
         ) as swarm,
     ):
-        await rendezvous.begin(host, _acquaintances(swarm, face))
+        await rendezvous.begin(host, _acquaintances(host, rendezvous, swarm, face))
         face.swarm, face.direct = swarm, Direct(host, rendezvous)
         yield Place(identity, host, face.direct, rendezvous, swarm, face, exporter.url)
 
 
-def _acquaintances(swarm: Swarm, face: Face) -> Acquaintances:
+def _acquaintances(host: Host, rendezvous: Rendezvous, swarm: Swarm, face: Face) -> Acquaintances:
     return Acquaintances(
         refuses=face.refuses,
         pinned=swarm.fingerprint_of,
         open_peers=swarm.open_peers,
-        open_hosts=lambda: (),
+        open_hosts=lambda: _open_hosts(host, rendezvous.carrier.port),
         claim=lambda: face.claim,
     )
+
+
+def _open_hosts(host: Host, port: int) -> tuple[str, ...]:
+    """At which addresses anyone reaches our carrier on `port`: found out by others, or by our own word."""
+    if host.open_ports:
+        return (host.seen_ip,) if host.seen_ip is not None and port in host.open_ports else ()
+    if host.reach is not Reach.OPEN:
+        return ()
+    return tuple(str(ip_of(address)) for address in host.addresses() if is_public(address))[:1]
 
 
 @contextlib.asynccontextmanager
@@ -213,9 +227,8 @@ async def _greeted(host: Host, way: Way, face: Face) -> AsyncIterator[None]:
 def tcp_port(host: Host) -> int:
     """The port that the daemon took. Raises NetworkDown if it names none."""
     for address in reversed(host.addresses()):  # the nearest first: a router may give those far away another port
-        if "/p2p-circuit" not in address:
-            parts = address.split("/")
-            return int(parts[parts.index("tcp") + 1])
+        if is_direct(address) and (port := port_of(address)) is not None:
+            return port
     raise NetworkDown("the network daemon names no address at which others could reach us; choose another --host")
 
 

@@ -20,6 +20,7 @@ from dugnad.coordinator.sync import Asker, SyncError
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId, nickname, peer_id_of
 from dugnad.dht.invite import Invite, InviteError, Pass, check, encode_invite
+from dugnad.dht.multiaddrs import is_local
 from dugnad.dht.ticket import Terms
 from dugnad.peer import gate
 from dugnad.peer.folder import Folder, FolderError, OtherRun
@@ -38,6 +39,11 @@ _LOOK_S = 1.0
 
 class Dismissed(Exception):
     """The run wants us no more, or never did; the message is for the user."""
+
+
+def host_for(invite: Invite) -> str:
+    """Where a volunteer listens that was not told: all interfaces, unless the whole run is on this machine."""
+    return "127.0.0.1" if all(is_local(address) for address in invite.addresses) else "0.0.0.0"
 
 
 async def launch(recipe: Recipe, folder: Folder, network: Network, *, told: Callable[[str, str], None]) -> None:
@@ -175,10 +181,9 @@ async def _coordinate(
     role = Coordinator(around, folder.organizer(), numerics)
     name = numerics.recipe.name
     ticket = lasting_ticket(folder.organizer(), genesis.run) if role.charter.admission == INVITED else None
-    invite = encode_invite(place.invite(genesis, name, ticket))
-    place.face.role, place.face.invite = role, lambda: invite
+    place.face.role, place.face.invite = role, lambda: encode_invite(place.invite(genesis, name, ticket))
     with folder.inhabited("coordinator", genesis.run, name, place.url):
-        told(invite, place.url)
+        told(place.face.invite(), place.url)
         promise = "finishing the round, then leaving it to the others; Ctrl+C again: now"
         await _until_done(role, place, folder, role.stop, promise)
 

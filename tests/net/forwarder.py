@@ -114,14 +114,14 @@ def _cards(link: Link) -> list[_End]:
 
 def _card(namespace: str, name: str) -> int:
     """A new virtual network card in a namespace, as a file descriptor that gives and takes its frames."""
-    _enter(namespace)
+    enter(namespace)
     card = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
     fcntl.ioctl(card, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _IFF_TAP | _IFF_NO_PI))
     return card
 
 
-def _enter(namespace: str) -> None:
-    """Of Python's own only from 3.12 on."""
+def enter(namespace: str) -> None:
+    """Have the calling thread, and what it starts, be in a namespace. (Python's own setns comes with 3.12.)"""
     libc = ctypes.CDLL(None, use_errno=True)
     with open(f"/run/netns/{namespace}", "rb") as file:
         if libc.setns(file.fileno(), _CLONE_NEWNET) != 0:

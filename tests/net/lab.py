@@ -92,6 +92,10 @@ class Lab:
         """What to start so that `command` runs on a host."""
         return [*within(self._host(name)), *command]
 
+    def namespace(self, name: str) -> str:
+        """The network namespace that is a host."""
+        return self._host(name)
+
     def router(self, name: str, *command: str) -> list[str]:
         """What to start so that `command` runs on the router next to a host."""
         return [*within(f"{self._host(name)}-home"), *command]

@@ -54,6 +54,9 @@ class QuietHost:
     def addresses(self) -> tuple[str, ...]:
         return ("/ip4/127.0.0.1/tcp/1",)
 
+    async def addresses_changed(self) -> None:
+        await asyncio.Event().wait()
+
     async def announce(self, run: bytes, raw: bytes, *, expires_s: float) -> bool:
         self.announced.append(raw)
         return True

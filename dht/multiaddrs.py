@@ -1,0 +1,111 @@
+"""What can be read off a multiaddr: whether we can use it, whether it is direct, and from how far it can be dialled."""
+
+import contextlib
+import ipaddress
+import re
+from collections.abc import Iterable
+
+from dugnad.dht.identity import PeerId
+
+MAX_CHARACTERS = 256
+CIRCUIT = "/p2p-circuit"
+
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
+
+IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def usable(address: str) -> bool:
+    """Whether it means plain TCP, direct or through a relay: over QUIC the ends of replies get lost."""
+    others = ("/ws", "/udp", "/quic")
+    return len(address) <= MAX_CHARACTERS and "/tcp/" in address and not any(part in address for part in others)
+
+
+def is_direct(address: str) -> bool:
+    """Whether it leads to the peer itself, not through a relay."""
+    return CIRCUIT not in address
+
+
+def ip_of(address: str) -> IpAddress | None:
+    """The IP address that is dialled first; None for a name, or for what is none."""
+    parts = address.split("/", 3)
+    if len(parts) < 3 or parts[0] or parts[1] not in ("ip4", "ip6"):
+        return None
+    try:
+        return ipaddress.ip_address(parts[2])
+    except ValueError:
+        return None
+
+
+def host_of(address: str) -> str | None:
+    """The IP address or name that is dialled first."""
+    parts = address.split("/", 3)
+    return parts[2] if len(parts) > 2 and not parts[0] else None
+
+
+def port_of(address: str) -> int | None:
+    """The TCP port that is dialled first."""
+    parts = address.split("/")
+    if len(parts) < 5 or parts[3] != "tcp" or not parts[4].isdecimal():
+        return None
+    return int(parts[4])
+
+
+def nearness(address: str) -> int:
+    """From how near it can be dialled: 0 from anywhere, 1 in a private network, 2 on this link or machine."""
+    ip = ip_of(address)
+    if ip is None:  # a name
+        return 2 if address.split("/")[2:3] == ["localhost"] else 0
+    return 2 if ip.is_loopback or ip.is_link_local else int(not ip.is_global)
+
+
+def is_public(address: str) -> bool:
+    """Whether it leads to the peer itself from anywhere."""
+    return is_direct(address) and nearness(address) == 0
+
+
+def is_local(address: str) -> bool:
+    """Whether it leads no farther than this machine, or, to listen on, lets nobody else in."""
+    return nearness(address) == 2
+
+
+def on_tcp(ip: str, port: int) -> str:
+    """The multiaddr of a TCP port."""
+    return f"/ip{6 if ':' in ip else 4}/{ip}/tcp/{port}"
+
+
+def peer_of(address: str) -> PeerId:
+    """Who is at the end of it: what follows the last /p2p/."""
+    return PeerId(address.rpartition("/p2p/")[2])
+
+
+def place_of(text: str) -> str:
+    """The multiaddr of HOST:PORT, as people write it: an IP address, one of IPv6 in brackets, or a name.
+
+    Raises ValueError, with a sentence, for anything else.
+    """
+    host, _, port = text.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    if port.isdecimal() and 0 < int(port) <= 65535:
+        with contextlib.suppress(ValueError):
+            return on_tcp(str(ipaddress.ip_address(bare)), int(port))
+        if _NAME.fullmatch(host):
+            return f"/dns/{host}/tcp/{port}"
+    raise ValueError(f"{text}: not HOST:PORT, like 203.0.113.7:4001, [2001:db8::7]:4001 or example.org:4001")
+
+
+def relay_of(address: str) -> tuple[PeerId, str] | None:
+    """The relay that a circuit goes through, and its own multiaddr without its name."""
+    place, circuit, _ = address.partition(CIRCUIT)
+    at, _, relay = place.rpartition("/p2p/")
+    return (PeerId(relay), at) if circuit and at else None
+
+
+def in_order(outside: Iterable[str], circuits: Iterable[str], own: Iterable[str]) -> tuple[str, ...]:
+    """What a peer tells of where it is, those that reach farthest first, without doubles.
+
+    outside: multiaddrs that others were seen to reach; circuits: those through relays; own: those of its network cards.
+    Of these, public ones come last: a firewall keeps others out, and at most neighbours can use them.
+    """
+    cards = sorted((address for address in own if is_direct(address)), key=lambda each: nearness(each) or 3)
+    return tuple(dict.fromkeys(address for address in (*outside, *circuits, *cards) if usable(address)))

@@ -1,0 +1,264 @@
+"""How the world reaches a host: whether it is open to all, and else through which relays.
+
+Found out at the start, while nothing runs on the daemon yet: members that we are connected to try our ports. Who is
+open restarts its daemon as a relay for others, and makes sure that it is a good one. Who is not takes places at relays.
+Both are looked after as long as the host lives. Where only this machine may connect, nothing of all that happens; and
+within a private network nobody judges, and no relay is at hand, so that nothing comes of it either.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dugnad.dht import circuit, control, reachability
+from dugnad.dht.circuit import RelayRefused
+from dugnad.dht.control import Connection
+from dugnad.dht.daemon import Daemon, DaemonRefused
+from dugnad.dht.identity import Identity, PeerId, nickname, write_private
+from dugnad.dht.multiaddrs import host_of, in_order, ip_of, is_direct, is_local, is_public, on_tcp, port_of
+from dugnad.dht.paths import Reach
+from dugnad.dht.reachability import Reachability
+from dugnad.dht.relays import Relays
+from dugnad.dht.transport import TransportError
+from dugnad.dht.wire import WireError
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 1.0
+"""How often it is looked whether the connections to relays are there."""
+RECHECK_S = 300.0
+RECHECK_UNKNOWN_S = 30.0
+STRAIGHT_S = 120.0
+"""How long an open member is left behind a relay when it could not be reached directly."""
+RELAY_TRIES = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ways:
+    """What is known beforehand of how the world reaches a host."""
+
+    announce: str | None = None
+    """A multiaddr of a TCP port at which, by the user's word, all reach us: as behind a router told to forward it."""
+    extra_ports: tuple[int, ...] = ()
+    """TCP ports on which others of our services listen, at most 3: it is found out whether all reach them, too."""
+
+
+class Outside:
+    """The outer side of a host on `daemon`, which is called `peer_id`.
+
+    request: asks a peer on the dial-back channel. open_members: the members that are open to all, each under a
+    multiaddr without its name.
+    """
+
+    def __init__(
+        self,
+        daemon: Daemon,
+        peer_id: PeerId,
+        ways: Ways,
+        *,
+        request: reachability.Request,
+        open_members: Callable[[], Mapping[PeerId, str]],
+    ) -> None:
+        self.reach = Reach.UNKNOWN
+        self.found = Reachability()
+        """What others found out when they tried last."""
+        self.changed = asyncio.Event()
+        """Set whenever `addresses` changed; whoever tells others of them clears it."""
+        self._daemon = daemon
+        self._peer_id = peer_id
+        self._ways = ways
+        self._request = request
+        self._open_members = open_members
+        self._relays = Relays(peer_id)
+        self._far = not all(is_local(address) for address in daemon.listen)
+        self._straight_s: dict[PeerId, float] = {}
+        """When it is tried again to connect to an open member directly."""
+        self._own: tuple[str, ...] = ()
+        self._addresses: tuple[str, ...] = ()
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Our multiaddrs without our name, those that reach farthest first."""
+        return self._addresses
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether others were seen not to reach us."""
+        return self.found.num_answers > 0 and self.reach is not Reach.OPEN
+
+    async def look_up(self) -> None:
+        """Learn anew which addresses the network cards have. Raises NetworkDown."""
+        self._own = tuple(await control.identify(self._daemon))
+        self._arrange()
+
+    async def find_out(self, members: Sequence[PeerId]) -> bool:
+        """Whether we are open, by the word of whom we are connected to; True if the daemon was restarted for that.
+
+        members: those of them that we joined through; of these, a relay between is none.
+
+        Raises NetworkDown.
+        """
+        await self.look_up()
+        if not self._far:
+            return False
+        judges = {peer for peer, at in await control.connections(self._daemon) if is_public(at)}
+        found, *_ = await asyncio.gather(self._ask(judges), *self._due_places())
+        self._learn(found, alone=not members)
+        if self.reach is not Reach.OPEN:
+            return False
+        await self._become_relay()
+        return True
+
+    async def keep(self) -> None:
+        """Look after it, until cancelled. Raises NetworkDown, in a group."""
+        if not self._far:
+            return
+        recheck_s = time.monotonic() + self._recheck_after_s()
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                await asyncio.sleep(LOOK_S)
+                connected = await control.connections(self._daemon)
+                if self.reach is not Reach.OPEN:
+                    self._relays.connected({peer for peer, at in connected if is_direct(at)}, now=time.monotonic())
+                    self._arrange()
+                    for place in self._due_places():
+                        tasks.create_task(place)
+                for peer, address in self._detours(connected).items():
+                    tasks.create_task(self._go_straight(peer, address))
+                if time.monotonic() >= recheck_s:
+                    judges = {peer for peer, at in connected if is_public(at)}
+                    self._learn(await self._ask(judges), alone=False)
+                    recheck_s = time.monotonic() + self._recheck_after_s()
+
+    # -- open or not
+
+    def _recheck_after_s(self) -> float:
+        return RECHECK_S if self.found.num_answers else RECHECK_UNKNOWN_S
+
+    async def _ask(self, judges: Collection[PeerId]) -> Reachability:
+        """What some of `judges` find out, who are connected to us from outside."""
+        port = self._port()
+        if port is None or not judges:
+            return Reachability()
+        chosen = random.sample(sorted(judges), min(len(judges), reachability.MAX_ASKED))
+        return await reachability.ask(chosen, (port, *self._ways.extra_ports), self._request)
+
+    def _learn(self, found: Reachability, *, alone: bool) -> None:
+        """Draw the conclusion; alone: nobody is there who could have been asked."""
+        if not found.num_answers and not alone:
+            return
+        self.found = found
+        is_open = self._ways.announce is not None or (self._global_ip() is not None if alone else self._is_reached())
+        reach = Reach.OPEN if is_open else Reach.UNKNOWN
+        if reach is not self.reach:
+            logger.info("others %s", "reach us from anywhere" if is_open else "do not reach us: we go through relays")
+        self.reach = reach
+        self._arrange()
+
+    def _is_reached(self) -> bool:
+        return self._port() in self.found.open_ports
+
+    def _global_ip(self) -> str | None:
+        """Of our network cards, if one has such an address."""
+        return next((str(ip_of(address)) for address in self._own if is_public(address)), None)
+
+    def _port(self) -> int | None:
+        """On which the daemon listens."""
+        ports = [port_of(address) for address in self._own if is_direct(address)]
+        return next((port for port in ports if port is not None), None)
+
+    def _arrange(self) -> None:
+        outside: list[str] = []
+        if self.reach is Reach.OPEN:
+            ip, port = self.found.seen_ip or self._global_ip(), self._port()
+            outside += [self._ways.announce] if self._ways.announce else []
+            outside += [on_tcp(ip, port)] if ip and port and (self._is_reached() or not self._ways.announce) else []
+        circuits = self._relays.addresses() if self.reach is not Reach.OPEN else ()
+        arranged = in_order(outside, circuits, self._own)
+        if arranged != self._addresses:
+            self._addresses = arranged
+            self.changed.set()
+
+    # -- as a relay for others
+
+    async def _become_relay(self) -> None:
+        """Restart the daemon as one, until it lets much through: p2pd starts two relay services, and either may win."""
+        listen = [self._with_port(address) for address in self._daemon.listen]
+        async with _another_daemon() as probe:
+            for _ in range(RELAY_TRIES):
+                await self._daemon.restart(listen, is_open=True)
+                fault = await self._fault_as_relay(probe)
+                if fault is None:
+                    return
+                logger.debug("the network daemon is started anew: as a relay %s", fault)
+        logger.warning("this peer can't relay well for others (%s); all else works", fault)
+
+    async def _fault_as_relay(self, probe: Daemon) -> str | None:
+        """What is wrong with us as a relay, as another peer sees it; None for nothing."""
+        try:
+            await control.connect(probe, self._peer_id, await control.identify(self._daemon))
+            place = await circuit.reserve(probe, self._peer_id)
+            await control.disconnect(probe, self._peer_id)
+        except (TransportError, DaemonRefused, RelayRefused, WireError) as error:
+            return f"it failed: {error}"
+        return "it lets only little through" if place.is_small else None
+
+    def _with_port(self, address: str) -> str:
+        """A multiaddr to listen on again, with the port that the daemon took."""
+        family = address.split("/")[1]
+        ports = (port_of(own) for own in self._own if own.startswith(f"/{family}/"))
+        return address.removesuffix("/tcp/0") + f"/tcp/{next(ports)}" if address.endswith("/tcp/0") else address
+
+    # -- behind others
+
+    def _due_places(self) -> list[Coroutine[Any, Any, None]]:
+        """What there is to do to have as many places at relays as we want; each takes 5 s at most."""
+        self._relays.know(self._open_members())
+        return [self._take_place(peer, at) for peer, at in self._relays.to_ask(now=time.monotonic())]
+
+    async def _take_place(self, peer: PeerId, address: str) -> None:
+        try:
+            async with asyncio.timeout(circuit.ANSWER_S):
+                await control.connect(self._daemon, peer, (address,))
+                place = await circuit.reserve(self._daemon, peer)
+                await control.keep_connected(self._daemon, peer, "relay")
+        except (TransportError, TimeoutError, DaemonRefused, RelayRefused, WireError) as error:
+            logger.debug("no place at the relay %s: %s", nickname(peer), error)
+            self._relays.failed(peer, now=time.monotonic())
+        else:
+            self._relays.granted(peer, place, now=time.monotonic())
+        self._arrange()
+
+    def _detours(self, connected: Sequence[Connection]) -> dict[PeerId, str]:
+        """The open members to whom we are connected through a relay only: they dialled us first."""
+        direct, now = {peer for peer, at in connected if is_direct(at)}, time.monotonic()
+        relayed = {peer for peer, at in connected if not is_direct(at)} - direct
+        opened = self._open_members() if relayed else {}
+        return {peer: opened[peer] for peer in relayed & opened.keys() if now >= self._straight_s.get(peer, 0.0)}
+
+    async def _go_straight(self, peer: PeerId, address: str) -> None:
+        """Connect anew, as libp2p dials nobody to whom it is connected; what was under way is lost, and said again."""
+        self._straight_s[peer] = time.monotonic() + STRAIGHT_S
+        host, port = host_of(address), port_of(address)
+        if host is None or port is None or not await reachability.accepts(host, port):
+            return
+        with contextlib.suppress(TransportError, DaemonRefused):
+            await control.disconnect(self._daemon, peer)
+            await control.connect(self._daemon, peer, (address,))
+
+
+@contextlib.asynccontextmanager
+async def _another_daemon() -> AsyncIterator[Daemon]:
+    """A daemon for a moment, that is nobody in particular."""
+    with tempfile.TemporaryDirectory(prefix="dugnad-") as folder:
+        key = Path(folder, "key")
+        write_private(key, Identity.generate().libp2p_private_key())
+        async with Daemon(identity_file=key, listen=("/ip4/127.0.0.1/tcp/0",), log=Path(folder, "log")) as daemon:
+            yield daemon
