@@ -34,6 +34,8 @@ MAX_RETRY_S = 600.0
 OBSERVERS = 2
 """How many open peers tell us how we are seen."""
 LOOK_S = 2.0
+SOON_S = 0.3
+"""The same, as long as nobody has told us how we are seen."""
 FRESH_S = 5.0
 """A connection younger than this is not doubted when its peer wants to meet: both may have begun at once."""
 MAX_CONNECTIONS = 1024
@@ -381,7 +383,7 @@ class Rendezvous:
             await self._cut_refused()
             if not self._known_open:
                 await self._find_observers()
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(LOOK_S if self._known_open or self._views else SOON_S)
 
     async def _cut_refused(self) -> None:
         """End the connections of those who may no longer have one."""

@@ -201,7 +201,7 @@ def _acquaintances(host: Host, rendezvous: Rendezvous, swarm: Swarm, face: Face)
     return Acquaintances(
         refuses=face.refuses,
         pinned=swarm.fingerprint_of,
-        open_peers=swarm.open_peers,
+        open_peers=lambda: dict.fromkeys((*host.contacts.peers, *swarm.open_peers())),
         open_hosts=lambda: _open_hosts(host, rendezvous.carrier.port),
         claim=lambda: face.claim,
     )

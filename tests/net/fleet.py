@@ -20,7 +20,8 @@ class Member:
         with self._log.open("w") as log:
             command = [sys.executable, "-m", "tests.net.lab_peer", str(folder / name), str(seed), *bootstrap]
             self.process = subprocess.Popen(
-                net.command(name, *command), cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                net.command(name, *command),
+                cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
             )  # fmt: skip
         self.first: dict[str, Any] = {}
         """What it said once it was there."""
