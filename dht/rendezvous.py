@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 ASK_S = 3.0
 WAIT_S = 4.0
 """How long the side that is dialled waits for that."""
-RETRY_S = 30.0
+RETRY_S = 5.0
 """After how long a pair that found no direct way tries again; twice as long each time, up to MAX_RETRY_S."""
 MAX_RETRY_S = 600.0
 OBSERVERS = 2

@@ -18,7 +18,7 @@ from dugnad.dht.evidence import Proofs
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId, nickname, peer_id_of, public_key_of, verify
 from dugnad.dht.invite import Invite, Pass
-from dugnad.dht.multiaddrs import ip_of, is_direct, is_public, port_of
+from dugnad.dht.multiaddrs import ip_of, is_direct, is_local, is_public, port_of
 from dugnad.dht.outside import Ways
 from dugnad.dht.paths import Abilities, Reach
 from dugnad.dht.records import owner_of
@@ -75,11 +75,13 @@ class Way:
     name: str
     organizer: PeerId
     bootstrap: tuple[str, ...] = ()
+    invite: Invite | None = None
+    """What lets us in, if we need that."""
 
     @classmethod
     def of(cls, invite: Invite) -> Self:
         """The way that an invite shows."""
-        return cls(invite.run, invite.name, peer_id_of(invite.organizer), invite.addresses)
+        return cls(invite.run, invite.name, peer_id_of(invite.organizer), invite.addresses, invite)
 
     @property
     def invited(self) -> list[PeerId]:
@@ -130,8 +132,10 @@ class Place:
         self.swarm.accuse(equivocation.SORT, first, second)
 
     def invite(self, genesis: Genesis, name: str, ticket: Pass | None) -> Invite:
-        """An invite that leads to us."""
-        return Invite(genesis.run, public_key_of(genesis.organizer), self.host.addresses(), name, ticket)
+        """An invite that leads to us, from as far away as can be."""
+        addresses = self.host.addresses()
+        far = tuple(address for address in addresses if not is_local(address))
+        return Invite(genesis.run, public_key_of(genesis.organizer), far or addresses, name, ticket)
 
 
 @contextlib.asynccontextmanager
@@ -161,6 +165,7 @@ async def connected(
 ) -> AsyncIterator[Place]:
     identity = folder.identity()
     face = Face(Metrics(role, way.run.hex()[:8], nickname=nickname(identity.peer_id)))
+    face.claim = way.invite.claim(identity.peer_id) if way.invite is not None else b""
     metrics = face.metrics
     async with (
         Exporter(metrics, face.status, port=network.metrics_port) as exporter,

@@ -96,6 +96,7 @@ def _of_any(role: Shell, name: str) -> Report:
         "peer": role.identity.peer_id,
         "nickname": nickname(role.identity.peer_id),
         "pid": os.getpid(),
+        "addresses": list(role.machine.abilities.addresses),
         "round": head.round,
         "head": head.hash.hex(),
         "global_step": head.global_step,

@@ -124,7 +124,6 @@ async def join(
             told(recipe, nickname(place.identity.peer_id), place.url)
             numerics = Numerics(recipe, threads=threads)
             await asyncio.to_thread(numerics.prepare, to_train=True)
-            place.face.claim = invite.claim(place.identity.peer_id)
             role = Session(place.surroundings(genesis, folder, network), numerics)
 
             def passed_on() -> str:
