@@ -18,11 +18,12 @@ from dugnad.coordinator.service import Coordinator
 from dugnad.coordinator.surroundings import Surroundings
 from dugnad.coordinator.sync import Asker, SyncError
 from dugnad.dht.budget import GIVE_MBIT
+from dugnad.dht.daemon import everywhere
 from dugnad.dht.evidence import Proofs
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId, nickname, public_key_of, verify
 from dugnad.dht.invite import Invite, check_expiry, encode_invite
-from dugnad.dht.multiaddrs import is_direct, is_local, port_of
+from dugnad.dht.multiaddrs import is_direct, is_local, on_tcp, port_of
 from dugnad.dht.outside import Ways
 from dugnad.dht.records import owner_of
 from dugnad.dht.swarm import Swarm
@@ -66,7 +67,7 @@ class Network:
 
     def listen_on(self, port: int) -> str:
         """The multiaddr of another port on the same host."""
-        return f"/{'ip6' if ':' in self.host else 'ip4'}/{self.host}/tcp/{port}"
+        return on_tcp(self.host, port)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +104,10 @@ class Place:
         self.swarm.accuse(equivocation.SORT, first, second)
 
     def invite(self, genesis: Genesis, name: str) -> Invite:
-        """An invite that leads to us."""
-        return Invite(genesis.run, public_key_of(genesis.organizer), self.host.addresses(), name, 0)
+        """An invite that leads to us: from other machines, if any reaches us."""
+        addresses = self.host.addresses()
+        far = tuple(address for address in addresses if not is_local(address))
+        return Invite(genesis.run, public_key_of(genesis.organizer), far or addresses, name, 0)
 
 
 def host_for(invite: Invite) -> str:
@@ -258,7 +261,7 @@ async def _connected(
         Exporter(metrics, face.status, port=network.metrics_port) as exporter,
         Host(
             identity,
-            listen=(listen,),
+            listen=everywhere(listen),
             bootstrap=bootstrap,
             meter=metrics.bytes_moved,
             state_dir=folder.path,
