@@ -114,11 +114,15 @@ class Carrier:
 
     async def __aenter__(self) -> Self:
         async with contextlib.AsyncExitStack() as stack:
-            first, second = self._listen(stack, self.port), self._listen(stack, 0)
+            first, second = self._listen(stack, self._host, self.port), self._listen(stack, self._host, 0)
             self.port, self.second_port = first.getsockname()[1], second.getsockname()[1]
+            listeners = [first, second]
+            if self._host == "0.0.0.0" and socket.has_ipv6:
+                with contextlib.suppress(ListenError, PortInUse):  # what there is without it is enough
+                    listeners.append(self._listen(stack, "::", self.port))
             self._wires = stack.enter_context(Wires())
             stack.push_async_callback(self._stop)
-            for listener in (first, second):
+            for listener in listeners:
                 self._spawn(self._keep_accepting(listener))
             self._exit = stack.pop_all()
         return self
@@ -174,15 +178,15 @@ class Carrier:
                 raise
         return await self._connect(place, 0)  # one from there to here is still dying
 
-    def _listen(self, stack: contextlib.AsyncExitStack, port: int) -> socket.socket:
-        place = Place(self._host, port)
+    def _listen(self, stack: contextlib.AsyncExitStack, host: str, port: int) -> socket.socket:
+        place = Place(host, port)
         if port:
             _check_free(place)
         listener = stack.enter_context(socket.socket(place.family, socket.SOCK_STREAM))
         _share_port(listener)
         try:
-            if place.family == socket.AF_INET6 and self._host == "::":
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            if place.family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             listener.bind((place.host, place.port))
         except OSError as error:
             raise ListenError(str(place), f"can't listen there: {error.strerror}") from error
@@ -197,7 +201,7 @@ class Carrier:
             sock.setblocking(False)
             if from_port:
                 _share_port(sock)
-                sock.bind((self._host if ":" in self._host + place.host else "0.0.0.0", from_port))
+                sock.bind(("::" if ":" in place.host else "0.0.0.0", from_port))
             await asyncio.get_running_loop().sock_connect(sock, (place.host, place.port))
         except BaseException:
             sock.close()
@@ -210,8 +214,7 @@ class Carrier:
         if self._host not in ("0.0.0.0", "::"):
             return (self._host,)
         found = [ipaddress.ip_address(one.partition("%")[0]) for one in _interface_addresses()]
-        versions = (4,) if self._host == "0.0.0.0" else (4, 6)
-        usable = [one for one in found if one.version in versions and not (one.is_link_local or one.is_loopback)]
+        usable = [one for one in found if not (one.is_link_local or one.is_loopback)]
         return tuple(str(one) for one in usable)
 
     async def _keep_accepting(self, listener: socket.socket) -> None:
@@ -358,6 +361,8 @@ def _check_free(place: Place) -> None:
     """Raise PortInUse if someone listens there: a shared port would be taken silently."""
     with socket.socket(place.family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if place.family == socket.AF_INET6:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         try:
             probe.bind((place.host, place.port))
         except OSError as error:

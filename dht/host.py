@@ -107,9 +107,12 @@ class Host:
         return self._outside.found.seen_ip
 
     @property
-    def open_ports(self) -> frozenset[int]:
-        """Those of our TCP ports, libp2p's and `ways.extra_ports`, that members reached when they tried last."""
-        return self._outside.found.open_ports
+    def open_ports(self) -> dict[int, int]:
+        """Those of our TCP ports, libp2p's and `ways.extra_ports`, that members reached when they tried last.
+
+        Each with the port outside that leads to it: another one where a router is in between that said so.
+        """
+        return self._outside.outside_ports
 
     async def __aenter__(self) -> Self:
         import_hivemind()
@@ -268,7 +271,8 @@ class Host:
 
     async def _seen_at(self, peer: PeerId) -> IpAddress | None:
         seen = [address for other, address in await control.connections(self._daemon) if other == peer]
-        return next((ip_of(address) for address in seen if is_direct(address)), None)
+        direct = sorted(address for address in seen if is_direct(address))  # ip4 before ip6
+        return ip_of(direct[0]) if direct else None
 
     async def _keep_reachable(self) -> None:
         try:

@@ -8,24 +8,25 @@ within a private network nobody judges, and no relay is at hand, so that nothing
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import random
-import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dugnad.dht import circuit, control, reachability
 from dugnad.dht.circuit import RelayRefused
 from dugnad.dht.control import Connection
 from dugnad.dht.daemon import Daemon, DaemonRefused
-from dugnad.dht.identity import Identity, PeerId, nickname, write_private
+from dugnad.dht.identity import PeerId, nickname
 from dugnad.dht.multiaddrs import host_of, in_order, ip_of, is_direct, is_local, is_public, on_tcp, port_of
 from dugnad.dht.paths import Reach
 from dugnad.dht.reachability import Reachability
+from dugnad.dht.relaying import restart_as_relay
 from dugnad.dht.relays import Relays
+from dugnad.dht.router import LEASE_S, Router
 from dugnad.dht.transport import TransportError
 from dugnad.dht.wire import WireError
 
@@ -37,7 +38,7 @@ RECHECK_S = 300.0
 RECHECK_UNKNOWN_S = 30.0
 STRAIGHT_S = 120.0
 """How long an open member is left behind a relay when it could not be reached directly."""
-RELAY_TRIES = 8
+MAP_AGAIN_S = LEASE_S / 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +79,7 @@ class Outside:
         self._open_members = open_members
         self._relays = Relays(peer_id)
         self._far = not all(is_local(address) for address in daemon.listen)
+        self._router = Router()
         self._straight_s: dict[PeerId, float] = {}
         """When it is tried again to connect to an open member directly."""
         self._own: tuple[str, ...] = ()
@@ -87,6 +89,13 @@ class Outside:
     def addresses(self) -> tuple[str, ...]:
         """Our multiaddrs without our name, those that reach farthest first."""
         return self._addresses
+
+    @property
+    def outside_ports(self) -> dict[int, int]:
+        """Those of our TCP ports that others reached, and the ports outside that lead to them, mostly the same."""
+        ports = (self._port(), *self._ways.extra_ports)
+        pairs = {port: self._outside_port(port) for port in ports if port is not None}
+        return {port: outside for port, outside in pairs.items() if outside in self.found.open_ports}
 
     @property
     def is_hidden(self) -> bool:
@@ -101,114 +110,138 @@ class Outside:
     async def find_out(self, members: Sequence[PeerId]) -> bool:
         """Whether we are open, by the word of whom we are connected to; True if the daemon was restarted for that.
 
-        members: those of them that we joined through; of these, a relay between is none.
-
-        Raises NetworkDown.
+        members: those of them that we joined through. Raises NetworkDown.
         """
         await self.look_up()
         if not self._far:
             return False
-        judges = {peer for peer, at in await control.connections(self._daemon) if is_public(at)}
-        found, *_ = await asyncio.gather(self._ask(judges), *self._due_places())
-        self._learn(found, alone=not members)
+        judges, alone = self._judges(await control.connections(self._daemon)), not members
+        looking = [self._router.discover()] if (judges or alone) and self._behind_router() else []
+        found, _ = await asyncio.gather(self._ask(judges), asyncio.gather(*looking, *self._due_places()))
+        self._learn(found, alone=alone)
+        if self.reach is not Reach.OPEN and looking:
+            await self._have_passed_on(judges, alone=alone)
         if self.reach is not Reach.OPEN:
             return False
-        await self._become_relay()
+        listen = [self._with_port(address) for address in self._daemon.listen]
+        await restart_as_relay(self._daemon, self._peer_id, listen)
         return True
 
     async def keep(self) -> None:
         """Look after it, until cancelled. Raises NetworkDown, in a group."""
         if not self._far:
             return
-        recheck_s = time.monotonic() + self._recheck_after_s()
-        async with asyncio.TaskGroup() as tasks:
-            while True:
-                await asyncio.sleep(LOOK_S)
-                connected = await control.connections(self._daemon)
-                if self.reach is not Reach.OPEN:
-                    self._relays.connected({peer for peer, at in connected if is_direct(at)}, now=time.monotonic())
-                    self._arrange()
-                    for place in self._due_places():
-                        tasks.create_task(place)
-                for peer, address in self._detours(connected).items():
-                    tasks.create_task(self._go_straight(peer, address))
-                if time.monotonic() >= recheck_s:
-                    judges = {peer for peer, at in connected if is_public(at)}
-                    self._learn(await self._ask(judges), alone=False)
-                    recheck_s = time.monotonic() + self._recheck_after_s()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._keep_open())
+                while True:
+                    await asyncio.sleep(LOOK_S)
+                    self._look(await control.connections(self._daemon), tasks)
+        finally:
+            await self._router.forget()
+
+    def _look(self, connected: Sequence[Connection], tasks: asyncio.TaskGroup) -> None:
+        """See to what is lost, or could be better."""
+        if self.reach is not Reach.OPEN:
+            self._relays.connected({peer for peer, at in connected if is_direct(at)}, now=time.monotonic())
+            self._arrange()
+            for place in self._due_places():
+                tasks.create_task(place)
+        for peer, address in self._detours(connected).items():
+            tasks.create_task(self._go_straight(peer, address))
 
     # -- open or not
 
-    def _recheck_after_s(self) -> float:
-        return RECHECK_S if self.found.num_answers else RECHECK_UNKNOWN_S
+    async def _keep_open(self) -> None:
+        """See again and again whether others reach us, and renew what the router does for us."""
+        map_again_s = time.monotonic() + MAP_AGAIN_S
+        while True:
+            await asyncio.sleep(RECHECK_S if self.found.num_answers else RECHECK_UNKNOWN_S)
+            if self._router.outside_ports and time.monotonic() >= map_again_s:
+                await self._router.pass_on(list(self._router.outside_ports))
+                map_again_s = time.monotonic() + MAP_AGAIN_S
+            self._learn(await self._ask(self._judges(await control.connections(self._daemon))), alone=False)
+
+    @staticmethod
+    def _judges(connected: Sequence[Connection]) -> set[PeerId]:
+        """Who sees us from outside."""
+        return {peer for peer, at in connected if is_public(at)}
+
+    def _behind_router(self) -> bool:
+        """Whether we let everyone in, and may be in a private network."""
+        any_card = any(host_of(address) in ("0.0.0.0", "::") for address in self._daemon.listen)
+        return any_card and self._global_ip() is None
+
+    async def _have_passed_on(self, judges: Collection[PeerId], *, alone: bool) -> None:
+        """Ask the router for our ports, and others again."""
+        port = self._port()
+        if port is not None:
+            await self._router.pass_on((port, *self._ways.extra_ports))
+        if port in self._router.outside_ports:
+            self._learn(await self._ask(judges), alone=alone)
+        if self.reach is not Reach.OPEN:
+            await self._router.forget()
 
     async def _ask(self, judges: Collection[PeerId]) -> Reachability:
-        """What some of `judges` find out, who are connected to us from outside."""
+        """What some of `judges` find out; of ports that the router passes on, they try those outside."""
         port = self._port()
         if port is None or not judges:
             return Reachability()
+        ports = [self._outside_port(port) for port in (port, *self._ways.extra_ports)]
         chosen = random.sample(sorted(judges), min(len(judges), reachability.MAX_ASKED))
-        return await reachability.ask(chosen, (port, *self._ways.extra_ports), self._request)
+        return await reachability.ask(chosen, ports, self._request)
 
     def _learn(self, found: Reachability, *, alone: bool) -> None:
         """Draw the conclusion; alone: nobody is there who could have been asked."""
-        if not found.num_answers and not alone:
+        if found.num_answers or alone:
+            self.found = found
+        elif self._ways.announce is None:
             return
-        self.found = found
-        is_open = self._ways.announce is not None or (self._global_ip() is not None if alone else self._is_reached())
-        reach = Reach.OPEN if is_open else Reach.UNKNOWN
+        trusted = self._ways.announce is not None or (alone and self._outside_ip() is not None)
+        reach = Reach.OPEN if trusted or self._is_reached() else Reach.UNKNOWN
         if reach is not self.reach:
+            is_open = reach is Reach.OPEN
             logger.info("others %s", "reach us from anywhere" if is_open else "do not reach us: we go through relays")
         self.reach = reach
         self._arrange()
 
     def _is_reached(self) -> bool:
-        return self._port() in self.found.open_ports
+        port = self._port()
+        return port is not None and self._outside_port(port) in self.found.open_ports
+
+    def _outside_ip(self) -> str | None:
+        """As others saw it; or else that of a network card, or of the router, if it is one that all can dial."""
+        router = self._router.outside_ip if self._router.outside_ports else None
+        believed = router if router is not None and ipaddress.ip_address(router).is_global else None
+        return self.found.seen_ip or self._global_ip() or believed
 
     def _global_ip(self) -> str | None:
-        """Of our network cards, if one has such an address."""
-        return next((str(ip_of(address)) for address in self._own if is_public(address)), None)
+        """Of our network cards, if one has such an address; of IPv6 only where there is no other, as not all use it."""
+        by_ipv4 = [address for address in self._own if address.startswith("/ip4/") and not is_local(address)]
+        return next((str(ip_of(address)) for address in by_ipv4 or self._own if is_public(address)), None)
 
     def _port(self) -> int | None:
         """On which the daemon listens."""
         ports = [port_of(address) for address in self._own if is_direct(address)]
         return next((port for port in ports if port is not None), None)
 
+    def _outside_port(self, port: int) -> int:
+        """By which others reach a port of ours."""
+        return self._router.outside_ports.get(port, port)
+
     def _arrange(self) -> None:
         outside: list[str] = []
         if self.reach is Reach.OPEN:
-            ip, port = self.found.seen_ip or self._global_ip(), self._port()
+            ip, port = self._outside_ip(), self._port()
             outside += [self._ways.announce] if self._ways.announce else []
-            outside += [on_tcp(ip, port)] if ip and port and (self._is_reached() or not self._ways.announce) else []
+            if ip and port and (self._is_reached() or not self._ways.announce):
+                outside.append(on_tcp(ip, self._outside_port(port)))
+            outside += [address for address in self._own if is_public(address) and address.startswith("/ip6/")]
         circuits = self._relays.addresses() if self.reach is not Reach.OPEN else ()
         arranged = in_order(outside, circuits, self._own)
         if arranged != self._addresses:
             self._addresses = arranged
             self.changed.set()
-
-    # -- as a relay for others
-
-    async def _become_relay(self) -> None:
-        """Restart the daemon as one, until it lets much through: p2pd starts two relay services, and either may win."""
-        listen = [self._with_port(address) for address in self._daemon.listen]
-        async with _another_daemon() as probe:
-            for _ in range(RELAY_TRIES):
-                await self._daemon.restart(listen, is_open=True)
-                fault = await self._fault_as_relay(probe)
-                if fault is None:
-                    return
-                logger.debug("the network daemon is started anew: as a relay %s", fault)
-        logger.warning("this peer can't relay well for others (%s); all else works", fault)
-
-    async def _fault_as_relay(self, probe: Daemon) -> str | None:
-        """What is wrong with us as a relay, as another peer sees it; None for nothing."""
-        try:
-            await control.connect(probe, self._peer_id, await control.identify(self._daemon))
-            place = await circuit.reserve(probe, self._peer_id)
-            await control.disconnect(probe, self._peer_id)
-        except (TransportError, DaemonRefused, RelayRefused, WireError) as error:
-            return f"it failed: {error}"
-        return "it lets only little through" if place.is_small else None
 
     def _with_port(self, address: str) -> str:
         """A multiaddr to listen on again, with the port that the daemon took."""
@@ -252,13 +285,3 @@ class Outside:
         with contextlib.suppress(TransportError, DaemonRefused):
             await control.disconnect(self._daemon, peer)
             await control.connect(self._daemon, peer, (address,))
-
-
-@contextlib.asynccontextmanager
-async def _another_daemon() -> AsyncIterator[Daemon]:
-    """A daemon for a moment, that is nobody in particular."""
-    with tempfile.TemporaryDirectory(prefix="dugnad-") as folder:
-        key = Path(folder, "key")
-        write_private(key, Identity.generate().libp2p_private_key())
-        async with Daemon(identity_file=key, listen=("/ip4/127.0.0.1/tcp/0",), log=Path(folder, "log")) as daemon:
-            yield daemon

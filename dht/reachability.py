@@ -84,7 +84,12 @@ async def ask(peers: Sequence[PeerId], ports: Sequence[int], request: Request) -
 
 
 def judge(answers: Sequence[Tried], ports: Collection[int]) -> Reachability:
-    """What more than half of the answers agree on, for each port, and the address that most have seen."""
+    """What more than half of the answers agree on, for each port, and the address that most have seen.
+
+    Only those who saw us by IPv4 count, if there are any: not everyone can use the other.
+    """
+    by_ipv4 = [answer for answer in answers if ":" not in answer.seen_ip]
+    answers = by_ipv4 or answers
     reached = Counter(port for answer in answers for port in set(answer.open_ports))
     open_ports = frozenset(port for port in ports if 2 * reached[port] > len(answers))
     seen = Counter(answer.seen_ip for answer in answers).most_common(1)

@@ -17,7 +17,7 @@ from dugnad.dht.multiaddrs import CIRCUIT
 
 NUM_PLACES = 2
 RENEW_S = 15.0
-RETRY_S = 5.0
+RETRY_S = 2.0
 """After the first failure of a relay; twice as long after each further one, up to RETRY_MOST_S."""
 RETRY_MOST_S = 300.0
 SMALL_RETRY_S = 60.0

@@ -13,12 +13,13 @@ from dugnad.coordinator.surroundings import Surroundings
 from dugnad.dht import hello
 from dugnad.dht.budget import GIVE_MBIT
 from dugnad.dht.carrier import Place as CarrierPlace
+from dugnad.dht.daemon import everywhere
 from dugnad.dht.direct import Direct
 from dugnad.dht.evidence import Proofs
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId, nickname, peer_id_of, public_key_of, verify
 from dugnad.dht.invite import Invite, Pass
-from dugnad.dht.multiaddrs import ip_of, is_direct, is_local, is_public, port_of
+from dugnad.dht.multiaddrs import ip_of, is_direct, is_local, is_public, on_tcp, port_of
 from dugnad.dht.outside import Ways
 from dugnad.dht.paths import Abilities, Reach
 from dugnad.dht.records import owner_of
@@ -64,7 +65,7 @@ class Network:
 
     def listen_on(self, port: int) -> str:
         """The multiaddr of another port on the same host."""
-        return f"/{'ip6' if ':' in self.host else 'ip4'}/{self.host}/tcp/{port}"
+        return on_tcp(self.host, port)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +175,7 @@ async def connected(
         ) as rendezvous,
         Host(
             identity,
-            listen=(listen,),
+            listen=everywhere(listen),
             bootstrap=bootstrap,
             meter=metrics.bytes_moved,
             state_dir=folder.path,

@@ -252,6 +252,8 @@ def _translate(router: str, *how: str) -> None:
     run(*within(router), "iptables", "-t", "nat", "-A", "POSTROUTING", "-o", "wan", "-j", "MASQUERADE", *how)
     run(*within(router), "iptables", "-P", "FORWARD", "DROP")
     run(*within(router), "iptables", "-A", "FORWARD", "-i", "lan", "-o", "wan", "-j", "ACCEPT")
+    passed_on = ("-m", "conntrack", "--ctstate", "DNAT")  # by a UPnP daemon, if one is started there
+    run(*within(router), "iptables", "-A", "FORWARD", "-i", "wan", *passed_on, "-j", "ACCEPT")
     _filter(router, "FORWARD", "wan", last=())
     _filter(router, "INPUT", "wan")
 

@@ -13,13 +13,16 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dugnad.dht.directory import import_hivemind
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId
+from dugnad.dht.paths import Path as Way
 from tests.net.forwarder import enter
 from tests.net.hosts import ignore, owner_of
 from tests.net.lab import Lab
 
 CHANNEL = "test/reach/1"
+REACHED_S = 10.0
 T = TypeVar("T")
 
 
@@ -89,3 +92,36 @@ class PlacedHost:
             await host.serve(CHANNEL, echo)
             self._entered.set_result(host)
             await self._over.wait()
+
+
+class Peers(dict[str, PlacedHost]):
+    """The hosts, by name."""
+
+    def __init__(self, net: Lab, folder: Path) -> None:
+        import_hivemind()
+        super().__init__()
+        self._net = net
+        self._folder = folder
+
+    def begin(self, name: str, **settings: Any) -> PlacedHost:
+        """Start the host of that name."""
+        self[name] = PlacedHost(self._net, name, self._folder, **settings)
+        self[name].start()
+        return self[name]
+
+    def asks(self, one: str, other: str, num_bytes: int) -> tuple[float, Way | None]:
+        """How long it takes one host to be answered by another, in seconds, and by which way."""
+        asked, payload = self[other].host, os.urandom(num_bytes)
+
+        async def ask(host: Host) -> tuple[float, Way | None]:
+            await host.learn(asked.peer_id, asked.addresses())
+            since = time.perf_counter()
+            assert await host.request(asked.peer_id, CHANNEL, payload, timeout_s=REACHED_S) == payload
+            return time.perf_counter() - since, await host.path_of(asked.peer_id)
+
+        return self[one].call(ask)
+
+    def close(self) -> None:
+        """End all."""
+        for peer in self.values():
+            peer.close()

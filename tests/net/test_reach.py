@@ -1,62 +1,27 @@
 """libp2p's control plane between the five kinds of hosts: real hosts and daemons, behind real routers."""
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator
 from itertools import permutations
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from dugnad.dht import circuit
-from dugnad.dht.directory import import_hivemind
 from dugnad.dht.host import Host
+from dugnad.dht.outside import Ways
 from dugnad.dht.paths import Path as Way
 from dugnad.dht.paths import Reach
+from tests.net.internet import run
 from tests.net.lab import Kind, Lab, lab, why_not
-from tests.net.reach_peer import CHANNEL, PlacedHost
+from tests.net.reach_peer import REACHED_S, Peers
 
 pytestmark = [pytest.mark.net, pytest.mark.skipif(why_not() is not None, reason=why_not() or "")]
 
 BEHIND: dict[str, Kind] = {"cone": "cone", "symmetric": "symmetric", "carrier": "carrier", "firewall": "firewall"}
 HOSTS: dict[str, Kind] = {"hub": "public", "other": "public", **BEHIND}
-REACHED_S = 10.0
 RUN = b"r" * 32
-
-
-class Peers(dict[str, PlacedHost]):
-    """The hosts, by name."""
-
-    def __init__(self, net: Lab, folder: Path) -> None:
-        import_hivemind()
-        super().__init__()
-        self._net = net
-        self._folder = folder
-
-    def begin(self, name: str, **settings: Any) -> PlacedHost:
-        """Start the host of that name."""
-        self[name] = PlacedHost(self._net, name, self._folder, **settings)
-        self[name].start()
-        return self[name]
-
-    def asks(self, one: str, other: str, num_bytes: int) -> tuple[float, Way | None]:
-        """How long it takes one host to be answered by another, in seconds, and by which way."""
-        asked, payload = self[other].host, os.urandom(num_bytes)
-
-        async def ask(host: Host) -> tuple[float, Way | None]:
-            await host.learn(asked.peer_id, asked.addresses())
-            since = time.perf_counter()
-            assert await host.request(asked.peer_id, CHANNEL, payload, timeout_s=REACHED_S) == payload
-            return time.perf_counter() - since, await host.path_of(asked.peer_id)
-
-        return self[one].call(ask)
-
-    def close(self) -> None:
-        """End all."""
-        for peer in self.values():
-            peer.close()
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +104,28 @@ def test_who_joins_through_the_circuit_of_someone_behind_a_router_finds_out_that
     behind = peers["carrier"].host.addresses()[0]
     assert "/p2p-circuit" in behind
     assert peers.begin("hub", bootstrap=(behind,)).host.reach is Reach.OPEN
+
+
+def test_what_the_user_says_where_we_are_reached_counts_and_is_named_first(net: Lab, peers: Peers) -> None:
+    place = "/dns4/home.example.org/tcp/4001"
+    relay = peers["other"].host.addresses()[:1]
+    peers.pop("cone").close()
+    told = peers.begin("cone", bootstrap=relay, ways=Ways(announce=place, extra_ports=(4002,))).host
+    assert told.reach is Reach.OPEN
+    assert told.addresses()[0] == f"{place}/p2p/{told.peer_id}"
+    assert told.seen_ip == net.address("cone")
+    assert not told.open_ports, "by the word of others"
+
+
+def test_who_has_ipv6_is_reached_by_it_and_says_so(tmp_path: Path) -> None:
+    everywhere = ("/ip4/0.0.0.0/tcp/4001", "/ip6/::/tcp/4001")
+    with lab({"hub": "public", "six": "public"}) as net, contextlib.closing(Peers(net, tmp_path)) as peers:
+        for number, name in enumerate(net.kinds, 1):
+            run(*net.command(name, "ip", "addr", "add", f"2a00:1:2:3::{number}/64", "dev", "wan", "nodad"))
+        hub = peers.begin("hub", listen=everywhere).host
+        by_ipv6 = f"/ip6/2a00:1:2:3::1/tcp/4001/p2p/{hub.peer_id}"
+        assert hub.addresses()[:2] == (f"/ip4/11.0.1.1/tcp/4001/p2p/{hub.peer_id}", by_ipv6)
+        six = peers.begin("six", listen=("/ip6/::/tcp/4001",), bootstrap=(by_ipv6,)).host
+        assert six.reach is Reach.OPEN
+        assert six.seen_ip == "2a00:1:2:3::2"
+        assert peers.asks("hub", "six", 1)[1] is Way.DIRECT

@@ -107,3 +107,9 @@ async def test_who_does_not_answer_or_answers_nonsense_does_not_count() -> None:
 
     assert await ask(PEERS[:3], (4001,), request) == Reachability(frozenset({4001}), "11.0.3.1", 1)
     assert await ask(PEERS[:2], (4001,), request) == Reachability(frozenset(), None, 0)
+
+
+def test_who_is_seen_by_ipv4_is_judged_by_that() -> None:
+    answers = [Tried((), "11.0.3.1"), Tried((4001,), "2a00:1::1"), Tried((4001,), "2a00:1::1")]
+    assert judge(answers, (4001,)) == Reachability(frozenset(), "11.0.3.1", 1)
+    assert judge(answers[1:], (4001,)) == Reachability(frozenset({4001}), "2a00:1::1", 2)
