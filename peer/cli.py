@@ -139,15 +139,17 @@ def join(
 
         known = parse_invite(invite)
         from dugnad.peer import folder as folders
-        from dugnad.peer import gate, roles
+        from dugnad.peer import gate
         from dugnad.peer.terminal import say
 
         where = folders.Folder(directory or folders.data_folder() / f"{known.name}-{known.run.hex()[:8]}")
-        network = roles.Network(host=host, port=port, metrics_port=metrics_port, give_mbit=give_mbit)
         cores = threads or cli_self.default_threads()
         say(f'dugnad {version("dugnad")}   run "{known.name}" ({known.run.hex()[:8]})')
         wanted = (("--port", port), ("--metrics-port", metrics_port))
         gate.check_machine(where, host, wanted, threads=cores, told=_tell_check)
+        from dugnad.peer import roles  # not before: it takes seconds, with torch
+
+        network = roles.Network(host=host, port=port, metrics_port=metrics_port, give_mbit=give_mbit)
         work = roles.join(known, where, network, threads=cores, checked=_tell_check, told=_tell_run(where, cores))
         _run(work, where, exit_with_stdin)
 
