@@ -19,7 +19,7 @@ from dugnad.peer.told import told_errors
 if TYPE_CHECKING:
     from dugnad.configs.recipe import Recipe
     from dugnad.peer.folder import Folder
-    from dugnad.peer.place import Network
+    from dugnad.peer.network import Network
 
 app = typer.Typer(
     name="dugnad",
@@ -168,15 +168,18 @@ def join(
 
         known = parse_invite(invite)
         from dugnad.peer import folder as folders
-        from dugnad.peer import gate, roles
+        from dugnad.peer import gate
+        from dugnad.peer.network import host_for
         from dugnad.peer.terminal import say
 
         where = folders.Folder(directory or folders.data_folder() / f"{known.name}-{known.run.hex()[:8]}")
-        network = _network(host or roles.host_for(known), port, bulk_port, announce, metrics_port, give_mbit)
+        network = _network(host or host_for(known), port, bulk_port, announce, metrics_port, give_mbit)
         cores = threads or cli_self.default_threads()
         say(f'dugnad {version("dugnad")}   run "{known.name}" ({known.run.hex()[:8]})')
         wanted = (("--port", port), ("--bulk-port", network.bulk.port), ("--metrics-port", metrics_port))
         gate.check_machine(where, network.host, wanted, threads=cores, told=_tell_check)
+        from dugnad.peer import roles  # not before: it takes seconds, with torch
+
         work = roles.join(known, where, network, threads=cores, checked=_tell_check, told=_tell_run(where, cores))
         _run(work, where, exit_with_stdin)
 
@@ -356,7 +359,7 @@ def _network(
     host: str, port: int, bulk_port: int | None, announce: str | None, metrics_port: int, give_mbit: float
 ) -> "Network":
     from dugnad.dht.multiaddrs import place_of
-    from dugnad.peer.place import Network
+    from dugnad.peer.network import Network
 
     try:
         outside = None if announce is None else place_of(announce)

@@ -11,15 +11,13 @@ from dugnad.coordinator import equivocation
 from dugnad.coordinator.messages import Genesis
 from dugnad.coordinator.surroundings import Surroundings
 from dugnad.dht import hello
-from dugnad.dht.budget import GIVE_MBIT
-from dugnad.dht.carrier import Place as CarrierPlace
 from dugnad.dht.daemon import everywhere
 from dugnad.dht.direct import Direct
 from dugnad.dht.evidence import Proofs
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId, nickname, peer_id_of, public_key_of, verify
 from dugnad.dht.invite import Invite, Pass
-from dugnad.dht.multiaddrs import ip_of, is_direct, is_local, is_public, on_tcp, port_of
+from dugnad.dht.multiaddrs import ip_of, is_direct, is_local, is_public, port_of
 from dugnad.dht.outside import Ways
 from dugnad.dht.paths import Abilities, Reach
 from dugnad.dht.records import owner_of
@@ -30,42 +28,13 @@ from dugnad.monitoring.exporter import Exporter
 from dugnad.monitoring.metrics import Metrics
 from dugnad.peer.face import Face
 from dugnad.peer.folder import Folder, RoleName
+from dugnad.peer.network import Network
 
 log = logging.getLogger(__name__)
 
 _REMEMBER_S = 5.0
 UNKNOWN_UPLINK = 1.0
 """Until uplinks are measured, all count as the same."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Network:
-    """Where a role listens (`port` and `metrics_port` 0 take any free one), and what it gives to those who fetch."""
-
-    host: str = "127.0.0.1"
-    port: int = 0
-    bulk_port: int | None = None
-    """Of direct connections; None: the one after `port`, or any where that is 0."""
-    metrics_port: int = 0
-    give_mbit: float = GIVE_MBIT
-    """Megabits a second."""
-    announce: str | None = None
-    """A multiaddr at which, by the user's word, everyone reaches this role; see `Ways`."""
-
-    @property
-    def bulk(self) -> CarrierPlace:
-        """Where direct connections are accepted."""
-        following = self.port + 1 if self.port else 0
-        return CarrierPlace(self.host, following if self.bulk_port is None else self.bulk_port)
-
-    @property
-    def listen(self) -> str:
-        """The multiaddr to listen on."""
-        return self.listen_on(self.port)
-
-    def listen_on(self, port: int) -> str:
-        """The multiaddr of another port on the same host."""
-        return on_tcp(self.host, port)
 
 
 @dataclass(frozen=True, slots=True)

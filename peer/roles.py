@@ -20,12 +20,12 @@ from dugnad.coordinator.sync import Asker, SyncError
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId, nickname, peer_id_of
 from dugnad.dht.invite import Invite, InviteError, Pass, check, encode_invite
-from dugnad.dht.multiaddrs import is_local
 from dugnad.dht.ticket import Terms
 from dugnad.peer import gate
 from dugnad.peer.folder import Folder, FolderError, OtherRun
+from dugnad.peer.network import Network
 from dugnad.peer.numerics import Numerics
-from dugnad.peer.place import Network, Place, Way, keep_remembering, placed, tcp_port
+from dugnad.peer.place import Place, Way, keep_remembering, placed, tcp_port
 from dugnad.peer.session import Session
 from dugnad.peer.terminal import live_line
 
@@ -39,11 +39,6 @@ _LOOK_S = 1.0
 
 class Dismissed(Exception):
     """The run wants us no more, or never did; the message is for the user."""
-
-
-def host_for(invite: Invite) -> str:
-    """Where a volunteer listens that was not told: all interfaces, unless the whole run is on this machine."""
-    return "127.0.0.1" if all(is_local(address) for address in invite.addresses) else "0.0.0.0"
 
 
 async def launch(recipe: Recipe, folder: Folder, network: Network, *, told: Callable[[str, str], None]) -> None:

@@ -26,7 +26,8 @@ from dugnad.dht.identity import Identity, PeerId
 from dugnad.dht.paths import Reach
 from dugnad.dht.transport import Transport, TransportError
 from dugnad.peer.folder import Folder
-from dugnad.peer.place import Network, Place, placed
+from dugnad.peer.network import Network
+from dugnad.peer.place import Place, placed
 from dugnad.peer.place import Way as WayIn
 
 RUN = bytes(range(32))

@@ -10,9 +10,9 @@ import pytest
 
 from dugnad.configs.recipe import load
 from dugnad.dht.invite import Invite
-from dugnad.peer import place as places
 from dugnad.peer import roles
 from dugnad.peer.folder import Folder, FolderError
+from dugnad.peer.network import Network
 
 HOLD = """
 import sys
@@ -59,9 +59,9 @@ def test_a_killed_process_leaves_its_folder_free(folder: Folder) -> None:
 
 
 BEGIN: dict[str, Callable[[Folder], Coroutine[Any, Any, object]]] = {
-    "launch": lambda folder: roles.launch(load("tiny-books"), folder, places.Network(), told=print),
-    "resume": lambda folder: roles.resume(folder, places.Network(), invite=None, told=print),
-    "join": lambda folder: roles.join(INVITE, folder, places.Network(), threads=1, checked=print, told=print),
+    "launch": lambda folder: roles.launch(load("tiny-books"), folder, Network(), told=print),
+    "resume": lambda folder: roles.resume(folder, Network(), invite=None, told=print),
+    "join": lambda folder: roles.join(INVITE, folder, Network(), threads=1, checked=print, told=print),
 }
 
 

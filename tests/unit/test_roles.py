@@ -24,6 +24,7 @@ from dugnad.dht.wire import seal
 from dugnad.peer import cli, roles
 from dugnad.peer import place as places
 from dugnad.peer.folder import Folder, FolderError
+from dugnad.peer.network import Network
 from tests.unit.memory_transport import Net, network
 
 ME, FOUNDER, ORGANIZER, OTHER = (Identity.from_seed(bytes([k]) * 32) for k in range(1, 5))
@@ -80,9 +81,9 @@ async def test_where_those_of_the_invite_are_gone_the_members_are_asked() -> Non
 
 @pytest.mark.parametrize("command", [["launch", "tiny-books"], ["join", encode_invite(INVITE)]])
 def test_what_a_volunteer_will_give_reaches_its_network(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
-    given: list[places.Network] = []
+    given: list[Network] = []
 
-    def begin(known: object, folder: object, network: places.Network, **_: object) -> None:
+    def begin(known: object, folder: object, network: Network, **_: object) -> None:
         given.append(network)
 
     monkeypatch.setattr(roles, command[0], begin)
@@ -173,7 +174,7 @@ async def test_a_folder_that_no_coordinator_can_go_on_from_is_refused_in_words(
     folder.create()
     make_ready(folder)
     with pytest.raises(FolderError, match=why):
-        await roles.resume(folder, places.Network(), invite=invite, told=lambda *_: None)
+        await roles.resume(folder, Network(), invite=invite, told=lambda *_: None)
 
 
 @contextlib.asynccontextmanager
@@ -209,7 +210,7 @@ async def test_a_key_alone_goes_on_with_the_run_of_the_invite_and_only_with_its_
     monkeypatch.setattr(roles, "_coordinate", coordinate)
     async with network() as net, asyncio.timeout(10), in_memory(net):
         await net.join(FOUNDER.peer_id).serve(CHANNEL, answer)
-        await roles.resume(own, places.Network(), invite=invite, told=lambda *_: None)
+        await roles.resume(own, Network(), invite=invite, told=lambda *_: None)
         with pytest.raises(FolderError, match=r"run\.key is not the key of this run"):
-            await roles.resume(foreign, places.Network(), invite=invite, told=lambda *_: None)
+            await roles.resume(foreign, Network(), invite=invite, told=lambda *_: None)
     assert went_on == [(genesis, own.path)]
