@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 
 from dugnad.coordinator.messages import ADMISSIONS_BYTES, Block
 from dugnad.coordinator.roll import ALLOW_LIST, OPEN, Admitted, Gate, Roll, RollError
+from dugnad.dht import hello
 from dugnad.dht.decisions import Decisions
 from dugnad.dht.delegation import Delegation, ends
+from dugnad.dht.hello import BANNED, NOT_ADMITTED
 from dugnad.dht.identity import PeerId
 from dugnad.dht.ticket import day_of
 from dugnad.dht.wire import WireError
@@ -21,7 +23,7 @@ from dugnad.dht.wire import WireError
 GRACE_S = 15.0
 """How long a decision may take to reach whoever leads, before voters object to what goes against it."""
 
-NOT_ADMITTED, OVER, BANNED = "E401", "E102", "E403"
+OVER = "E102"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,8 @@ class Refusal:
     reason: str
     """In one or a few words, to be counted."""
     sentence: str
+    why: str = ""
+    """What the organizer said of it."""
 
     def __str__(self) -> str:
         return f"{self.code} {self.sentence}"
@@ -86,6 +90,10 @@ class Admission:
             out |= {seat.coordinator}
         return frozenset(out)
 
+    def is_over(self, seat: Delegation) -> bool:
+        """Whether that delegation has ended."""
+        return seat.over(self._clock())
+
     def _endings(self, roll: Roll) -> tuple[tuple[int, PeerId], ...]:
         """Whose membership ends, when: the same for as long as the roll is."""
         if self._ending is None or self._ending[0] is not roll:
@@ -133,8 +141,7 @@ class Admission:
         now, roll = self._clock(), self._roll()
         banned = self.decisions.banned(now=now).get(peer)
         if banned is not None:
-            why = f": {banned.reason}" if banned.reason else ""
-            return Refusal(BANNED, "banned", f"your key was banned by the organizer{why}")
+            return Refusal(BANNED, "banned", hello.banned(banned.reason), banned.reason)
         known = roll.members.get(peer)
         if known is None and not self._gate.needs_proof(peer):
             return None
@@ -149,10 +156,9 @@ class Admission:
             allowed = self.decisions.on(peer, now=self._clock())
             if allowed is not None and allowed.verdict == "allow":
                 return None
-            asks = f"you are not on the allow-list. Your key: {peer} (send it to the organizer)."
-            return Refusal(NOT_ADMITTED, "not on the allow-list", asks)
+            return Refusal(NOT_ADMITTED, "not on the allow-list", hello.not_admitted("", peer))
         if not claim:
-            asks = f"members come by invitation, and your invite holds no ticket. {_ASK} Your key: {peer}"
+            asks = hello.not_admitted("members come by invitation, and your invite holds no ticket", peer)
             return Refusal(NOT_ADMITTED, "no ticket", asks)
         try:
             one = self._gate.read(claim)

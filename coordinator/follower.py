@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from msgspec import structs
 
 from dugnad.coordinator import equivocation
-from dugnad.coordinator.admission import NOT_ADMITTED, Admission, Refusal
+from dugnad.coordinator.admission import Admission, Refusal
 from dugnad.coordinator.effects import (
     Accuse,
     CatchUp,
@@ -57,6 +57,7 @@ from dugnad.coordinator.patience import NEVER, Patience, Watch
 from dugnad.coordinator.replica import Replica
 from dugnad.coordinator.votes import Signer, leaders, weight_of
 from dugnad.dht.delegation import Delegation
+from dugnad.dht.hello import NOT_ADMITTED
 from dugnad.dht.identity import PeerId
 from dugnad.dht.wire import Message
 

@@ -63,6 +63,8 @@ class Keeper:
             return "yields: another coordinator was started later with the run key"
         if self.dismissed is not None:
             return self.dismissed
+        if self.follower.admission.is_over(self._delegation):
+            return "its delegation is over: it takes the run's key to renew it"
         if self._no_model and self.follower.model is None:
             return f"has no model yet: {self._no_model}"
         if self.leader.phase is Phase.FOLLOWING:

@@ -157,6 +157,8 @@ class Ledger:
     def check(self, block: Block) -> None:
         """Raise LedgerError unless `block` may follow the head."""
         head = self.head
+        if block.round == head.round + 1 == 1 and block.parent != head.hash:
+            raise LedgerError("block of round 1 stands on another genesis than the one that names this run")
         if (block.epoch, block.round, block.parent) != (head.epoch, head.round + 1, head.hash):
             raise LedgerError(f"block of round {block.round} does not follow round {head.round} of this chain")
         if block.global_step != head.global_step + block.steps:

@@ -138,4 +138,4 @@ def is_proven(
 
 def _check_welcome(said: Welcome, run: bytes) -> None:
     if said.genesis.run != run:
-        raise WireError("foreign run", "its genesis is not the one that the invite names")
+        raise WireError("foreign genesis", "it is not the one that the invite names")

@@ -33,7 +33,7 @@ class _Checker:
 
 def status(directory: Path | None) -> dict[str, Any]:
     """What the role in `directory` says of itself; without one, the only role running from the data directory."""
-    folder = Folder(directory) if directory is not None else _only_one()
+    folder = Folder(directory) if directory is not None else only_one()
     role = folder.role()
     if role is None or not role.alive:
         raise AskError(f"{folder.path}: no role is running here. Start it with dugnad launch or dugnad join.")
@@ -45,7 +45,8 @@ def status(directory: Path | None) -> dict[str, Any]:
     return said
 
 
-def _only_one() -> Folder:
+def only_one() -> Folder:
+    """The folder of the only role running from the data directory. Raises AskError."""
     folders = inhabited_folders()
     if not folders:
         raise AskError("no role is running from the data directory. Name the folder of another with --dir.")

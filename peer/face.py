@@ -5,9 +5,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+from dugnad.coordinator.roll import ALLOW_LIST
 from dugnad.coordinator.service import Coordinator
 from dugnad.dht.direct import Direct
-from dugnad.dht.hello import Judge, welcomes
+from dugnad.dht.hello import BANNED, Verdict
 from dugnad.dht.identity import PeerId, nickname
 from dugnad.dht.records import ProgressBody
 from dugnad.dht.swarm import Swarm
@@ -32,10 +33,10 @@ class Face:
         """Why we may take part, to be shown until the chain says it."""
         self.invite: Callable[[], str] = str
         """Makes one that leads to this peer."""
+        self.invite_note: Callable[[], str] = str
+        """What whoever gives it to somebody should know."""
         self._state = ("", 0.0)
         """What the role does, and since when, by the monotonic clock."""
-        self.judge: Judge = welcomes
-        """What keeps a peer out that says hello, if anything; a role that lets in only some puts its own here."""
 
     def status(self) -> Report:
         """The role's report; an empty one before there is a role."""
@@ -55,8 +56,18 @@ class Face:
             "key_in_use": self.swarm.key_in_use,
             "state_s": time.monotonic() - self._state[1],
             "invite": self.invite(),
+            "invite_note": self.invite_note(),
             **self._ways(),
         }
+
+    def judge(self, peer: PeerId) -> Verdict:
+        """What keeps a peer out that says hello, as far as its name alone tells."""
+        role = self.role
+        refusal = None if role is None else role.follower.refuses(peer)
+        # who comes by invitation shows its claim later
+        if role is None or refusal is None or (refusal.code != BANNED and role.charter.admission != ALLOW_LIST):
+            return Verdict()
+        return Verdict(refusal.code, refusal.why)
 
     def refuses(self, peer: PeerId, claim: bytes) -> str | None:
         """Why `peer`, who shows this claim, may have no direct connection with us."""
@@ -86,6 +97,18 @@ class Face:
                 for pair in self.direct.paths()
             ],
         }
+
+    def decide(self, raw: bytes) -> str | None:
+        """Take and spread a decision of the organizer's; why it is refused, or None."""
+        return "this role is only starting" if self.swarm is None else self.swarm.decide(raw)
+
+    def decisions(self) -> list[dict[str, object]]:
+        """What the organizer has decided, oldest first."""
+        known = [] if self.swarm is None else self.swarm.decisions.all()
+        return [
+            {"subject": said.subject, "verdict": said.verdict, "reason": said.reason, "at_s": said.at_s}
+            for said in known
+        ]
 
     def line(self) -> str:
         """One line for a person who waits."""

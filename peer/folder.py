@@ -4,6 +4,7 @@ identity.key   this peer's key          run.key       the organizer's key, where
 chain.sqlite   the chain, and promises  blobs/        bytes of recent rounds
 checkpoints/   the model now and then   incoming/     chunks of a model that is on its way here
 peers.json     where others were        address       where a coordinator listens
+evidence       who is proven to lie     decisions     what the organizer has decided
 role.json      while a process lives here: its pid, and where to ask it
 lock           held while a process lives here
 log.txt        everything that was said
@@ -72,9 +73,9 @@ class Folder:
         self.path = path
 
     def create(self) -> None:
-        """Make the folder if it is not there. Raises FolderError."""
+        """Make the folder, the user's alone, if it is not there. Raises FolderError."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise FolderError(f"{self.path}: can't be made: {error.strerror}. Choose another with --dir.") from error
 

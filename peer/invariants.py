@@ -5,6 +5,7 @@ with the checks that peers make, beyond the words of the messages, so that a rul
 A peer among the `liars` may say anything. What it says must change nothing for the others.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Protocol
 
@@ -27,6 +28,7 @@ from dugnad.coordinator.messages import (
 )
 from dugnad.coordinator.votes import MIN_EARNERS
 from dugnad.dht.identity import PeerId
+from dugnad.dht.ticket import parse_claim
 
 Verify = Callable[[PeerId, bytes, bytes], bool]
 
@@ -94,6 +96,10 @@ class Invariants:
         self._blocks: dict[bytes, Block] = {}
         self._done: dict[bytes, ranges.Ranges] = {charter.run: ()}
         """Block -> the samples that were trained on in the chain up to it."""
+        self._members: dict[bytes, tuple[frozenset[PeerId], Counter[bytes]]] = {
+            charter.run: (frozenset((charter.founder,)), Counter())
+        }
+        """Block -> who was admitted in the chain up to it, and how many by each ticket."""
         self._voted: dict[tuple[bytes, int, int, int, int], bytes] = {}
         """(incarnation, epoch, round, view, phase) -> the block that it voted for."""
         self._pledged: dict[tuple[bytes, int, int], int] = {}
@@ -182,6 +188,7 @@ class Invariants:
             self._check_certificate(commit, committee)
         if self._models[block.parent] != block.model_before:
             self._fail(f"round {block.round} stands on another model than the one after the round before")
+        self._check_members(block)
         self._check_work(block)
 
     def applies(self, peer: PeerId, incarnation: bytes, commit: Commit, model: bytes) -> None:
@@ -223,6 +230,23 @@ class Invariants:
         total = sum(voter.weight for voter in committee)
         open_ = self._charter.rule.open and sum(voter.weight > 0 for voter in committee) >= MIN_EARNERS
         return 3 * weight > 2 * total if open_ else 2 * weight > total
+
+    def _check_members(self, block: Block) -> None:
+        """Who contributes was admitted, and by each ticket came no more members than it says."""
+        charter = self._charter
+        if charter.admission != "invited":
+            return
+        members, uses = self._members[block.parent]
+        claims = [parse_claim(raw, charter.run, charter.organizer, self._verify) for raw in block.admissions]
+        if claims:
+            members = members | {said.peer for said in claims}
+            uses = uses + Counter(said.ticket.id for said in claims)
+        self._members[block.hash] = members, uses
+        if any(0 < said.ticket.uses < uses[said.ticket.id] for said in claims):
+            self._fail(f"round {block.round} admits more members by a ticket than it says")
+        for entry in block.entries:
+            if entry.peer not in members:
+                self._fail(f"round {block.round} counts the work of {entry.peer}, who was never admitted")
 
     def _check_work(self, block: Block) -> None:
         """Each part reduced once, from the one set of the block; each peer counted once, each sample done or to do."""

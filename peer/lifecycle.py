@@ -19,12 +19,13 @@ from itertools import pairwise
 
 from dugnad.coordinator import follower as following
 from dugnad.coordinator import ranges
-from dugnad.coordinator.admission import BANNED, Refusal
+from dugnad.coordinator.admission import Refusal
 from dugnad.coordinator.effects import Cost, Refused, Resync, Send
 from dugnad.coordinator.effects import Effect as LeaderEffect
 from dugnad.coordinator.membership import Stage, stretch
 from dugnad.coordinator.messages import Applied, Commit, Contribution, Freeze, Have, Plan, Report, Seat, Standing
 from dugnad.coordinator.rounds import Leader
+from dugnad.dht.hello import BANNED
 from dugnad.dht.identity import PeerId
 from dugnad.dht.paths import Abilities
 from dugnad.dht.wire import Message

@@ -138,7 +138,9 @@ async def connected(
     face.claim = way.invite.claim(identity.peer_id) if way.invite is not None else b""
     metrics = face.metrics
     async with (
-        Exporter(metrics, face.status, port=network.metrics_port) as exporter,
+        Exporter(
+            metrics, face.status, port=network.metrics_port, decide=face.decide, decisions=face.decisions
+        ) as exporter,
         Rendezvous(
             identity, listen=network.bulk, folder=folder.path, meter=metrics.bytes_moved, punched=metrics.punched
         ) as rendezvous,
@@ -194,7 +196,7 @@ def _open_hosts(host: Host, port: int) -> tuple[str, ...]:
 @contextlib.asynccontextmanager
 async def _greeted(host: Host, way: Way, face: Face) -> AsyncIterator[None]:
     """Say hello, and answer it, before anything else: who does not fit should hear why. Raises TurnedAway."""
-    await hello.serve(host, way.run, way.name, judge=lambda peer: face.judge(peer), seen=host.seen_at)
+    await hello.serve(host, way.run, way.name, judge=face.judge, seen=host.seen_at)
     await hello.greet(host, [peer for peer in way.invited if peer in host.contacts.peers], way.run)
     yield
 

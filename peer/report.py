@@ -101,6 +101,7 @@ def _of_any(role: Shell, name: str) -> Report:
         "head": head.hash.hex(),
         "global_step": head.global_step,
         "total_steps": role.recipe.rounds.total_steps,
+        "admission": role.charter.admission,
         "model_round": role.follower.model_round,
         "model_digest": model.hex() if model is not None else None,
         "epoch": head.epoch,
@@ -153,6 +154,7 @@ def text(said: Report) -> str:
     lines = [
         f"run          {said['name']} ({said['run'][:8]})",
         f"you are      {said['nickname']}, {said['role']} (pid {said['pid']})",
+        f"your key     {said['peer']}",
         f"round        {said['round']}, step {said['global_step']} of {said['total_steps']}",
         f"state        {said['state']}: {said['reason']}",
         f"validation   {loss}",

@@ -14,7 +14,7 @@ from blake3 import blake3
 from dugnad.configs.recipe import Recipe, decode, encode
 from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.messages import Genesis, Welcome
-from dugnad.coordinator.roll import INVITED
+from dugnad.coordinator.roll import ALLOW_LIST, INVITED
 from dugnad.coordinator.service import Coordinator
 from dugnad.coordinator.sync import Asker, SyncError
 from dugnad.dht.host import Host
@@ -35,6 +35,11 @@ WELCOME_S = 60.0
 """How long a volunteer looks for someone who can say what the run is."""
 _LOOK_S = 1.0
 """How often it is seen to that the network daemon is there."""
+_NO_TICKET = (
+    "This invite leads to the run and lets nobody in: the one that this peer came by is for itself alone, used up or "
+    "expired. Ask the organizer for one (dugnad invite, where run.key is)."
+)
+_ON_THE_LIST = "Who joins by it needs to be on the organizer's allow-list."
 
 
 class Dismissed(Exception):
@@ -125,7 +130,12 @@ async def join(
                 given = invite.ticket if role.may_pass_on(place.face.claim) else None
                 return encode_invite(place.invite(genesis, recipe.name, given))
 
-            place.face.role, place.face.invite = role, passed_on
+            def note() -> str:
+                if role.charter.admission != INVITED or role.may_pass_on(place.face.claim):
+                    return _ON_THE_LIST if role.charter.admission == ALLOW_LIST else ""
+                return _NO_TICKET
+
+            place.face.role, place.face.invite, place.face.invite_note = role, passed_on, note
             with folder.inhabited("volunteer", invite.run, recipe.name, place.url):
                 await _until_done(role, place, folder, role.leave, "leaving after this round; Ctrl+C again leaves now")
     if role.machine.dismissed is not None:

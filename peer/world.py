@@ -29,10 +29,10 @@ from dugnad.coordinator.rounds import Leader, Phase
 from dugnad.coordinator.state import SHORT_REPLAY_ROUNDS
 from dugnad.coordinator.votes import QuorumRule
 from dugnad.dht.decisions import Decision, Decisions
-from dugnad.dht.delegation import delegate
+from dugnad.dht.delegation import Delegation, delegate
 from dugnad.dht.identity import PeerId
 from dugnad.dht.paths import Abilities, Reach
-from dugnad.dht.ticket import Terms, claim, issue
+from dugnad.dht.ticket import Terms, Ticket, claim, issue
 from dugnad.dht.wire import Message
 from dugnad.optim import reduce as reducing
 from dugnad.optim.plan import assign_parts
@@ -152,7 +152,7 @@ class World:
         self.charter = Charter(RUN, ORGANIZER, COORDINATOR, FIRST_INCARNATION, rule or QuorumRule(), kind)
         self.gate = self.charter.gate(SimSigner(ORGANIZER).verify)
         """Shared: what one of a thousand peers found out about a claim need not be found out a thousand times."""
-        self.ticket = issue(SimSigner(ORGANIZER), RUN, TICKET, Terms())
+        self.ticket = self.issue(Terms())
         """What volunteers come with from now on."""
         self.decisions: list[Decision] = []
         """What the organizer has decided, oldest first: who starts later hears of it at once."""
@@ -188,15 +188,22 @@ class World:
 
     # -- what a test scripts
 
-    def start_coordinator(self, name: str = COORDINATOR) -> "CoordinatorNode":
-        """Start a coordinator, first or again, from its disk: each start is a new term."""
+    def start_coordinator(self, name: str = COORDINATOR, *, until_s: float = 0.0) -> "CoordinatorNode":
+        """Start a coordinator, first or again, from its disk: each start is a new term.
+
+        until_s: virtual time at which its delegation ends; 0: never.
+        """
         peer = PeerId(name)
         assert peer not in self.nodes, "two coordinators from one disk"
         self.starts += 1
-        node = CoordinatorNode(self, peer, self._disk(peer), term=self.starts)
+        node = CoordinatorNode(self, peer, self._disk(peer), self.delegation(peer, until_s))
         self.nodes[peer] = node
         node.begin()
         return node
+
+    def delegation(self, peer: PeerId, until_s: float = 0.0) -> Delegation:
+        """The organizer's newest word that `peer` may have the coordinator's seat."""
+        return delegate(SimSigner(ORGANIZER), RUN, peer, self.starts, int(WALL_S + until_s) if until_s else 0)
 
     def start_volunteer(self, name: str, *, fresh_disk: bool = False) -> "VolunteerNode":
         """Start a volunteer that joins, or joins again with the disk it had."""
@@ -282,6 +289,10 @@ class World:
     def wall_s(self) -> float:
         """The run's time, unix seconds."""
         return WALL_S + self.now
+
+    def issue(self, terms: Terms) -> Ticket:
+        """A ticket of the organizer's."""
+        return issue(SimSigner(ORGANIZER), RUN, TICKET, terms)
 
     def decide(self, verdict: str, name: str, reason: str = "", *, unheard_by: Iterable[str] = ()) -> None:
         """The organizer decides about a peer; everyone hears of it at once but for those that a test names."""
@@ -768,13 +779,13 @@ class CoordinatorNode(Node):
 
     machine: Keeper
 
-    def __init__(self, world: World, peer: PeerId, disk: Disk, *, term: int) -> None:
+    def __init__(self, world: World, peer: PeerId, disk: Disk, delegation: Delegation) -> None:
         super().__init__(world, peer, disk)
         rounds = world.recipe.rounds
         self.machine = Keeper(
             peer,
             self.lead(),
-            delegate(SimSigner(ORGANIZER), RUN, peer, term),
+            delegation,
             report_s=rounds.report_s,
             leave_s=rounds.train_s,
         )

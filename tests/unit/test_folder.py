@@ -58,6 +58,16 @@ def test_a_killed_process_leaves_its_folder_free(folder: Folder) -> None:
         pass
 
 
+def test_what_a_role_keeps_is_its_users_alone(folder: Folder) -> None:
+    with folder.occupied(), folder.inhabited("volunteer", b"run", "quick", "http://here"):
+        folder.identity()
+        folder.organizer()
+        folder.remember(["/ip4/127.0.0.1/tcp/1"])
+        assert folder.path.stat().st_mode & 0o777 == 0o700
+        for name in ("identity.key", "run.key", "peers.json", "role.json"):
+            assert (folder.path / name).stat().st_mode & 0o777 == 0o600, name
+
+
 BEGIN: dict[str, Callable[[Folder], Coroutine[Any, Any, object]]] = {
     "launch": lambda folder: roles.launch(load("tiny-books"), folder, Network(), told=print),
     "resume": lambda folder: roles.resume(folder, Network(), invite=None, told=print),

@@ -296,6 +296,13 @@ def test_votes_of_another_run_prove_nothing_here() -> None:
         here.check_commit(certify(block, [FOUNDER]))
 
 
+def test_a_history_that_begins_with_another_genesis_is_refused_as_that() -> None:
+    fake = honest_chain()
+    here = Ledger(dataclasses.replace(a_ledger().charter, run=digest("the run of the invite")), SIGNER)
+    with pytest.raises(LedgerError, match="another genesis than the one that names this run"):
+        here.check_commit(fake[0])
+
+
 # -- epochs
 
 

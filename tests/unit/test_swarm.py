@@ -13,6 +13,7 @@ import pytest
 from dugnad.dht import records
 from dugnad.dht import swarm as swarms
 from dugnad.dht.clock import Clock, Time, encode_time
+from dugnad.dht.decisions import decide
 from dugnad.dht.evidence import RECORDS, Evidence, Proofs, of_records
 from dugnad.dht.gossip import Push, Summary
 from dugnad.dht.identity import Identity, PeerId, nickname
@@ -446,6 +447,56 @@ async def test_a_damaged_file_of_evidence_does_not_keep_a_peer_out(
     async with swarm(QuietHost()) as made:
         assert made.quarantined() == frozenset()
     assert "has to come from others" in caplog.text
+
+
+# -- what the organizer decides
+
+ORGANIZER, PEER = (Identity.from_seed(bytes([k]) * 32) for k in (5, 6))
+
+
+def decision(verdict: str = "ban", *, on: Identity = PEER, by: Identity = ORGANIZER, after_s: float = 0.0) -> bytes:
+    return decide(by, RUN, on.peer_id, verdict, "poison", now=time.time(), after_s=after_s).raw
+
+
+async def test_a_decision_by_whatever_way_it_comes_holds_and_is_known_after_a_restart(
+    swarm: Enter, caplog: pytest.LogCaptureFixture
+) -> None:
+    host = QuietHost()
+    async with swarm(host, organizer=ORGANIZER.peer_id) as made:
+        await host.heard(OTHER.peer_id, seal(OTHER, RUN, CODEC, Push((decision(),))))
+        assert made.decisions.banned(now=made.now()).keys() == {PEER.peer_id}
+    assert f"({PEER.peer_id}) is banned by the organizer: poison" in caplog.text
+    async with swarm(QuietHost(), organizer=ORGANIZER.peer_id) as made:
+        (said,) = made.decisions.all()
+        assert made.decide(decision("unban", after_s=said.at_s)) is None
+        assert not made.decisions.banned(now=made.now())
+        assert made.decide(said.raw) == "there is a newer decision on that, or no room for another"
+        spread = [one.raw for one in made.records.items("decision", now=made.now())]
+    assert len(spread) == 1
+
+
+async def test_nobody_but_the_organizer_is_heard(swarm: Enter) -> None:
+    host, refused = QuietHost(), list[str]()
+    async with swarm(host, organizer=ORGANIZER.peer_id, refused=refused.append) as made:
+        await host.heard(OTHER.peer_id, seal(OTHER, RUN, CODEC, Push((decision(by=OTHER),))))
+        assert "not the organizer" in str(made.decide(decision(by=PEER)))
+        assert "no decision" in str(made.decide(two_things(OTHER)[0].raw))
+        assert "malformed" in str(made.decide(b""))
+        assert made.decisions.all() == []
+    assert refused == ["not the organizer"]
+
+
+async def test_where_the_organizer_is_unknown_nobody_is_heard(swarm: Enter) -> None:
+    async with swarm(QuietHost()) as made:
+        assert "not known here" in str(made.decide(decision()))
+
+
+async def test_what_was_said_of_ourselves_is_heard_anew_after_a_restart(swarm: Enter) -> None:
+    async with swarm(QuietHost(), organizer=ORGANIZER.peer_id) as made:
+        assert made.decide(decision(on=ME)) is None
+        assert made.decide(decision(on=PEER)) is None
+    async with swarm(QuietHost(), organizer=ORGANIZER.peer_id) as made:
+        assert [said.subject for said in made.decisions.all()] == [PEER.peer_id], "it may have been taken back since"
 
 
 @pytest.mark.parametrize("num_members", [1, 100, 1000, 10_000])

@@ -410,12 +410,12 @@ LIES: dict[str, tuple[Message | bytes, str]] = {
     "another run's seal": (sealed(WELCOME, run=RUN), "foreign run"),
     "another signer": (sealed(WELCOME, by=OTHER, run=WORLD.run), "wrong answer"),
     "another answer": (Commits(0, 0, ()), "wrong answer"),
-    "another genesis": (Welcome(GENESIS), "foreign run"),
-    "another organizer": (of_genesis(organizer=OTHER.peer_id), "foreign run"),
-    "another recipe": (of_genesis(recipe=b"{}"), "foreign run"),
-    "another founder": (of_genesis(founder=DONOR.peer_id), "foreign run"),
-    "another disk of the founder": (of_genesis(incarnation=bytes(8)), "foreign run"),
-    "another first model": (of_genesis(first_model=digest("another")), "foreign run"),
+    "another genesis": (Welcome(GENESIS), "foreign genesis"),
+    "another organizer": (of_genesis(organizer=OTHER.peer_id), "foreign genesis"),
+    "another recipe": (of_genesis(recipe=b"{}"), "foreign genesis"),
+    "another founder": (of_genesis(founder=DONOR.peer_id), "foreign genesis"),
+    "another disk of the founder": (of_genesis(incarnation=bytes(8)), "foreign genesis"),
+    "another first model": (of_genesis(first_model=digest("another")), "foreign genesis"),
 }
 
 

@@ -1,0 +1,213 @@
+"""What the organizer says of who may take part: tickets, and decisions that whoever is there spreads.
+
+Both are signed here, with the run.key of a folder; no process needs it. A ticket is of use by itself. A decision is
+handed to a role that runs, in that folder or in another (`through`), over its local HTTP: that it is the organizer's,
+its signature says.
+"""
+
+import contextlib
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from dugnad.configs.recipe import decode
+from dugnad.coordinator.chain import Chain
+from dugnad.coordinator.roll import ALLOW_LIST, INVITED, OPEN
+from dugnad.dht import decisions
+from dugnad.dht.identity import Identity, PeerId, nickname, public_key_of
+from dugnad.dht.invite import Invite, Pass, encode_invite, parse_invite
+from dugnad.dht.ticket import Terms, day_of
+from dugnad.peer import ask
+from dugnad.peer.folder import Folder, Role
+
+_ANSWER_S = 5.0
+MAX_ADDRESSES = 16
+_DURATION = re.compile(r"(\d{1,6})\s*(min|h|d|w)")
+_UNIT_S = {"min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+def seconds_of(duration: str) -> int:
+    """The seconds of "90min", "12h", "7d" or "2w". Raises AskError."""
+    said = _DURATION.fullmatch(duration.strip())
+    if said is None:
+        raise ask.AskError(f'"{duration}" is no duration: a number and min, h, d or w, as in 7d')
+    return int(said[1]) * _UNIT_S[said[2]]
+
+
+def key_of(text: str) -> PeerId:
+    """The peer of that key. Raises AskError."""
+    try:
+        public_key_of(PeerId(text))
+    except ValueError as error:
+        raise ask.AskError(f'"{text}" is no key of a peer ({error}). Its owner sees it in dugnad status.') from None
+    return PeerId(text)
+
+
+class Organizer:
+    """Who has the run.key of a folder, and the role through which it is heard: of the same folder unless told.
+
+    Raises AskError where there is no such key.
+    """
+
+    def __init__(self, directory: Path | None, through: Path | None = None) -> None:
+        self.folder = Folder(directory) if directory is not None else ask.only_one()
+        if not self.folder.has_run_key:
+            raise ask.AskError(
+                f"{self.folder.path}: there is no run.key here, and only who has it can decide who takes part. "
+                "Name the folder that it is in with --dir."
+            )
+        self.key: Identity = self.folder.organizer()
+        self._through = self.folder if through is None else Folder(through)
+
+    # -- tickets
+
+    def invite(self, terms: Mapping[str, Any], *, expires_s: int = 0, until_s: int = 0) -> tuple[str, str]:
+        """An invite with a new ticket, and what it is good for, in words.
+
+        expires_s, until_s: from now on; 0 for ever. Without any of these, the invite that the launch printed. Raises
+        AskError where nobody knows where the run is, or where it asks for no ticket.
+        """
+        base, kind = self._base()
+        asked = bool(terms) or expires_s > 0 or until_s > 0
+        if kind != INVITED:
+            if asked:
+                raise ask.AskError(_NO_TICKETS[kind])
+            return encode_invite(msgspec.structs.replace(base, ticket=None)), _NO_TICKETS[kind]
+        now = self._now()
+        given = Terms(
+            **terms,
+            expires=int(now + expires_s) if expires_s else 0,
+            until=int(now + until_s) if until_s else 0,
+        )
+        from dugnad.peer.roles import lasting_ticket
+
+        new = Pass.issue(self.key, base.run, os.urandom(32), given) if asked else lasting_ticket(self.key, base.run)
+        return encode_invite(msgspec.structs.replace(base, ticket=new)), _in_words(given)
+
+    def _base(self) -> tuple[Invite, str]:
+        """An invite that leads to the run, and whom the run admits: as a living role knows, or else our own disk."""
+        if self._living() is not None:
+            said = self._status()
+            return parse_invite(said["invite"]), said["admission"]
+        chain = self._through.chain
+        genesis = None
+        if chain.exists():
+            with contextlib.closing(Chain(chain, read_only=True)) as kept:
+                genesis = kept.genesis()
+        if genesis is None or genesis.organizer != self.key.peer_id:
+            raise ask.AskError(
+                f"{self._through.path}: no run of this run.key is here, and no role of it runs here. Name the folder "
+                "of one that does with --through: a volunteer's will do."
+            )
+        own = self._through.address
+        first = [] if own is None else [f"{own}/p2p/{self._through.identity().peer_id}"]
+        addresses = tuple(dict.fromkeys((*first, *self._through.remembered())))[:MAX_ADDRESSES]
+        if not addresses:
+            raise ask.AskError(f"{self._through.path}: it is not known here where any peer is. Start a role first.")
+        recipe = decode(genesis.recipe)
+        return Invite(genesis.run, self.key.public_key, addresses, recipe.name), recipe.admission.kind
+
+    # -- decisions
+
+    def decide(self, who: str, verdict: str, reason: str = "") -> tuple[str, str]:
+        """Decide about a peer (a key, or a nickname that one peer has), or about the ticket of an invite, for everyone.
+
+        Returns who that is, for people, and whom the run admits. Raises AskError where nobody can be told or it is
+        not clear who is meant.
+        """
+        if self._living() is None:
+            raise ask.AskError(
+                f"{self._through.path}: no role is running here that could tell the others. Name the folder of one "
+                "that is with --through DIR: a volunteer's will do."
+            )
+        said, known = self._status(), self._known()
+        run = bytes.fromhex(said["run"])
+        subject, name = self._subject(who, run, said, known)
+        after_s = max((one["at_s"] for one in known if one["subject"] == subject), default=0.0)
+        try:
+            record = decisions.decide(self.key, run, subject, verdict, reason, now=self._now(), after_s=after_s)
+        except ValueError as error:
+            raise ask.AskError(f"that can't be said: {error}") from error
+        refused = self._request("/decision", record.raw)["refused"]
+        if refused is not None:
+            raise ask.AskError(f"{self._through.path}: the role there refuses it: {refused}")
+        return name, said["admission"]
+
+    def _subject(self, who: str, run: bytes, said: dict[str, Any], known: list[dict[str, Any]]) -> tuple[str, str]:
+        if who.startswith("dugnad1:"):
+            given = parse_invite(who)
+            if given.run != run or given.ticket is None:
+                raise ask.AskError("that invite holds no ticket of this run")
+            ticket = given.ticket.of(run, Identity.from_seed(given.ticket.seed).peer_id).id.hex()
+            return ticket, f"ticket {ticket[:8]}"
+        with contextlib.suppress(ValueError):
+            public_key_of(PeerId(who))
+            return who, f"{nickname(PeerId(who))} ({who})"
+        known_peers = {said["peer"], said["coordinator"]["peer"], *said["committee"]}
+        known_peers |= {peer["peer"] for peer in said["peers"]} | {one["subject"] for one in known}
+        found = sorted(peer for peer in known_peers if nickname(PeerId(peer)) == who)
+        if len(found) == 1:
+            return found[0], f"{who} ({found[0]})"
+        if found:
+            keys = "\n".join(f"     {peer}" for peer in found)
+            raise ask.AskError(f"{len(found)} peers are called {who}; say which by its key:\n{keys}")
+        raise ask.AskError(
+            f"nobody here is called {who}. Name the peer by its key, 12D3KooW...; dugnad status lists who is here."
+        )
+
+    # -- the role through which we are heard
+
+    def _living(self) -> Role | None:
+        role = self._through.role()
+        return role if role is not None and role.alive else None
+
+    def _status(self) -> dict[str, Any]:
+        said = ask.status(self._through.path)
+        if not said:
+            raise ask.AskError(f"{self._through.path}: the role there is only starting. Try again in a moment.")
+        return said
+
+    def _known(self) -> list[dict[str, Any]]:
+        """What was decided before, as that role knows."""
+        return list(self._request("/decisions"))
+
+    def _now(self) -> float:
+        """The run's time, unix seconds, as that role knows it."""
+        offset_s = 0.0 if self._living() is None else float(self._status()["clock_offset_s"])
+        return self._clock_s() + offset_s
+
+    @staticmethod
+    def _clock_s() -> float:
+        """This machine's clock, which may err."""
+        return time.time()
+
+    def _request(self, path: str, body: bytes | None = None) -> Any:
+        role = self._living()
+        assert role is not None
+        try:
+            with urllib.request.urlopen(f"{role.url}{path}", data=body, timeout=_ANSWER_S) as answer:
+                return json.load(answer)
+        except (urllib.error.URLError, TimeoutError, ValueError) as error:
+            raise ask.AskError(f"{self._through.path}: the {role.role} (pid {role.pid}) says: {error}") from error
+
+
+def _in_words(terms: Terms) -> str:
+    places = "any number of members" if not terms.uses else "1 member" if terms.uses == 1 else f"{terms.uses} members"
+    whose = f", for {terms.bound} alone" if terms.bound else ""
+    claimed = f", to be used by {day_of(terms.expires)}" if terms.expires else ""
+    lasts = f"; they are members until {day_of(terms.until)}" if terms.until else ""
+    return f"good for {places}{whose}{claimed}{lasts}"
+
+
+_NO_TICKETS = {
+    OPEN: "this run is open: anyone may join by this invite, for whom it is and until when can't be limited",
+    ALLOW_LIST: "this run has an allow-list: whoever joins by this invite needs your word as well: dugnad allow KEY",
+}
