@@ -1,0 +1,288 @@
+"""The doctor's verdicts over measured facts: one table, and what people and programs read."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dugnad.configs.recipe import load
+from dugnad.dht.paths import Path as Way
+from dugnad.dht.paths import Reach
+from dugnad.peer import doctor, measure
+from dugnad.peer.doctor import Check, CheckFailed, Facts, Machine, NetworkFacts, Port, Software, Verdict
+from dugnad.peer.errors import sentence_of
+from dugnad.peer.needs import FOLDER_BYTES, PROCESS_BYTES, Needs, needs_of
+
+OK, WARNING, FAILURE = Verdict.OK, Verdict.WARNING, Verdict.FAILURE
+SOFTWARE = Software(dugnad="0.1.0", python="3.11.7", torch="2.13.0", hivemind="1.1.12", daemon_fault="")
+MACHINE = Machine(
+    memory_free_bytes=8_050_000_000, disk_free_bytes=41 * 10**9, folder="/data", cores=4, threads=2, gpu=""
+)
+NEEDS = Needs(3_120_000_000, 1_900_000_000, "tiny")
+NETWORK = NetworkFacts(asked=3, reached=3, run='"tiny"', clock_error_s=0.2, clock_peers=3)
+STALE = ("192.0.2.4:4001", "answered as 12D3..aa, the invite says 12D3..bb (re-installed? the invite is stale)")
+
+
+def found(name: str, facts: Facts) -> Check:
+    (check,) = [check for check in doctor.checks(facts) if check.name == name]
+    return check
+
+
+def facts(**changed: Any) -> Facts:
+    whole: dict[str, Any] = {"software": SOFTWARE, "machine": MACHINE, "needs": NEEDS, "network": NETWORK}
+    return Facts(**whole | changed)
+
+
+def with_network(**changed: Any) -> Facts:
+    return facts(network=replace(NETWORK, **changed))
+
+
+CASES: list[tuple[str, Facts, Verdict, str, str, str]] = [
+    ("software", facts(), OK, "dugnad 0.1.0, python 3.11.7, torch 2.13.0, libp2p starts", "", ""),
+    (
+        "software",
+        facts(software=replace(SOFTWARE, torch="")),
+        FAILURE,
+        "dugnad 0.1.0, python 3.11.7, torch missing",
+        "torch is not installed:  pip install -U dugnad",
+        "",
+    ),
+    (
+        "software",
+        facts(software=replace(SOFTWARE, daemon_fault="it said nothing")),
+        FAILURE,
+        "dugnad 0.1.0, python 3.11.7, torch 2.13.0",
+        "the network daemon does not start: it said nothing",
+        "",
+    ),
+    ("memory", facts(), OK, "8.0 GB free, needs 3.2", "", ""),
+    (
+        "memory",
+        facts(needs=Needs(11_200_000_000)),
+        FAILURE,
+        "8.0 GB free, needs 11.2",
+        "Close other programs, or join a smaller run.",
+        "E302",
+    ),
+    ("disk", facts(), OK, "41.0 GB free, needs 1.9", "", ""),
+    (
+        "disk",
+        facts(machine=replace(MACHINE, disk_free_bytes=10**9)),
+        FAILURE,
+        "1.0 GB free, needs 1.9",
+        "Make room in /data, or choose a folder on another disk with --dir.",
+        "E303",
+    ),
+    ("cpu", facts(), OK, "2 of 4 cores to train with", "", ""),
+    (
+        "cpu",
+        facts(machine=replace(MACHINE, threads=8)),
+        WARNING,
+        "8 of 4 cores to train with",
+        "more threads than cores slow it down: --threads 4",
+        "",
+    ),
+    ("gpu", facts(), OK, "none", "", ""),
+    ("gpu", facts(machine=replace(MACHINE, gpu=None)), OK, "not looked for", "", ""),
+    (
+        "gpu",
+        facts(machine=replace(MACHINE, gpu="NVIDIA H100", gpu_free_bytes=79 * 10**9)),
+        OK,
+        "NVIDIA H100, 79.0 GB free",
+        "",
+        "",
+    ),
+    (
+        "gpu",
+        facts(needs=replace(NEEDS, gpu=True)),
+        FAILURE,
+        "none",
+        "tiny trains with adamw8bit, on NVIDIA GPUs only",
+        "",
+    ),
+    ("ports", facts(), OK, "any free ones", "", ""),
+    ("ports", facts(ports=(Port("--port", 4001, ""), Port("--metrics-port", 0, ""))), OK, "--port 4001", "", ""),
+    (
+        "ports",
+        facts(ports=(Port("--port", 4001, "E202 /ip4/0.0.0.0/tcp/4001: another program listens there"),)),
+        FAILURE,
+        "--port 4001",
+        "/ip4/0.0.0.0/tcp/4001: another program listens there",
+        "E202",
+    ),
+    ("network", facts(network=None), OK, "not looked at: give an invite", "", ""),
+    ("network", facts(), OK, '3 of 3 known addresses answer: "tiny"', "", ""),
+    (
+        "network",
+        with_network(reached=2, failures=(STALE,)),
+        WARNING,
+        '2 of 3 known addresses answer: "tiny"',
+        f"{STALE[0]} {STALE[1]}",
+        "",
+    ),
+    (
+        "network",
+        with_network(reached=0, failures=(STALE, ("198.51.100.9:4001", "no answer in 5 s (firewall, or host down)"))),
+        FAILURE,
+        "0 of 3 known addresses answer",
+        f"{STALE[0]} {STALE[1]}; 198.51.100.9:4001 no answer in 5 s (firewall, or host down)",
+        "E201",
+    ),
+    (
+        "network",
+        with_network(refused="E301 this run speaks protocol 3, you have 1:  pip install -U dugnad"),
+        FAILURE,
+        "3 of 3 known addresses answer",
+        "this run speaks protocol 3, you have 1:  pip install -U dugnad",
+        "E301",
+    ),
+    (
+        "network",
+        with_network(refused="E401 you are not on the allow-list."),
+        OK,
+        "3 of 3 known addresses answer; whether you are admitted shows in joining",
+        "",
+        "",
+    ),
+    (
+        "network",
+        with_network(refused="E403 the organizer has banned your key.", stranger=False),
+        FAILURE,
+        "3 of 3 known addresses answer",
+        "the organizer has banned your key.",
+        "E403",
+    ),
+    (
+        "network",
+        with_network(run=""),
+        WARNING,
+        "3 of 3 known addresses answer",
+        "none of them says what the run is: it may be starting",
+        "",
+    ),
+    ("clock", facts(network=None), OK, "not looked at: give an invite", "", ""),
+    ("clock", with_network(clock_error_s=None), OK, "not compared: nobody answered", "", ""),
+    ("clock", facts(), OK, "right, by 3 peers", "", ""),
+    ("clock", with_network(clock_error_s=-2.0, clock_peers=1), OK, "2 s slow, corrected against 1 peer", "", ""),
+    (
+        "clock",
+        with_network(clock_error_s=3720.0),
+        WARNING,
+        "1 h 2 min fast, corrected against 3 peers",
+        "set it: what else runs here goes by it",
+        "",
+    ),
+    ("nat", facts(), OK, "not measured", "", ""),
+    ("nat", with_network(reach=Reach.UNKNOWN), OK, "not measured", "", ""),
+    ("nat", with_network(reach=Reach.OPEN), OK, "none in the way: others can connect to this machine", "", ""),
+    ("nat", with_network(reach=Reach.CONE), OK, "behind a router through which direct paths can be opened", "", ""),
+    (
+        "nat",
+        with_network(reach=Reach.SYMMETRIC),
+        WARNING,
+        "symmetric: most paths go through a relay",
+        doctor.SYMMETRIC_ADVICE,
+        "",
+    ),
+    ("inbound", facts(), OK, "not measured", "", ""),
+    ("inbound", with_network(inbound=True), OK, "a member connected to this machine", "", ""),
+    (
+        "inbound",
+        with_network(inbound=False),
+        WARNING,
+        "no member can connect to this machine",
+        "inbound blocked: it works through others, slower. Forward the port, or switch on UPnP",
+        "E203",
+    ),
+    ("path", facts(), OK, "not measured", "", ""),
+    ("path", with_network(path=Way.RELAYED, rtt_s=0.0421), OK, "relayed to a member, 42 ms there and back", "", ""),
+    ("rates", facts(), OK, "not measured", "", ""),
+    ("rates", with_network(up_mbit=18.2, down_mbit=92.0), OK, "up 18 / down 92 Mbit/s to a member", "", ""),
+    ("rates", with_network(down_mbit=92.0), OK, "up ? / down 92 Mbit/s to a member", "", ""),
+    (
+        "rates",
+        with_network(up_mbit=0.4, down_mbit=92.0),
+        WARNING,
+        "up 0 / down 92 Mbit/s to a member",
+        "a line this slow holds up each exchange; is another upload running?",
+        "",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "given", "verdict", "what", "advice", "code"), CASES)
+def test_each_check_says_what_was_found_and_the_one_thing_to_do(
+    name: str, given: Facts, verdict: Verdict, what: str, advice: str, code: str
+) -> None:
+    check = found(name, given)
+    assert (check.verdict, check.found, check.advice, check.code) == (verdict, what, advice, code)
+
+
+def test_every_check_is_in_the_table() -> None:
+    assert {name for name, *_ in CASES} == {check.name for check in doctor.checks(facts())}
+
+
+def test_only_a_failure_makes_it_not_ok_and_every_failure_says_what_to_do() -> None:
+    for name, given, verdict, _, advice, _ in CASES:
+        said = doctor.as_json([found(name, given)])
+        assert said["ok"] == (verdict is not FAILURE)
+        assert said["checks"][0].keys() == {"name", "verdict", "found", "advice", "code"}
+        assert bool(advice) == (verdict is not OK), f"{name}: {advice}"
+
+
+def test_lines_are_what_people_were_promised() -> None:
+    assert str(found("memory", facts())) == "check  memory    8.0 GB free, needs 3.2 " + "." * 32 + " ok"
+    assert str(found("memory", facts(needs=Needs(11_200_000_000)))) == (
+        "check  memory    8.0 GB free, needs 11.2 " + "." * 31 + " failure    "
+        "(E302 Close other programs, or join a smaller run.)"
+    )
+
+
+def test_a_check_that_fails_is_an_error_that_begins_with_its_code() -> None:
+    error = CheckFailed(found("memory", facts(needs=Needs(11_200_000_000))))
+    text = "E302 memory: 8.0 GB free, needs 11.2. Close other programs, or join a smaller run."
+    assert sentence_of(error) == (text, 1)
+    assert error.code == "E302"
+    assert str(CheckFailed(Check("software", FAILURE, "torch missing", "pip install torch"))).startswith("software: ")
+
+
+def test_what_a_run_needs_grows_with_model_batch_and_checkpoints() -> None:
+    recipe = load("tiny-books")
+    needs = needs_of(recipe)
+    assert PROCESS_BYTES < needs.memory_bytes < PROCESS_BYTES + 500 * 2**20
+    assert FOLDER_BYTES < needs.disk_bytes < FOLDER_BYTES + 200 * 2**20
+    assert (needs.recipe, needs.gpu) == ("tiny-books", False)
+    more = replace(recipe, inner=replace(recipe.inner, batch_sequences=10 * recipe.inner.batch_sequences))
+    assert Needs.of(more, 10**6).memory_bytes > Needs.of(recipe, 10**6).memory_bytes
+    keeps = replace(recipe, checkpoints=replace(recipe.checkpoints, keep=recipe.checkpoints.keep + 10))
+    assert Needs.of(keeps, 10**6).disk_bytes == Needs.of(recipe, 10**6).disk_bytes + 80 * 10**6
+    on_gpu = replace(recipe, inner=replace(recipe.inner, optimizer="adamw8bit"))
+    assert Needs.of(on_gpu, 10**6).gpu
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, measure._NO_LIMIT),
+        ({"memory.max": "max", "memory.current": "5"}, measure._NO_LIMIT),
+        ({"memory.max": "100", "memory.current": "60"}, 40),
+        ({"memory.max": "100", "memory.current": "60", "memory.stat": "anon 1\ninactive_file 30\n"}, 70),
+        ({"memory.max": "100", "memory.current": "130"}, 0),
+        ({"memory/memory.limit_in_bytes": "100", "memory/memory.usage_in_bytes": "90"}, 10),
+    ],
+)
+def test_a_containers_limit_counts(tmp_path: Path, files: dict[str, str], free: int) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert measure._free_in_cgroup(tmp_path) == free
+
+
+def test_this_machine_can_be_measured(tmp_path: Path) -> None:
+    here = measure.machine(tmp_path / "not" / "there" / "yet", threads=1, look_for_gpu=False)
+    assert here.memory_free_bytes > 0
+    assert here.disk_free_bytes > 0
+    assert here.gpu is None
+    assert measure.software().torch
+    assert measure._version("no-such-package") == ""
