@@ -1,6 +1,7 @@
 """What the outside sees of a role, also while it is not there yet: status, metrics that are looked at, progress."""
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +18,9 @@ from dugnad.monitoring.metrics import Metrics, PairSeen
 from dugnad.peer import report
 from dugnad.peer.report import Report
 from dugnad.peer.session import Session
+from dugnad.peer.why import ways
+
+log = logging.getLogger(__name__)
 
 _LOOK_S = 1.0
 
@@ -37,6 +41,8 @@ class Face:
         """What whoever gives it to somebody should know."""
         self._state = ("", 0.0)
         """What the role does, and since when, by the monotonic clock."""
+        self._told_ways: object = None
+        """How the others were reached when that was last said."""
 
     def status(self) -> Report:
         """The role's report; an empty one before there is a role."""
@@ -148,3 +154,11 @@ class Face:
                 PairSeen(nickname(one.peer), one.path, one.rtt_s, one.sent_bytes_per_s, one.received_bytes_per_s)
                 for one in pairs
             )
+        self._tell_ways(said)
+
+    def _tell_ways(self, said: Report) -> None:
+        """Say how the others are reached once another kind of way is used; not whenever somebody comes or goes."""
+        kinds = (said.get("reach"), frozenset(one["path"] for one in said.get("paths", [])))
+        if kinds != self._told_ways and (sentences := ways(said)):
+            self._told_ways = kinds
+            log.info("%s", " ".join(sentences))

@@ -26,8 +26,13 @@ def words(status: dict[str, Any]) -> list[str]:
     """A few sentences, the most urgent first, from the answer of /status; empty statuses are of roles that start."""
     if not status:
         return ["It is just starting: it looks for the run, and takes what it needs."]
-    found = [*_refused(status), _doing(status), *_waiting(status), *_led(status), *_clock(status), *_paths(status)]
+    found = [*_refused(status), _doing(status), *_waiting(status), *_led(status), *_clock(status), *ways(status)]
     return [sentence for sentence in found if sentence]
+
+
+def ways(status: dict[str, Any]) -> list[str]:
+    """By which ways the others are reached, and what would make them better; empty where nothing is known."""
+    return [sentence for sentence in _paths(status) if sentence]
 
 
 def _refused(status: dict[str, Any]) -> Iterable[str]:
@@ -111,7 +116,7 @@ def _paths(status: dict[str, Any]) -> Iterable[str]:
 
 def _improvement(status: dict[str, Any], relayed: bool) -> str:
     """What would make paths better, "" if nothing needs to."""
-    port = status.get("port")
+    port = status.get("bulk_port")
     forward = f"Forward TCP port {port} to this machine" if port else "Forward its TCP port to this machine"
     forward = f"{forward}, or switch on UPnP in the router, and others can reach you directly."
     match status.get("reach"):

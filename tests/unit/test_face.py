@@ -1,5 +1,6 @@
 """What the outside sees of a role, whatever a stranger made it say."""
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,3 +58,25 @@ def test_a_look_shows_who_leads_who_is_silent_and_what_is_wrong_with_the_clock(
     assert shown("dugnad_coordinator_silent_seconds") == 14.0
     assert shown("dugnad_clock_offset_seconds") == -1.5
     assert shown("dugnad_quarantined_peers") == 1
+
+
+def test_the_terminal_says_by_which_ways_others_are_reached_and_again_only_when_another_kind_is_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    rates = {"rtt_s": 0.04, "sent_mbit": 9.0, "received_mbit": 9.0}
+    paths = [{"peer": "bob", "nickname": "bob", "path": "relayed", **rates}]
+    whole: dict[str, Any] = {"peers": [], "view": 0, "leads": False, "coordinator": {"gone_s": 0.0}, "paths": paths}
+    face = a_face(monkeypatch, **whole, reach="symmetric", bulk_port=4001)
+    for _ in range(2):
+        face.look()
+    paths.append({"peer": "cid", "nickname": "cid", "path": "relayed", **rates})
+    face.look()
+    (said,) = [one.getMessage() for one in caplog.records]
+    assert said == (
+        "Paths to 1 peer: 1 relayed (bob). Relayed: your router gives each connection another port (symmetric NAT). "
+        "Forward TCP port 4001 to this machine, or switch on UPnP in the router, and others can reach you directly."
+    )
+    paths.append({"peer": "dan", "nickname": "dan", "path": "direct", **rates})
+    face.look()
+    assert caplog.records[-1].getMessage().startswith("Paths to 3 peers: 1 direct, 2 relayed (bob, cid). ")

@@ -122,7 +122,7 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
     ),
     (
         "relayed by a symmetric router",
-        training | {"reach": "symmetric", "port": 4001, "paths": [path("ann", "direct"), path("bob", "relayed")]},
+        training | {"reach": "symmetric", "bulk_port": 4001, "paths": [path("ann", "direct"), path("bob", "relayed")]},
         [
             TRAINING,
             "Paths to 2 peers: 1 direct, 1 relayed (bob).",
@@ -142,7 +142,7 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
     ),
     (
         "relayed, and nobody knows why",
-        training | {"reach": "unknown", "port": 4001, "paths": [path("bob", "relayed")]},
+        training | {"reach": "unknown", "bulk_port": 4001, "paths": [path("bob", "relayed")]},
         [
             TRAINING,
             "Paths to 1 peer: 1 relayed (bob).",
