@@ -187,7 +187,8 @@ def _acquaintances(host: Host, rendezvous: Rendezvous, swarm: Swarm, face: Face)
 def _open_hosts(host: Host, port: int) -> tuple[str, ...]:
     """At which addresses anyone reaches our carrier on `port`: found out by others, or by our own word."""
     if host.open_ports:
-        return (host.seen_ip,) if host.seen_ip is not None and port in host.open_ports else ()
+        same = host.open_ports.get(port) == port  # a router may have had to pass another one on
+        return (host.seen_ip,) if host.seen_ip is not None and same else ()
     if host.reach is not Reach.OPEN:
         return ()
     return tuple(str(ip_of(address)) for address in host.addresses() if is_public(address))[:1]
