@@ -34,8 +34,11 @@ def doctor(
         str | None, typer.Argument(help="An invite: looks at the network too.", show_default=False)
     ] = None,
     directory: Dir = None,
-    host: Annotated[str, typer.Option(help="Address to listen on, as you would in joining.")] = "127.0.0.1",
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on, as you would in joining.", show_default=False)
+    ] = None,
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.", min=0, max=65535)] = 0,
+    bulk_port: Annotated[int, typer.Option(help="Port for direct connections.", min=0, max=65535)] = 0,
     metrics_port: Annotated[int, typer.Option(help="Port for /metrics and /status.", min=0, max=65535)] = 0,
     threads: Annotated[int, typer.Option(help="Cores to train with; 0: half of them.", min=0, max=1024)] = 0,
     as_json: AsJson = False,
@@ -51,11 +54,15 @@ def doctor(
         from dugnad.peer import doctor as judging
         from dugnad.peer import measure
         from dugnad.peer.folder import data_folder
+        from dugnad.peer.network import host_for
 
         cores = threads or default_threads()
+        where = host or ("127.0.0.1" if known is None else host_for(known))
         machine = measure.machine(directory or data_folder(), threads=cores, look_for_gpu=True)
-        ports = measure.ports(host, (("--port", port), ("--metrics-port", metrics_port)))
-        listen = f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/0"
+        wanted = (("--port", port), ("--bulk-port", bulk_port or (port and port + 1)), ("--metrics-port", metrics_port))
+        ports = measure.ports(where, wanted)
+        free = port if not ports[0].fault else 0
+        listen = f"/{'ip6' if ':' in where else 'ip4'}/{where}/tcp/{free}"
         facts = asyncio.run(measure.everything(known, machine, ports, listen))
         found = judging.checks(facts)
         said = judging.as_json(found)

@@ -53,9 +53,11 @@ Probe = Callable[[Host, Sequence[PeerId]], Awaitable[Reached]]
 """Finds out, on an entered host and with the help of those members, how it is reached."""
 
 
-async def no_probe(host: Host, members: Sequence[PeerId]) -> Reached:
-    """Where nobody can dial back yet."""
-    return Reached()
+async def tried_by_members(host: Host, members: Sequence[PeerId]) -> Reached:
+    """What members found out that tried the host's ports when it was entered; nothing within one machine or network."""
+    if host.seen_ip is None:
+        return Reached()
+    return Reached(reach=Reach.OPEN if host.open_ports else None, inbound=bool(host.open_ports))
 
 
 def software(*, daemon_fault: str | None = None) -> Software:
@@ -134,7 +136,7 @@ def ports(host: str, wanted: Iterable[tuple[str, int]]) -> tuple[Port, ...]:
 
 
 async def everything(
-    invite: Invite | None, machine: Machine, ports: tuple[Port, ...], listen: str, *, probe: Probe = no_probe
+    invite: Invite | None, machine: Machine, ports: tuple[Port, ...], listen: str, *, probe: Probe = tried_by_members
 ) -> Facts:
     """All facts, in under 20 s; with an invite by joining as a stranger, whose folder is gone afterwards."""
     network, recipe, fault = None, None, ""

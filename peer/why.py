@@ -107,6 +107,9 @@ def _paths(status: dict[str, Any]) -> Iterable[str]:
         each = ", ".join(f"{counts[kind]} {kind}" for kind in Path if counts[kind])
         whom = f" ({_names([one['nickname'] for one in relayed])})" if relayed else ""
         yield f"Paths to {_count(len(paths), 'peer')}: {each}{whom}."
+    tried = [f"{one['nickname']}: {one['why'].rstrip('.')}" for one in relayed if one.get("why")]
+    if tried:
+        yield f"No direct way to {_names(tried)}."
     yield _improvement(status, bool(relayed))
     slow = [one for one in paths if 0 < max(one["sent_mbit"], one["received_mbit"]) < _SLOW_MBIT]
     if slow:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -277,6 +278,17 @@ def test_a_containers_limit_counts(tmp_path: Path, files: dict[str, str], free: 
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert measure._free_in_cgroup(tmp_path) == free
+
+
+@pytest.mark.parametrize(
+    ("seen_ip", "open_ports", "reach", "inbound"),
+    [(None, [], None, None), ("11.0.0.2", [], None, False), ("11.0.0.2", [4001], Reach.OPEN, True)],
+)
+async def test_what_members_found_who_tried_our_ports_is_what_counts_as_inbound(
+    seen_ip: str | None, open_ports: list[int], reach: Reach | None, inbound: bool | None
+) -> None:
+    host: Any = SimpleNamespace(seen_ip=seen_ip, open_ports=frozenset(open_ports))
+    assert await measure.tried_by_members(host, []) == measure.Reached(reach, inbound)
 
 
 def test_this_machine_can_be_measured(tmp_path: Path) -> None:

@@ -141,6 +141,16 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
         ],
     ),
     (
+        "relayed, and it is known why",
+        training | {"reach": "open", "paths": [path("bob", "relayed") | {"why": "no answer in 5 s"}]},
+        [
+            TRAINING,
+            "Paths to 1 peer: 1 relayed (bob).",
+            "No direct way to bob: no answer in 5 s.",
+            "Others can connect to this machine, so a relayed path becomes direct once they do.",
+        ],
+    ),
+    (
         "relayed, and nobody knows why",
         training | {"reach": "unknown", "bulk_port": 4001, "paths": [path("bob", "relayed")]},
         [
