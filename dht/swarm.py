@@ -470,7 +470,6 @@ class Swarm:
                 return self._proofs.parse(raw, self._run)
             record = records.parse(raw, self._run, now=now)
             self._check_decision(record)
-            return record
         except WireError as error:
             self._refused(error.reason)
             raise
