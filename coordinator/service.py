@@ -30,14 +30,18 @@ BEHIND_ROUNDS = 4
 
 
 class Coordinator(Shell):
-    """Keeps one run from `directory` until its steps are done or `stop` is called."""
+    """Keeps one run from `directory` until its steps are done or `stop` is called.
+
+    mandate: the run's key, by which it delegates to itself as long as it is there; or, where that key is kept offline,
+    the delegation that it was left with.
+    """
 
     machine: Keeper
 
-    def __init__(self, around: Surroundings, organizer: Identity, numerics: Numerics) -> None:
+    def __init__(self, around: Surroundings, mandate: Identity | Delegation, numerics: Numerics) -> None:
         super().__init__(around, numerics)
         me = self.identity.peer_id
-        self._organizer = organizer
+        self._mandate = mandate
         self._clock = around.clock
         rounds = self.recipe.rounds
         self.machine = Keeper(
@@ -51,8 +55,10 @@ class Coordinator(Shell):
 
     def _delegation(self) -> Delegation:
         """A new one, by the run's key; its term is the clock of this machine, whose chain file sees that it grows."""
+        if isinstance(self._mandate, Delegation):
+            return self._mandate
         term = self.chain.next_term(at_s=time.time())
-        return delegate(self._organizer, self.run, self.identity.peer_id, term, int(self._clock() + LASTS_S))
+        return delegate(self._mandate, self.run, self.identity.peer_id, term, int(self._clock() + LASTS_S))
 
     def stop(self) -> None:
         """Finish the round under way, leave the committee to the others, write a checkpoint, and end."""
@@ -65,7 +71,7 @@ class Coordinator(Shell):
         self.spawn(self._keep_delegated())
 
     async def _keep_delegated(self) -> None:
-        while True:
+        while not isinstance(self._mandate, Delegation):
             await asyncio.sleep(RENEW_S)
             self.perform(self.machine.renew(self._delegation(), now=self.now()))
 

@@ -486,7 +486,9 @@ def _tell_invite(where: "Folder") -> Any:
     def tell(invite: str, url: str) -> None:
         from dugnad.peer.terminal import say
 
-        say(f"run key     {where.path / 'run.key'}: keep it safe; who has it decides about the run")
+        if where.has_run_key:
+            say(f"run key     {where.path / 'run.key'}: keep it safe; who has it decides about the run")
+            say("            once it is up you may move that key to a place offline: it goes on for 30 days without")
         say(f"metrics     {url}/metrics      status: dugnad status --dir {where.path}")
         say("coordinator up. Volunteers join with:")
         say("")

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
 from blake3 import blake3
@@ -17,10 +18,11 @@ from dugnad.coordinator.messages import Genesis, Welcome
 from dugnad.coordinator.roll import ALLOW_LIST, INVITED
 from dugnad.coordinator.service import Coordinator
 from dugnad.coordinator.sync import Asker, SyncError
+from dugnad.dht.delegation import Delegation
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId, nickname, peer_id_of
 from dugnad.dht.invite import Invite, InviteError, Pass, check, encode_invite
-from dugnad.dht.ticket import Terms
+from dugnad.dht.ticket import Terms, day_of
 from dugnad.peer import gate
 from dugnad.peer.folder import Folder, FolderError, OtherRun
 from dugnad.peer.network import Network
@@ -62,15 +64,17 @@ async def launch(recipe: Recipe, folder: Folder, network: Network, *, told: Call
             incarnation = chain.incarnation()
         genesis = Genesis(encode(recipe), organizer, founder, incarnation, first.digest())
         async with _coordinator_placed(folder, Way(genesis.run, recipe.name, organizer), network) as place:
-            await _coordinate(genesis, numerics, place, folder, network, told)
+            await _coordinate(genesis, numerics, place, folder, network, folder.organizer(), told)
 
 
 async def resume(folder: Folder, network: Network, *, invite: Invite | None, told: Callable[[str, str], None]) -> None:
-    """Go on as the coordinator of the run in `folder`; in a folder with nothing but run.key, of the run of `invite`."""
+    """Go on as the coordinator of the run in `folder`; in a folder with nothing but run.key, of the run of `invite`.
+
+    Where run.key has been taken offline, by the delegation that the chain holds, for as long as that lasts.
+    """
     with folder.occupied():
-        if not folder.has_run_key:
-            raise FolderError(f"{folder.path}: there is no run.key here: only who has the run's key can coordinate it.")
         genesis = _kept_genesis(folder)
+        mandate = folder.organizer() if folder.has_run_key else _left_delegation(folder)
         if genesis is None and invite is None:
             raise FolderError(
                 f"{folder.path}: no run was launched here. Name the folder that holds its chain.sqlite; or, to go on "
@@ -87,11 +91,11 @@ async def resume(folder: Folder, network: Network, *, invite: Invite | None, tol
             if genesis is None and invite is not None:
                 genesis = (await _welcome(place, invite)).genesis
             assert genesis is not None
-            if genesis.organizer != folder.organizer().peer_id:
+            if isinstance(mandate, Identity) and genesis.organizer != mandate.peer_id:
                 raise FolderError(f"{folder.path}: run.key is not the key of this run.")
             numerics = Numerics(decode(genesis.recipe))
             await asyncio.to_thread(numerics.prepare, to_train=False)
-            await _coordinate(genesis, numerics, place, folder, network, told)
+            await _coordinate(genesis, numerics, place, folder, network, mandate, told)
 
 
 async def join(
@@ -149,6 +153,23 @@ def lasting_ticket(organizer: Identity, run: bytes) -> Pass:
     return Pass.issue(organizer, run, seed, Terms())
 
 
+def _left_delegation(folder: Folder) -> Delegation:
+    """The newest by which whoever lives in `folder` coordinates, where run.key is not. Raises FolderError."""
+    if folder.chain.exists():
+        me = folder.identity().peer_id
+        with contextlib.closing(Chain(folder.chain, read_only=True)) as chain:
+            seats = [seat for commit in chain.commits() if (seat := commit.block.coordinator) is not None]
+        mine = [seat for seat in seats if seat.coordinator == me]
+        if mine and mine[-1].over(time.time()):
+            raise FolderError(
+                f"{folder.path}: the delegation that was left here ended on {day_of(mine[-1].until)}. Put run.key back "
+                "to renew it."
+            )
+        if mine:
+            return mine[-1]
+    raise FolderError(f"{folder.path}: there is no run.key here: only who has the run's key can coordinate it.")
+
+
 def _kept_genesis(folder: Folder) -> Genesis | None:
     """What was launched in `folder`; nothing yet if whoever tried was killed after making the file of the chain."""
     if not folder.chain.exists():
@@ -179,12 +200,16 @@ async def _coordinate(
     place: Place,
     folder: Folder,
     network: Network,
+    mandate: Identity | Delegation,
     told: Callable[[str, str], None],
 ) -> None:
     around = place.surroundings(genesis, folder, network)
-    role = Coordinator(around, folder.organizer(), numerics)
+    role = Coordinator(around, mandate, numerics)
     name = numerics.recipe.name
-    ticket = lasting_ticket(folder.organizer(), genesis.run) if role.charter.admission == INVITED else None
+    invited = role.charter.admission == INVITED
+    ticket = lasting_ticket(mandate, genesis.run) if invited and isinstance(mandate, Identity) else None
+    if invited and ticket is None:
+        place.face.invite_note = lambda: _NO_TICKET
     place.face.role, place.face.invite = role, lambda: encode_invite(place.invite(genesis, name, ticket))
     with folder.inhabited("coordinator", genesis.run, name, place.url):
         told(place.face.invite(), place.url)

@@ -24,8 +24,10 @@ TORCH = {"torch", "bitsandbytes", "transformers"}
 """torch, and what imports it."""
 IMPURE = {"asyncio", "time", "random", "socket", "os"}
 PURE = {
-    *(f"coordinator/{name}.py" for name in ("audit", "awaited", "committee", "follower", "ledger", "membership")),
-    *(f"coordinator/{name}.py" for name in ("messages", "planning", "poll", "ranges", "rounds", "votes", "vouched")),
+    *(f"coordinator/{name}.py" for name in ("admission", "audit", "awaited", "committee", "follower", "ledger")),
+    *(f"coordinator/{name}.py" for name in ("membership", "messages", "planning", "poll", "ranges", "roll", "rounds")),
+    *(f"coordinator/{name}.py" for name in ("votes", "vouched")),
+    *(f"dht/{name}.py" for name in ("decisions", "delegation", "ticket")),
     *(f"dht/{name}.py" for name in ("budget", "chunks", "crdt", "gossip", "multiaddrs", "records", "relays", "wire")),
     *(f"optim/{name}.py" for name in ("plan", "reduce")),
     "peer/lifecycle.py",

@@ -66,7 +66,13 @@ def test_who_is_banned_by_its_nickname_is_out_within_a_round_and_unbanned_is_bac
     assert [round_ for round_ in rounds_with(coordinator, peer) if round_ > at + 1] == []
     again = start("volunteer-0", "join", invite)
     assert refused(again).startswith("dugnad: E403")
-    # through a volunteer, as when the coordinator is dead and the organizer has run.key alone
-    told = ran("unban", nickname(peer), "--dir", coordinator.directory, "--through", other.directory)
+    # the organizer takes run.key offline: it is heard through whoever is there, and the coordinator goes on without it
+    offline = tmp_path / "offline"
+    offline.mkdir()
+    (coordinator.directory / "run.key").rename(offline / "run.key")
+    told = ran("unban", nickname(peer), "--dir", offline, "--through", other.directory)
     assert told == f"unbanned {nickname(peer)} ({peer}): it can join again\n"
     start("volunteer-0", "join", invite).until(lambda said: peer in said["committee"], "being back")
+    coordinator.kill()
+    resumed = start("coordinator", "launch", "--resume", coordinator.directory)
+    resumed.until(lambda said: bool(said["leads"]), "leading again by the delegation that it was left with")
