@@ -31,8 +31,9 @@ T = TypeVar("T")
 BLOB_CHANNEL = "dugnad/blob/1"
 SLOWEST_BYTES_PER_S = 64 * 1024
 """How fast what lies in buffers on the way is assumed to drain, at least."""
-MOVED_BYTES = 256 * 1024
-"""How much of a payload must move within the silence limit, again and again."""
+LARGE_PIECE_BYTES = 256 * 1024
+"""What must move within the silence limit, where the piece before moved at once; PIECE_BYTES where it did not."""
+AT_ONCE_S = 0.5
 MAX_BUFFERS = 8192
 KIND_CHARACTERS = 16
 SILENCE_S = 5.0
@@ -368,13 +369,21 @@ async def _verdict(stream: Stream, peer: PeerId, timeout_s: float) -> bytes:
 
 
 async def _write_pieces(stream: Stream, peer: PeerId, data: memoryview, timeout_s: float) -> None:
-    for start in range(0, len(data), MOVED_BYTES):
-        await _moving(stream.write(data[start : start + MOVED_BYTES]), peer, timeout_s)
+    await _in_pieces(len(data), lambda piece: stream.write(data[piece]), peer, timeout_s)
 
 
 async def _read_pieces(stream: Stream, peer: PeerId, size: int, timeout_s: float) -> bytearray:
     data = bytearray(size)
     view = memoryview(data)
-    for start in range(0, size, MOVED_BYTES):
-        await _moving(stream.read_into(view[start : start + MOVED_BYTES]), peer, timeout_s)
+    await _in_pieces(size, lambda piece: stream.read_into(view[piece]), peer, timeout_s)
     return data
+
+
+async def _in_pieces(size: int, move: Callable[[slice], Awaitable[None]], peer: PeerId, timeout_s: float) -> None:
+    """Move `size` bytes. Raises Stalled if a piece takes too long: small ones where it is slow, as each costs time."""
+    now = asyncio.get_running_loop().time
+    start, longest = 0, PIECE_BYTES
+    while start < size:
+        piece, since = slice(start, min(size, start + longest)), now()
+        await _moving(move(piece), peer, timeout_s)
+        start, longest = piece.stop, LARGE_PIECE_BYTES if now() - since < AT_ONCE_S else PIECE_BYTES

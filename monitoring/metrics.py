@@ -78,7 +78,9 @@ _BAD_MESSAGE = Label(
         "wrong answer", "not a member", "not leader", "misdirected", "delegation", "foreign chain", "two proposals",
         "two locks", "not locked", "invalid plan", "invalid freeze", "invalid block", "invalid lock", "invalid pledge",
         "invalid view", "invalid commit", "no seat", "from the future", "lifetime", "unknown key", "full",
-        "no evidence", "not expected", "too many", OTHER,
+        "no evidence", "not expected", "too many", "bad claim", "foreign genesis", "not delegated",
+        "not the organizer", "busy", "not outside", "ticket bound to another key", "foreign ticket", "altered ticket",
+        "not admitted", OTHER,
     ),
 )  # fmt: skip
 _BAD_CONTRIBUTION = Label(

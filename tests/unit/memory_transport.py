@@ -269,6 +269,8 @@ class MemoryTransport:
             reply = await self._handlers[channel](sender, payload)
         except WireError as error:  # the asker hears no more than that
             raise RequestRefused(self._peer_id, error.reason) from error
+        except Exception as error:
+            raise RequestRefused(self._peer_id, str(error)) from error
         self.metered["sent", "message"] += len(reply)
         return reply
 

@@ -88,7 +88,8 @@ def test_what_is_no_chain_is_told_in_a_sentence(tmp_path: Path) -> None:
 
 def test_the_status_says_the_validation_loss_in_the_unit_of_the_demo() -> None:
     said = {
-        "role": "volunteer", "run": "ab" * 32, "name": "quick", "nickname": "calm-otter", "pid": 1, "round": 3,
+        "role": "volunteer", "peer": "12D3",
+        "run": "ab" * 32, "name": "quick", "nickname": "calm-otter", "pid": 1, "round": 3,
         "global_step": 30, "total_steps": 60, "state": "idle", "reason": "waiting", "val_loss": 2.5, "val_round": 3,
         "model_digest": None, "model_round": 3, "coordinator": {"alive": True, "gone_s": 0.0}, "leader": "b",
         "leads": False, "view": 0, "bytes_sent": {}, "bytes_received": {}, "peers": [],

@@ -1190,7 +1190,10 @@ class Leading(RuleBasedStateMachine):
         assert ranges.disjoint([r for seat in plan.seats for r in seat.ranges]), "no sample is given to two"
 
     def check_freeze(self, freeze: Freeze) -> None:
-        assert self.frozen.setdefault(freeze.order, freeze) == freeze, "one set in each attempt"
+        if freeze.order in self.frozen:  # said again, when owners may hold newer vectors instead
+            assert self.frozen[freeze.order] == freeze, "one set in each attempt"
+            return
+        self.frozen[freeze.order] = freeze
         plan = self.run.plan
         assert freeze.order == plan.order
         for entry in freeze.entries:
