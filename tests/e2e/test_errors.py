@@ -128,7 +128,7 @@ async def provoke(stage: Stage) -> Told:
             "E101": [text[:137]],
             "E102": [invite_to(*there.addresses, run=there.run, expires=1_763_596_800)],
             "E201": [invite_to(*unreachable)],
-            "E202": [text, "--port", str(taken)],
+            "E202": [text, "--port", str(taken), "--bulk-port", "0"],
             "E301": [invite_to(later)],
             "E302": [invite_to(vast, run=huge().run)],
             "E304": [invite_to(*there.addresses)],
