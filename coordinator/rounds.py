@@ -494,7 +494,7 @@ class Leader:
     def _why_left_out(self, work: Round, peer: PeerId) -> tuple[str, str]:
         refusal = self.follower.refuses(peer, self._claim(peer))
         if refusal is not None:
-            return refusal.reason, f"it may not take part: {refusal}"
+            return "not admitted", f"it may not take part: {refusal}"
         if peer in work.barred:
             return "barred", "it is proven to lie"
         return "late", f"not all of its bytes were there when round {work.plan.round} was frozen"

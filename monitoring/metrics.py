@@ -84,8 +84,12 @@ _BAD_MESSAGE = Label(
     ),
 )  # fmt: skip
 _BAD_CONTRIBUTION = Label(
-    "reason", ("non-finite", "late", "other samples", "bad contribution", "stale contribution", "no seat", OTHER)
-)
+    "reason",
+    (
+        "non-finite", "late", "other samples", "bad contribution", "stale contribution", "no seat", "not admitted",
+        "barred", OTHER,
+    ),
+)  # fmt: skip
 
 _ROUND_BUCKETS_S = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0, 1800.0, 3600.0, 7200.0)
 _PHASE_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)

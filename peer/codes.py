@@ -23,8 +23,9 @@ CODES: dict[str, Code] = {
         "Copy it again, whole: it starts with `dugnad1:` and ends with a checksum.",
     ),
     "E102": Code(
-        "invite expired",
-        "Its organizer gave it a last day, which is over by the clocks of the run.",
+        "invite expired, or membership ended",
+        "The organizer gave the invite a last day, or the membership that came with it, which is over by the clocks "
+        "of the run.",
         "Ask the organizer for a new one.",
     ),
     "E201": Code(
@@ -69,7 +70,9 @@ CODES: dict[str, Code] = {
     ),
     "E401": Code(
         "not admitted",
-        "The run takes only those whom its organizer has admitted, by an allow-list or by the invite itself.",
+        "The run takes only those whom its organizer has admitted, by an allow-list or by the invite itself: one "
+        "without a ticket, one whose places are taken, one for another key, one that was revoked. The message says "
+        "which.",
         "Send the key that the message shows (`dugnad identity show` prints it too) to the organizer.",
     ),
     "E402": Code(
@@ -80,8 +83,8 @@ CODES: dict[str, Code] = {
     ),
     "E403": Code(
         "banned",
-        "The organizer has banned this key.",
-        "Only the organizer can take that back.",
+        "The organizer has banned this key, for the reason in the message.",
+        "Only the organizer can take that back (`dugnad unban`).",
     ),
 }
 _HEAD = """\
