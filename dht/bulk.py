@@ -31,9 +31,11 @@ T = TypeVar("T")
 BLOB_CHANNEL = "dugnad/blob/1"
 SLOWEST_BYTES_PER_S = 64 * 1024
 """How fast what lies in buffers on the way is assumed to drain, at least."""
-LARGE_PIECE_BYTES = 256 * 1024
-"""What must move within the silence limit, where the piece before moved at once; PIECE_BYTES where it did not."""
+LARGE_PIECE_BYTES = 2**20
+"""What is moved at once where the piece before moved in no time; PIECE_BYTES where it did not."""
 AT_ONCE_S = 0.5
+_LOOKS = 10
+"""How often it is looked, within the silence limit, whether a large piece gets on."""
 MAX_BUFFERS = 8192
 KIND_CHARACTERS = 16
 SILENCE_S = 5.0
@@ -369,21 +371,43 @@ async def _verdict(stream: Stream, peer: PeerId, timeout_s: float) -> bytes:
 
 
 async def _write_pieces(stream: Stream, peer: PeerId, data: memoryview, timeout_s: float) -> None:
-    await _in_pieces(len(data), lambda piece: stream.write(data[piece]), peer, timeout_s)
+    await _in_pieces(stream, len(data), lambda piece: stream.write(data[piece]), peer, timeout_s)
 
 
 async def _read_pieces(stream: Stream, peer: PeerId, size: int, timeout_s: float) -> bytearray:
     data = bytearray(size)
     view = memoryview(data)
-    await _in_pieces(size, lambda piece: stream.read_into(view[piece]), peer, timeout_s)
+    await _in_pieces(stream, size, lambda piece: stream.read_into(view[piece]), peer, timeout_s)
     return data
 
 
-async def _in_pieces(size: int, move: Callable[[slice], Awaitable[None]], peer: PeerId, timeout_s: float) -> None:
-    """Move `size` bytes. Raises Stalled if a piece takes too long: small ones where it is slow, as each costs time."""
+async def _in_pieces(
+    stream: Stream, size: int, move: Callable[[slice], Awaitable[None]], peer: PeerId, timeout_s: float
+) -> None:
+    """Move `size` bytes. Raises Stalled once nothing moves for too long."""
     now = asyncio.get_running_loop().time
     start, longest = 0, PIECE_BYTES
     while start < size:
         piece, since = slice(start, min(size, start + longest)), now()
-        await _moving(move(piece), peer, timeout_s)
+        if longest == PIECE_BYTES:
+            await _moving(move(piece), peer, timeout_s)
+        else:
+            await _moving_on(stream, move(piece), peer, timeout_s)
         start, longest = piece.stop, LARGE_PIECE_BYTES if now() - since < AT_ONCE_S else PIECE_BYTES
+
+
+async def _moving_on(stream: Stream, work: Awaitable[None], peer: PeerId, timeout_s: float) -> None:
+    """As `_moving`, of a piece so large that it is no sign of a stall if it takes long: bytes must move meanwhile."""
+    task, now = asyncio.ensure_future(work), asyncio.get_running_loop().time
+    moved_bytes, moved_at = stream.moved_bytes, now()
+    try:
+        while not (await asyncio.wait([task], timeout=timeout_s / _LOOKS))[0]:
+            if stream.moved_bytes != moved_bytes:
+                moved_bytes, moved_at = stream.moved_bytes, now()
+            elif now() >= moved_at + timeout_s:
+                raise Stalled(f"{peer}: no byte moved for {timeout_s:g} s")
+        await task
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)

@@ -38,6 +38,11 @@ class DirectStream:
         """Whether the other side sends and reads no more."""
         self._moved = asyncio.Event()
 
+    @property
+    def moved_bytes(self) -> int:
+        """See Stream: of the whole connection."""
+        return self._connection.moved_bytes
+
     async def read_exactly(self, num_bytes: int) -> bytes:
         """The next `num_bytes` bytes. Raises Unreachable if the stream ends first."""
         data = bytearray(num_bytes)
@@ -155,6 +160,11 @@ class Connection:
         self._settled = asyncio.Event()
         self._wire = wires.add(sock, self._on_frames, self._on_end)
         self._pinging = asyncio.create_task(self._keep_pinging())
+
+    @property
+    def moved_bytes(self) -> int:
+        """Both ways, since it began."""
+        return self._wire.moved_bytes
 
     @property
     def age_s(self) -> float:

@@ -132,6 +132,11 @@ class TimedStream:
     def kind(self, kind: str) -> None:
         self._stream.kind = kind
 
+    @property
+    def moved_bytes(self) -> int:
+        """See Stream."""
+        return self._stream.moved_bytes
+
     async def read_exactly(self, num_bytes: int) -> bytes:
         """See Stream."""
         return await self._stream.read_exactly(num_bytes)

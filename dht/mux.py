@@ -20,9 +20,9 @@ from enum import IntEnum
 from dugnad.dht.wire import WireError
 
 HEADER = struct.Struct(">BII")
-FRAME_BYTES = 256 * 1024
-WINDOW_BYTES = 2 * 2**20
-"""160 Mbit/s at a round trip of 100 ms."""
+FRAME_BYTES = 1024 * 1024
+WINDOW_BYTES = 4 * 2**20
+"""320 Mbit/s at a round trip of 100 ms."""
 MAX_STREAMS = 64
 """That each side may have opened at a time."""
 CHANNEL_BYTES = 64

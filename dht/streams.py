@@ -9,7 +9,7 @@ from dugnad.dht.identity import PeerId
 from dugnad.dht.transport import REQUEST_BYTES, Meter, Unreachable
 
 CLOSE_S = 5.0
-_PIECE_BYTES = 256 * 1024
+_PIECE_BYTES = 128 * 1024
 
 
 class HostStream:
@@ -19,6 +19,8 @@ class HostStream:
         self, peer: PeerId, kind: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, meter: Meter
     ) -> None:
         self.kind = kind
+        self.moved_bytes = 0
+        """See Stream."""
         self._peer = peer
         self._reader = reader
         self._writer = writer
@@ -46,6 +48,7 @@ class HostStream:
                 raise Unreachable(self._peer, "the stream ended early")
             buffer[filled : filled + len(piece)] = piece
             filled += len(piece)
+            self.moved_bytes += len(piece)
             self._meter("received", self.kind, len(piece))
 
     async def write(self, data: bytes | memoryview) -> None:
@@ -58,6 +61,7 @@ class HostStream:
                 await self._writer.drain()
             except OSError as error:
                 raise Unreachable(self._peer, "the stream broke off") from error
+            self.moved_bytes += len(piece)
             self._meter("sent", self.kind, len(piece))
 
     async def close(self) -> None:

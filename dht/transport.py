@@ -94,6 +94,11 @@ class Stream(Protocol):
     kind: str
     """What the bytes are counted as; whoever accepts a stream sets it on reading the header."""
 
+    @property
+    def moved_bytes(self) -> int:
+        """What has passed so far on the way that the stream takes: while it grows, a long read or write gets on."""
+        ...
+
     async def read_exactly(self, num_bytes: int) -> bytes:
         """The next `num_bytes` bytes. Raises Unreachable if the stream ends first."""
         ...

@@ -47,6 +47,8 @@ class Wire:
         self._frames = frames
         self._ended = ended
         self._closing = False
+        self.moved_bytes = 0
+        """Both ways; counted by the thread."""
         # of the thread alone:
         self._outgoing: deque[tuple[memoryview, asyncio.Future[None] | None]] = deque()
         self._header = bytearray(HEADER.size)
@@ -117,6 +119,7 @@ class Wire:
             while self._outgoing:
                 view, sent = self._outgoing[0]
                 count = self._sock.send(view)  # said again with the same bytes after a want: OpenSSL insists on it
+                self.moved_bytes += count
                 if count < len(view):
                     self._outgoing[0] = (view[count:], sent)
                     continue
@@ -159,6 +162,7 @@ class Wire:
         if count == 0:
             raise ConnectionResetError("the other side closed the connection")
         self._filled += count
+        self.moved_bytes += count
         if self._filled < len(target):
             return count
         self._filled = 0

@@ -7,6 +7,7 @@ Says one line of JSON once it is there, {peer, addresses, reach, outside, ready_
     {"do": "state"}                          -> the same, as it is now
     {"do": "connect", "to": [peer, ...], "within_s": s}      -> {peer: {"path", "seconds", "why"}}: ways for bulk bytes,
                                                                 seconds after the start of this process
+    {"do": "meet", "to": peer}               -> {"path", "seconds"}: of a direct connection, from now on
     {"do": "give", "to": peer, "bytes": n, "relayed": false}   -> {"path", "seconds", "cpu_s"}
     {"do": "cpu"}                            -> {"cpu_s"}: of this process and its daemon, since it began
 """
@@ -80,6 +81,18 @@ async def _way_to(place: Place, to: PeerId) -> dict[str, Any]:
     return {"path": path, "seconds": _age_s(), "why": place.rendezvous.why_not(to)}
 
 
+async def _meet(place: Place, to: PeerId) -> dict[str, Any]:
+    while True:
+        try:
+            await place.host.request(to, WORD, b"", timeout_s=5)  # once it has heard of it
+            break
+        except TransportError:
+            await asyncio.sleep(0.05)
+    since = time.monotonic()
+    connection = await place.rendezvous.connect(to, within_s=10)
+    return {"path": connection.path if connection is not None else None, "seconds": time.monotonic() - since}
+
+
 async def _give(place: Place, to: PeerId, num_bytes: int, *, relayed: bool) -> dict[str, Any]:
     transport: Transport = place.host if relayed else place.direct
     since, cpu_s = time.monotonic(), _cpu_s()
@@ -98,6 +111,8 @@ async def _answer(place: Place, asked: dict[str, Any]) -> dict[str, Any]:
         case {"do": "connect", "to": others, "within_s": within_s}:
             found = await asyncio.gather(*(_connect(place, to, within_s) for to in others))
             return dict(zip(others, found, strict=True))
+        case {"do": "meet", "to": to}:
+            return await _meet(place, to)
         case {"do": "give", "to": to, "bytes": num_bytes}:
             return await _give(place, to, num_bytes, relayed=asked.get("relayed", False))
     raise ValueError(f"{asked} is nothing that we do")

@@ -112,6 +112,7 @@ class MemoryStream:
         self._incoming = incoming
         self._outgoing = outgoing
         self._metered = metered
+        self.moved_bytes = 0
 
     async def read_exactly(self, num_bytes: int) -> bytes:
         """The next `num_bytes` bytes. Raises Unreachable if the stream ends first."""
@@ -129,6 +130,7 @@ class MemoryStream:
                 raise Unreachable(self._peer, "the stream ended early") from None
             buffer[filled : filled + len(piece)] = piece
             filled += len(piece)
+            self.moved_bytes += len(piece)
             self._metered["received", self.kind] += len(piece)
 
     async def write(self, data: bytes | memoryview) -> None:
@@ -140,6 +142,7 @@ class MemoryStream:
             except BrokenPipeError:
                 raise Unreachable(self._peer, "the stream broke off") from None
             rest = rest[num_bytes:]
+            self.moved_bytes += num_bytes
             self._metered["sent", self.kind] += num_bytes
 
     async def wait_taken(self, *, timeout_s: float) -> None:
