@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak lint bench clean
+.PHONY: help setup demo test soak lab lint bench clean
 
 SHELL := /bin/bash
 BIN := .venv/bin
@@ -21,13 +21,16 @@ test: setup ## units and simulations on two cores, then sockets and processes on
 soak: setup ## what takes an hour: 900 seeds of chaos, large swarms, 200 kills of real processes; keeps its output
 	set -o pipefail; ($(SOAK) -n 2 tests/sim && $(SOAK) tests/e2e) | tee docs/soak.txt
 
+lab: setup ## who reaches whom through which routers, in namespaces (root); OUT=FILE gets it as JSON
+	$(BIN)/python -m tests.net.lab_report $(or $(OUT),$(error name a file: make lab OUT=lab.json))
+
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
 bench: setup ## ratios against other systems, measured side by side
-	@set -e; for bench in tests/bench/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
+	@set -e; for bench in tests/bench/bench_*.py; do echo "== $$bench"; $(BIN)/python -m tests.bench.$$(basename $$bench .py); done
 
 clean: ## remove caches and build leftovers; .venv stays
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -25,7 +25,7 @@ UNREAD_BYTES = 8 * 2**20
 POOL = 64
 """Buffers that are kept to be used again: fresh memory for each frame would cost more than its decryption."""
 _SMALL_BYTES = 4096
-_ENOUGH_BYTES = 128 * 1024
+_ENOUGH_BYTES = 192 * 1024
 _IN_OPENSSL_BYTES = 17 * 1024
 """A record that is not whole yet lies there, and no longer in the socket."""
 
@@ -156,16 +156,8 @@ class Wire:
         return 0
 
     def _read_some(self, frames: list[Frame]) -> int:
-        """Read a piece of a header or a payload; how many bytes. Raises OSError at the end of the stream."""
-        target = memoryview(self._header) if self._payload is None else self._payload
-        count = self._sock.recv_into(target[self._filled :])
-        if count == 0:
-            raise ConnectionResetError("the other side closed the connection")
-        self._filled += count
-        self.moved_bytes += count
-        if self._filled < len(target):
-            return count
-        self._filled = 0
+        """Read a header, or what there is of a payload; how many bytes. Raises OSError at the end of the stream."""
+        count = self._fill(memoryview(self._header) if self._payload is None else self._payload)
         if self._payload is None:
             self._kind, self._stream, length = check_header(self._header)
             self._payload = self._wires._buffer(length)
@@ -175,6 +167,21 @@ class Wire:
         self._unread += len(self._payload) + HEADER.size
         self._payload = None
         return count
+
+    def _fill(self, target: memoryview) -> int:
+        """Fill `target` from where it was left off; how many bytes, once it is full. Raises OSError, also to wait."""
+        read: Any = self._sock.read
+        size, before = len(target), self._filled
+        try:
+            while self._filled < size:  # OpenSSL gives a record at a time, 16 KiB: this loop is the hottest
+                count = read(size - self._filled, target[self._filled :])
+                if not count:
+                    raise ConnectionResetError("the other side closed the connection")
+                self._filled += count
+        finally:
+            self.moved_bytes += self._filled - before
+        self._filled = 0
+        return size
 
     def _be_patient(self) -> None:
         """Be woken once much of the frame has come: waking for each packet costs more than decrypting it."""

@@ -5,6 +5,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from dugnad.coordinator.roll import ALLOW_LIST
 from dugnad.coordinator.service import Coordinator
@@ -17,8 +18,10 @@ from dugnad.dht.transport import printable
 from dugnad.monitoring.metrics import Metrics, PairSeen
 from dugnad.peer import report
 from dugnad.peer.report import Report
-from dugnad.peer.session import Session
 from dugnad.peer.why import ways
+
+if TYPE_CHECKING:
+    from dugnad.peer.session import Session  # and with it torch, which takes seconds
 
 log = logging.getLogger(__name__)
 

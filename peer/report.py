@@ -1,7 +1,7 @@
 """What a role says of itself when asked: one dictionary, the same for `dugnad status`, /status and the terminal."""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dugnad.coordinator.membership import Stage
 from dugnad.coordinator.rounds import Leader
@@ -10,7 +10,9 @@ from dugnad.coordinator.shell import Shell
 from dugnad.dht.identity import PeerId, nickname
 from dugnad.dht.records import ProgressBody
 from dugnad.dht.swarm import Swarm
-from dugnad.peer.session import Session
+
+if TYPE_CHECKING:
+    from dugnad.peer.session import Session  # and with it torch, which takes seconds
 
 Report = dict[str, Any]
 """Made of what JSON can hold; digests and run ids in hex."""
@@ -31,7 +33,7 @@ def of_coordinator(role: Coordinator) -> Report:
     }
 
 
-def of_volunteer(role: Session, swarm: Swarm) -> Report:
+def of_volunteer(role: "Session", swarm: Swarm) -> Report:
     """Where the run stands, as one of its volunteers sees it; of the others it knows what they say in gossip."""
     volunteer, plan = role.machine, role.machine.plan
     standing = volunteer.standing

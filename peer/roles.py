@@ -5,10 +5,12 @@ Ctrl+C (or SIGTERM) once: finish what others count on, then leave. Twice: leave 
 
 import asyncio
 import contextlib
+import importlib
 import logging
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
@@ -26,10 +28,12 @@ from dugnad.dht.ticket import Terms, day_of
 from dugnad.peer import gate
 from dugnad.peer.folder import Folder, FolderError, OtherRun
 from dugnad.peer.network import Network
-from dugnad.peer.numerics import Numerics
 from dugnad.peer.place import Place, Way, keep_remembering, placed, tcp_port
-from dugnad.peer.session import Session
 from dugnad.peer.terminal import live_line
+
+if TYPE_CHECKING:
+    from dugnad.peer.numerics import Numerics
+    from dugnad.peer.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +60,8 @@ async def launch(recipe: Recipe, folder: Folder, network: Network, *, told: Call
                 f"{folder.path}: a run was launched here before. Go on with it: dugnad launch --resume {folder.path}. "
                 "For another run, choose another folder with --dir."
             )
+        from dugnad.peer.numerics import Numerics
+
         numerics = Numerics(recipe)
         await asyncio.to_thread(numerics.prepare, to_train=False)  # before anything is written: it may not go together
         first = await asyncio.to_thread(numerics.first_model)
@@ -93,6 +99,8 @@ async def resume(folder: Folder, network: Network, *, invite: Invite | None, tol
             assert genesis is not None
             if isinstance(mandate, Identity) and genesis.organizer != mandate.peer_id:
                 raise FolderError(f"{folder.path}: run.key is not the key of this run.")
+            from dugnad.peer.numerics import Numerics
+
             numerics = Numerics(decode(genesis.recipe))
             await asyncio.to_thread(numerics.prepare, to_train=False)
             await _coordinate(genesis, numerics, place, folder, network, mandate, told)
@@ -116,6 +124,8 @@ async def join(
         if kept is not None and kept.run != invite.run:
             raise _other_run(folder, kept, invite)
         back = kept is not None
+        # torch takes seconds to load, in which the others can be reached already
+        loading = asyncio.create_task(asyncio.to_thread(importlib.import_module, "dugnad.peer.session"))
         async with placed("volunteer", folder, Way.of(invite), network.listen, network, may_wait=back) as place:
             if not back:  # the chain knows who was here before
                 check(invite, place.identity.peer_id, now=place.swarm.now())
@@ -126,6 +136,10 @@ async def join(
             gate.tell_network(place.host.contacts, place.swarm.clock.correction, told=checked)
             await asyncio.to_thread(gate.check_recipe, recipe, folder, threads=threads, told=checked)
             told(recipe, nickname(place.identity.peer_id), place.url)
+            await loading
+            from dugnad.peer.numerics import Numerics
+            from dugnad.peer.session import Session
+
             numerics = Numerics(recipe, threads=threads)
             await asyncio.to_thread(numerics.prepare, to_train=True)
             role = Session(place.surroundings(genesis, folder, network), numerics)
@@ -196,7 +210,7 @@ async def _coordinator_placed(folder: Folder, way: Way, network: Network) -> Asy
 
 async def _coordinate(
     genesis: Genesis,
-    numerics: Numerics,
+    numerics: "Numerics",
     place: Place,
     folder: Folder,
     network: Network,
@@ -241,7 +255,7 @@ async def _welcome(place: Place, invite: Invite) -> Welcome:
 
 
 async def _until_done(
-    role: Coordinator | Session, place: Place, folder: Folder, leave: Callable[[], None], promise: str
+    role: "Coordinator | Session", place: Place, folder: Folder, leave: Callable[[], None], promise: str
 ) -> None:
     """Serve until the role is done; raises KeyboardInterrupt where the user will not wait for that.
 
@@ -274,7 +288,7 @@ async def _until_done(
         remembering.cancel()
 
 
-async def _serve(role: Coordinator | Session, host: Host) -> None:
+async def _serve(role: "Coordinator | Session", host: Host) -> None:
     async with asyncio.TaskGroup() as tasks:
         watching = tasks.create_task(_watch(host))
         await role.serve()
