@@ -114,6 +114,15 @@ class Host:
         """
         return self._outside.outside_ports
 
+    def open_hosts(self, port: int) -> tuple[str, ...]:
+        """At which IP addresses anyone reaches our TCP `port`: found out by members, or by the user's word."""
+        if self.open_ports:
+            same = self.open_ports.get(port) == port  # a router may have had to pass another one on
+            return (self.seen_ip,) if self.seen_ip is not None and same else ()
+        if self.reach is not Reach.OPEN:
+            return ()
+        return tuple(str(ip_of(address)) for address in self.addresses() if is_public(address))[:1]
+
     async def __aenter__(self) -> Self:
         import_hivemind()
         self._state_dir.mkdir(parents=True, exist_ok=True)

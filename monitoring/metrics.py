@@ -62,7 +62,7 @@ _PEER_STATE = Label(
     "state",
     ("syncing", "waiting", "training", "contributed", "reducing", "voted", "in the round", "lost", "unknown", OTHER),
 )
-_TRAFFIC = Label("kind", ("message", "upload", "result", "follow", "fetch", "state", OTHER))
+_TRAFFIC = Label("kind", ("message", "upload", "result", "follow", "fetch", "state", "speed", OTHER))
 _MESSAGE = Label(
     "kind",
     (

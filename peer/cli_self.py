@@ -54,18 +54,17 @@ def doctor(
         from dugnad.peer import doctor as judging
         from dugnad.peer import measure
         from dugnad.peer.folder import data_folder
-        from dugnad.peer.network import host_for
+        from dugnad.peer.network import Network, host_for
 
         cores = threads or default_threads()
         where = host or ("127.0.0.1" if known is None else host_for(known))
         machine = measure.machine(directory or data_folder(), threads=cores, look_for_gpu=True)
         wanted = (("--port", port), ("--bulk-port", bulk_port or (port and port + 1)), ("--metrics-port", metrics_port))
         ports = measure.ports(where, wanted)
-        free = port if not ports[0].fault else 0
-        listen = f"/{'ip6' if ':' in where else 'ip4'}/{where}/tcp/{free}"
-        facts = asyncio.run(measure.everything(known, machine, ports, listen))
+        free, bulk = (0 if one.fault else one.port for one in ports[:2])
+        facts = asyncio.run(measure.everything(known, machine, ports, Network(host=where, port=free, bulk_port=bulk)))
         found = judging.checks(facts)
-        said = judging.as_json(found)
+        said = judging.as_json(found, facts.network)
         print(json.dumps(said) if as_json else "\n".join(map(str, found)))
         raise typer.Exit(0 if said["ok"] else 1)
 

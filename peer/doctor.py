@@ -147,13 +147,20 @@ def checks(facts: Facts) -> list[Check]:
     return [*found, network(facts.network), clock(facts.network), *_ways(facts.network)]
 
 
-def as_json(found: Iterable[Check]) -> dict[str, Any]:
-    """The same for programs."""
+MEASURED = ("reach", "inbound", "path", "rtt_s", "up_mbit", "down_mbit", "clock_error_s")
+"""Of `NetworkFacts`, for programs; null: not measured."""
+
+
+def as_json(found: Iterable[Check], facts: NetworkFacts | None = None) -> dict[str, Any]:
+    """The same for programs, with what was measured of the network."""
     rows = [
         {"name": one.name, "verdict": str(one.verdict), "found": one.found, "advice": one.advice, "code": one.code}
         for one in found
     ]
-    return {"checks": rows, "ok": all(row["verdict"] != Verdict.FAILURE for row in rows)}
+    said: dict[str, Any] = {"checks": rows, "ok": all(row["verdict"] != Verdict.FAILURE for row in rows)}
+    if facts is not None:
+        said["network"] = {name: getattr(facts, name) for name in MEASURED}
+    return said
 
 
 def software(facts: Software) -> Check:
@@ -262,7 +269,7 @@ def nat(facts: NetworkFacts) -> Check:
         case Reach.OPEN:
             return Check("nat", Verdict.OK, "none in the way: others can connect to this machine")
         case Reach.CONE:
-            return Check("nat", Verdict.OK, "behind a router through which direct paths can be opened")
+            return Check("nat", Verdict.OK, "cone: through your router direct paths can be opened")
         case Reach.SYMMETRIC:
             return Check("nat", Verdict.WARNING, "symmetric: most paths go through a relay", SYMMETRIC_ADVICE)
 
@@ -273,6 +280,8 @@ def inbound(facts: NetworkFacts) -> Check:
         return Check("inbound", Verdict.OK, "not measured")
     if facts.inbound:
         return Check("inbound", Verdict.OK, "a member connected to this machine")
+    if facts.reach is Reach.CONE:
+        return Check("inbound", Verdict.OK, "by paths that both sides open at once")
     advice = "inbound blocked: it works through others, slower. Forward the port, or switch on UPnP"
     return Check("inbound", Verdict.WARNING, "no member can connect to this machine", advice, "E203")
 
@@ -289,7 +298,9 @@ def rates(facts: NetworkFacts) -> Check:
     """How fast bytes go up and down."""
     if facts.up_mbit is None and facts.down_mbit is None:
         return Check("rates", Verdict.OK, "not measured")
-    up, down = ("?" if rate is None else f"{rate:.0f}" for rate in (facts.up_mbit, facts.down_mbit))
+    up, down = (
+        "?" if rate is None else f"{rate:.{1 if rate < 10 else 0}f}" for rate in (facts.up_mbit, facts.down_mbit)
+    )
     found = f"up {up} / down {down} Mbit/s to a member"
     if facts.up_mbit is not None and facts.up_mbit < SLOW_MBIT:
         return Check(

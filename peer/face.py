@@ -85,6 +85,11 @@ class Face:
         refusal = self.role.follower.refuses(peer, claim) if self.role is not None else None
         return str(refusal) if refusal is not None else None
 
+    def bars(self, peer: PeerId) -> bool:
+        """Whether `peer` gets nothing from us at all, not even what strangers get."""
+        quarantined = self.swarm is not None and peer in self.swarm.quarantined()
+        return quarantined or self.judge(peer).code == BANNED
+
     def _ways(self) -> Report:
         """How others reach us, and we them."""
         if self.direct is None:

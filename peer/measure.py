@@ -7,8 +7,8 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -23,41 +23,23 @@ from dugnad.dht.daemon import check_free
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId
 from dugnad.dht.invite import Invite
+from dugnad.dht.outside import Ways
 from dugnad.dht.paths import Path as Way
-from dugnad.dht.paths import Reach
 from dugnad.dht.records import owner_of
+from dugnad.dht.rendezvous import Rendezvous
 from dugnad.dht.swarm import CLOCK_CHANNEL, CLOCK_PEERS
-from dugnad.dht.transport import BootstrapError, TransportError
+from dugnad.dht.transport import BootstrapError, Direction, TransportError
 from dugnad.dht.wire import WireError
 from dugnad.peer.doctor import Facts, Machine, NetworkFacts, Port, Software
 from dugnad.peer.needs import Needs, needs_of
+from dugnad.peer.network import Network
+from dugnad.peer.probe import Reached, probe
 
 NETWORK_S = 14.0
 """How long all of the network's part may take."""
 _ASK_S = 3.0
 _RECIPE_S = 5.0
 _NO_LIMIT = 2**60
-
-
-@dataclass(frozen=True, slots=True)
-class Reached:
-    """How others reach a host, and how fast: what it takes members to find out. None: not measured."""
-
-    reach: Reach | None = None
-    inbound: bool | None = None
-    up_mbit: float | None = None
-    down_mbit: float | None = None
-
-
-Probe = Callable[[Host, Sequence[PeerId]], Awaitable[Reached]]
-"""Finds out, on an entered host and with the help of those members, how it is reached."""
-
-
-async def tried_by_members(host: Host, members: Sequence[PeerId]) -> Reached:
-    """What members found out that tried the host's ports when it was entered; nothing within one machine or network."""
-    if host.seen_ip is None:
-        return Reached()
-    return Reached(reach=Reach.OPEN if host.open_ports else None, inbound=bool(host.open_ports))
 
 
 def software(*, daemon_fault: str | None = None) -> Software:
@@ -135,17 +117,18 @@ def ports(host: str, wanted: Iterable[tuple[str, int]]) -> tuple[Port, ...]:
     return tuple(found)
 
 
-async def everything(
-    invite: Invite | None, machine: Machine, ports: tuple[Port, ...], listen: str, *, probe: Probe = tried_by_members
-) -> Facts:
-    """All facts, in under 20 s; with an invite by joining as a stranger, whose folder is gone afterwards."""
+async def everything(invite: Invite | None, machine: Machine, ports: tuple[Port, ...], where: Network) -> Facts:
+    """All facts, in under 20 s; with an invite by joining as a stranger, whose folder is gone afterwards.
+
+    where: to listen, as in joining.
+    """
     network, recipe, fault = None, None, ""
     with tempfile.TemporaryDirectory(prefix="dugnad-doctor-") as name:
         try:
             if invite is not None:
-                network, recipe = await _look(invite, Path(name), listen, probe)
+                network, recipe = await _look(invite, Path(name), where)
             else:
-                async with _host(Identity.generate(), Path(name), listen, ()):
+                async with _host(Identity.generate(), Path(name), where, ()):
                     pass
         except TransportError as error:
             fault = str(error)
@@ -153,28 +136,41 @@ async def everything(
     return Facts(software=software(daemon_fault=fault), machine=machine, needs=needs, ports=ports, network=network)
 
 
-def _host(identity: Identity, directory: Path, listen: str, bootstrap: Sequence[str]) -> Host:
+def _host(
+    identity: Identity, directory: Path, where: Network, bootstrap: Sequence[str], ports: tuple[int, ...] = ()
+) -> Host:
     return Host(
         identity,
-        listen=(listen,),
+        listen=(where.listen,),
         bootstrap=bootstrap,
-        meter=lambda direction, kind, num_bytes: None,
+        meter=_not_counted,
         state_dir=directory,
         owner_of=owner_of,
+        ways=Ways(extra_ports=ports),
     )
 
 
-async def _look(invite: Invite, directory: Path, listen: str, probe: Probe) -> tuple[NetworkFacts, Recipe | None]:
+def _not_counted(direction: Direction, kind: str, num_bytes: int) -> None:
+    """Nobody asks how much it was."""
+
+
+async def _look(invite: Invite, directory: Path, where: Network) -> tuple[NetworkFacts, Recipe | None]:
     """What a stranger with this invite finds. Raises TransportError where the network daemon does not start."""
     me, recipe = Identity.generate(), None
     facts = NetworkFacts(asked=len(invite.addresses))
     try:
-        async with asyncio.timeout(NETWORK_S), _host(me, directory, listen, invite.addresses) as host:
+        async with (
+            asyncio.timeout(NETWORK_S),
+            Rendezvous(me, listen=where.bulk, folder=directory, meter=_not_counted) as rendezvous,
+            _host(me, directory, where, invite.addresses, (rendezvous.carrier.port,)) as host,
+        ):
             failures = host.contacts.failures
             facts = replace(facts, reached=facts.asked - len(failures), failures=failures)
-            facts = await _met(facts, host, invite, probe)
+            facts = await _met(facts, host, invite)
             recipe = await _recipe(host, Asker(host, me, invite.run))
             facts = replace(facts, run=f'"{recipe.name}"' if recipe else "")
+            # last: it takes the line, and the longest
+            facts = _with(facts, await probe(host, rendezvous, host.contacts.peers, invite.claim(me.peer_id)))
     except BootstrapError as error:
         return replace(facts, failures=error.failures), None
     except TimeoutError:
@@ -183,7 +179,7 @@ async def _look(invite: Invite, directory: Path, listen: str, probe: Probe) -> t
     return facts, recipe
 
 
-async def _met(facts: NetworkFacts, host: Host, invite: Invite, probe: Probe) -> NetworkFacts:
+async def _met(facts: NetworkFacts, host: Host, invite: Invite) -> NetworkFacts:
     """What there is to learn of members to whom we are connected."""
     members, refused = host.contacts.peers, ""
     try:
@@ -194,7 +190,6 @@ async def _met(facts: NetworkFacts, host: Host, invite: Invite, probe: Probe) ->
     for peer, sample in samples.items():
         host.clock.take(peer, sample)
     ways = {await host.path_of(peer) for peer in members}
-    reached = await probe(host, members)
     return replace(
         facts,
         refused=refused,
@@ -202,10 +197,17 @@ async def _met(facts: NetworkFacts, host: Host, invite: Invite, probe: Probe) ->
         clock_peers=len(samples),
         rtt_s=min((sample.round_trip_s for sample in samples.values()), default=None),
         path=Way.DIRECT if Way.DIRECT in ways else Way.RELAYED if members else None,
-        reach=reached.reach,
-        inbound=reached.inbound,
-        up_mbit=reached.up_mbit,
-        down_mbit=reached.down_mbit,
+    )
+
+
+def _with(facts: NetworkFacts, found: Reached) -> NetworkFacts:
+    return replace(
+        facts,
+        reach=found.reach,
+        inbound=found.inbound,
+        path=found.path or facts.path,
+        up_mbit=found.up_mbit,
+        down_mbit=found.down_mbit,
     )
 
 

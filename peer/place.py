@@ -10,16 +10,16 @@ from typing import Self
 from dugnad.coordinator import equivocation
 from dugnad.coordinator.messages import Genesis
 from dugnad.coordinator.surroundings import Surroundings
-from dugnad.dht import hello
+from dugnad.dht import hello, speed
 from dugnad.dht.daemon import everywhere
 from dugnad.dht.direct import Direct
 from dugnad.dht.evidence import Proofs
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId, nickname, peer_id_of, public_key_of, verify
 from dugnad.dht.invite import Invite, Pass
-from dugnad.dht.multiaddrs import ip_of, is_direct, is_local, is_public, port_of
+from dugnad.dht.multiaddrs import is_direct, is_local, port_of
 from dugnad.dht.outside import Ways
-from dugnad.dht.paths import Abilities, Reach
+from dugnad.dht.paths import Abilities
 from dugnad.dht.records import owner_of
 from dugnad.dht.rendezvous import Acquaintances, Rendezvous
 from dugnad.dht.swarm import Swarm
@@ -171,7 +171,15 @@ async def connected(
     ):
         await rendezvous.begin(host, _acquaintances(host, rendezvous, swarm, face))
         face.swarm, face.direct = swarm, Direct(host, rendezvous)
+        await _let_measure(host, rendezvous, face)
         yield Place(identity, host, face.direct, rendezvous, swarm, face, exporter.url)
+
+
+async def _let_measure(host: Host, rendezvous: Rendezvous, face: Face) -> None:
+    """Serve strangers too; not on `Direct`, for which whoever looks in once would count as a pair."""
+    answer = speed.service(bars=face.bars)
+    rendezvous.serve(speed.CHANNEL, answer)
+    await host.serve_stream(speed.CHANNEL, answer)
 
 
 def _acquaintances(host: Host, rendezvous: Rendezvous, swarm: Swarm, face: Face) -> Acquaintances:
@@ -179,19 +187,9 @@ def _acquaintances(host: Host, rendezvous: Rendezvous, swarm: Swarm, face: Face)
         refuses=face.refuses,
         pinned=swarm.fingerprint_of,
         open_peers=lambda: dict.fromkeys((*host.contacts.peers, *swarm.open_peers())),
-        open_hosts=lambda: _open_hosts(host, rendezvous.carrier.port),
+        open_hosts=lambda: host.open_hosts(rendezvous.carrier.port),
         claim=lambda: face.claim,
     )
-
-
-def _open_hosts(host: Host, port: int) -> tuple[str, ...]:
-    """At which addresses anyone reaches our carrier on `port`: found out by others, or by our own word."""
-    if host.open_ports:
-        same = host.open_ports.get(port) == port  # a router may have had to pass another one on
-        return (host.seen_ip,) if host.seen_ip is not None and same else ()
-    if host.reach is not Reach.OPEN:
-        return ()
-    return tuple(str(ip_of(address)) for address in host.addresses() if is_public(address))[:1]
 
 
 @contextlib.asynccontextmanager

@@ -32,6 +32,7 @@ from dugnad.dht.wire import PROTOCOL, seal
 from dugnad.peer import doctor, measure
 from dugnad.peer.doctor import Check
 from dugnad.peer.doctor import Verdict as Grade
+from dugnad.peer.network import Network
 from tests.e2e.processes import QUICK, Running, dugnad, endless
 from tests.net.hosts import ignore, owner_of
 
@@ -152,7 +153,7 @@ async def provoke(stage: Stage) -> Told:
 async def looked_at(invite: str, folder: Path) -> list[Check]:
     """What the doctor finds of an invite; in this process, which spares the time of starting one."""
     machine = measure.machine(folder, threads=1, look_for_gpu=False)
-    return doctor.checks(await measure.everything(parse_invite(invite), machine, (), "/ip4/127.0.0.1/tcp/0"))
+    return doctor.checks(await measure.everything(parse_invite(invite), machine, (), Network()))
 
 
 @contextlib.asynccontextmanager
@@ -261,7 +262,7 @@ def test_the_doctor_finds_nothing_in_the_way_of_a_good_invite_and_leaves_no_trac
     assert re.fullmatch(r"right, by 1 peer", found["clock"]["found"])
     assert re.fullmatch(r"direct to a member, \d+ ms there and back", found["path"]["found"])
     assert re.fullmatch(r"\d+\.\d GB free, needs 0\.\d", found["memory"]["found"])
-    assert found["rates"]["found"] == "not measured"
+    assert re.fullmatch(r"up [\d.]+ / down [\d.]+ Mbit/s to a member", found["rates"]["found"])
     assert len((stage.coordinator.status() or {})["peers"]) == 1
 
 

@@ -1,8 +1,8 @@
 """The doctor's verdicts over measured facts: one table, and what people and programs read."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -177,7 +177,7 @@ CASES: list[tuple[str, Facts, Verdict, str, str, str]] = [
     ("nat", facts(), OK, "not measured", "", ""),
     ("nat", with_network(reach=Reach.UNKNOWN), OK, "not measured", "", ""),
     ("nat", with_network(reach=Reach.OPEN), OK, "none in the way: others can connect to this machine", "", ""),
-    ("nat", with_network(reach=Reach.CONE), OK, "behind a router through which direct paths can be opened", "", ""),
+    ("nat", with_network(reach=Reach.CONE), OK, "cone: through your router direct paths can be opened", "", ""),
     (
         "nat",
         with_network(reach=Reach.SYMMETRIC),
@@ -187,6 +187,14 @@ CASES: list[tuple[str, Facts, Verdict, str, str, str]] = [
         "",
     ),
     ("inbound", facts(), OK, "not measured", "", ""),
+    (
+        "inbound",
+        with_network(inbound=False, reach=Reach.CONE),
+        OK,
+        "by paths that both sides open at once",
+        "",
+        "",
+    ),
     ("inbound", with_network(inbound=True), OK, "a member connected to this machine", "", ""),
     (
         "inbound",
@@ -205,7 +213,7 @@ CASES: list[tuple[str, Facts, Verdict, str, str, str]] = [
         "rates",
         with_network(up_mbit=0.4, down_mbit=92.0),
         WARNING,
-        "up 0 / down 92 Mbit/s to a member",
+        "up 0.4 / down 92 Mbit/s to a member",
         "a line this slow holds up each exchange; is another upload running?",
         "",
     ),
@@ -230,6 +238,13 @@ def test_only_a_failure_makes_it_not_ok_and_every_failure_says_what_to_do() -> N
         assert said["ok"] == (verdict is not FAILURE)
         assert said["checks"][0].keys() == {"name", "verdict", "found", "advice", "code"}
         assert bool(advice) == (verdict is not OK), f"{name}: {advice}"
+
+
+def test_programs_get_what_was_measured_as_numbers() -> None:
+    measured = replace(NETWORK, reach=Reach.CONE, path=Way.DIRECT, up_mbit=19.5)
+    said = json.loads(json.dumps(doctor.as_json([], measured)))["network"]
+    assert (said["reach"], said["path"], said["up_mbit"], said["down_mbit"]) == ("cone", "direct", 19.5, None)
+    assert "network" not in doctor.as_json([])
 
 
 def test_lines_are_what_people_were_promised() -> None:
@@ -278,17 +293,6 @@ def test_a_containers_limit_counts(tmp_path: Path, files: dict[str, str], free: 
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert measure._free_in_cgroup(tmp_path) == free
-
-
-@pytest.mark.parametrize(
-    ("seen_ip", "open_ports", "reach", "inbound"),
-    [(None, [], None, None), ("11.0.0.2", [], None, False), ("11.0.0.2", [4001], Reach.OPEN, True)],
-)
-async def test_what_members_found_who_tried_our_ports_is_what_counts_as_inbound(
-    seen_ip: str | None, open_ports: list[int], reach: Reach | None, inbound: bool | None
-) -> None:
-    host: Any = SimpleNamespace(seen_ip=seen_ip, open_ports=frozenset(open_ports))
-    assert await measure.tried_by_members(host, []) == measure.Reached(reach, inbound)
 
 
 def test_this_machine_can_be_measured(tmp_path: Path) -> None:
