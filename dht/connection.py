@@ -23,6 +23,7 @@ PING_S = 10.0
 """How often a connection is tried: it keeps the routers' mappings alive, and measures the round trip."""
 SILENCE_S = 25.0
 """Without an answer for so long, it is over."""
+_LET_IN_BYTES = 128 * 1024
 
 
 class DirectStream:
@@ -42,6 +43,11 @@ class DirectStream:
     def moved_bytes(self) -> int:
         """See Stream: of the whole connection."""
         return self._connection.moved_bytes
+
+    @property
+    def unread_bytes(self) -> int:
+        """What has come and was not read yet."""
+        return sum(map(len, self._arrived))
 
     async def read_exactly(self, num_bytes: int) -> bytes:
         """The next `num_bytes` bytes. Raises Unreachable if the stream ends first."""
@@ -158,6 +164,7 @@ class Connection:
         self._heard_at = time.monotonic()
         self._why = ""
         self._settled = asyncio.Event()
+        self._gone_bytes = 0
         self._wire = wires.add(sock, self._on_frames, self._on_end)
         self._pinging = asyncio.create_task(self._keep_pinging())
 
@@ -215,23 +222,36 @@ class Connection:
         credit = self.mux.consumed(stream, num_bytes)
         if credit:
             self._wire.send(credit)
+        self._let_in(num_bytes)
 
-    def _close(self, stream: int) -> None:
-        closing = self.mux.close(stream)
-        if self._streams.pop(stream, None) is not None and closing and self.alive:
+    def _close(self, number: int) -> None:
+        closing, stream = self.mux.close(number), self._streams.pop(number, None)
+        if stream is None:
+            return
+        if closing and self.alive:
             self._wire.send(closing)
+        self._let_in(stream.unread_bytes)
+
+    def _let_in(self, num_bytes: int) -> None:
+        """So much of what came takes no memory any more: as much may be read from the socket again."""
+        self._gone_bytes += num_bytes
+        if self._gone_bytes >= _LET_IN_BYTES:
+            self._wire.taken(self._gone_bytes)
+            self._gone_bytes = 0
 
     # -- what comes
 
     def _on_frames(self, frames: list[Frame]) -> None:
         self._heard_at = time.monotonic()
         for kind, number, payload in frames:
-            self._wire.taken(len(payload) + mux.HEADER.size)
             if not self.alive:
-                continue
+                return
             try:
-                for event in self.mux.receive(kind, number, payload):
+                events = self.mux.receive(kind, number, payload)
+                for event in events:
                     self._do(event)
+                kept = kind is mux.Kind.DATA and bool(events) and number in self._streams
+                self._let_in(mux.HEADER.size + (0 if kept else len(payload)))
             except WireError as error:
                 log.debug("%s sent nonsense: %s", nickname(self.peer), error)
                 self._die(str(error))

@@ -9,8 +9,8 @@
     PONG
     SEEN    payload: "HOST:PORT"           the address under which the sender sees the receiver
 
-Credit bounds what lies here unread: WINDOW_BYTES a stream, MAX_STREAMS streams of the other side's. A stream that one
-side has closed may still get frames that were under way: they are dropped.
+Credit bounds what lies here unread of a stream: WINDOW_BYTES, of MAX_STREAMS streams that the other side opened. A
+stream that one side has closed may still get frames that were under way: they are dropped.
 """
 
 import struct
@@ -23,7 +23,7 @@ HEADER = struct.Struct(">BII")
 FRAME_BYTES = 1024 * 1024
 WINDOW_BYTES = 4 * 2**20
 """320 Mbit/s at a round trip of 100 ms."""
-MAX_STREAMS = 64
+MAX_STREAMS = 32
 """That each side may have opened at a time."""
 CHANNEL_BYTES = 64
 _TOKEN_BYTES = 8

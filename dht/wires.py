@@ -6,6 +6,7 @@ bytes: what a frame means, and whether there may be one, `mux.py` says on the lo
 
 import asyncio
 import contextlib
+import logging
 import selectors
 import socket
 import ssl
@@ -17,10 +18,12 @@ from typing import Any
 from dugnad.dht.mux import FRAME_BYTES, HEADER, Kind, check_header
 from dugnad.dht.wire import WireError
 
+log = logging.getLogger(__name__)
+
 TURN_BYTES = 2**20
 """How much one connection may read before others have their turn."""
 UNREAD_BYTES = 8 * 2**20
-"""How much of a connection may wait for the event loop."""
+"""How much of a connection may lie here, not read by anyone: then no more is taken from its socket."""
 
 POOL = 64
 """Buffers that are kept to be used again: fresh memory for each frame would cost more than its decryption."""
@@ -103,6 +106,10 @@ class Wire:
                 self._reads = self._read()
         except (OSError, WireError) as error:
             self._end(str(error) or type(error).__name__)
+            return
+        except Exception as error:  # ours; the other connections go on
+            log.exception("a direct connection failed")
+            self._end(f"internal error: {error}")
             return
         if self._closing and not self._outgoing:
             self._end("")

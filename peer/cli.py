@@ -75,6 +75,7 @@ Through = Annotated[
     Path | None,
     typer.Option(help="Folder of another role that tells the others, where none runs in --dir.", show_default=False),
 ]
+_MANY_FILES = 65536
 _DEMO_ROUNDS = 12
 """A quarter of them pass before one more volunteer joins, and some until it has started and taken the model."""
 
@@ -521,6 +522,7 @@ def _run(work: Coroutine[Any, Any, Any], where: "Folder", exit_with_stdin: bool)
 
     where.create()
     log_to(where.path)
+    _allow_many_files()
     if exit_with_stdin:
         threading.Thread(target=_exit_with_stdin, daemon=True).start()
     ended = asyncio.run(work)
@@ -528,6 +530,17 @@ def _run(work: Coroutine[Any, Any, Any], where: "Folder", exit_with_stdin: bool)
         from dugnad.peer.terminal import say
 
         say(ended)
+
+
+def _allow_many_files() -> None:
+    """Each peer of a large swarm is a socket or two; shells allow 1,024 files by habit."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _exit_with_stdin() -> None:
