@@ -98,7 +98,9 @@ class Reducer:
         self._folding = False
         self._results: dict[int, bytes] = {}
         self._undelivered: set[PeerId] = set()
-        self._retry_at: dict[PeerId, float] = {}
+        self._upload_at: dict[PeerId, float] = {}
+        self._deliver_at: dict[PeerId, float] = {}
+        """When what failed is tried again: apart, since to one peer one may rest while the other is under way."""
         self._holds_at = float("inf")
         self._unsaid: dict[tuple[PeerId, bytes], None] = {}
         """What we hold whole and have not said yet."""
@@ -133,7 +135,8 @@ class Reducer:
         self._results = {}  # a new one: deliveries under way still read the old
         self._undelivered.clear()
         self._uploading.clear()
-        self._retry_at.clear()
+        self._upload_at.clear()
+        self._deliver_at.clear()
         return [*self._drop(), *self._upload(self._parts_of, now), *self._holds(now, everything=True)]
 
     def doubt(self) -> None:
@@ -164,7 +167,7 @@ class Reducer:
         """The upload of `parts` to `owner` broke; it is tried again while the plan says so."""
         if root == self._root and self._uploading.get(owner) == parts:
             del self._uploading[owner]
-            self._retry_at[owner] = now + RETRY_S
+            self._upload_at[owner] = now + RETRY_S
         return []
 
     def takes(self, contributor: PeerId, root: bytes) -> bool:
@@ -207,19 +210,20 @@ class Reducer:
     def deliver_failed(self, to: PeerId, *, now: float) -> None:
         """The delivery to `to` broke; it is tried again until the round is over."""
         if to in self._undelivered:
-            self._retry_at[to] = now + RETRY_S
+            self._deliver_at[to] = now + RETRY_S
 
     def tick(self, *, now: float) -> list[Effect]:
         """Try again what failed, and repeat what may have been lost."""
-        due = sorted(peer for peer, at in self._retry_at.items() if now >= at)
-        for peer in due:
-            del self._retry_at[peer]
-        out: list[Effect] = [Deliver(peer, self._results) for peer in due if peer in self._undelivered]
-        return [*out, *self._upload(due, now), *(self._holds(now) if now >= self._holds_at else [])]
+        undelivered = [peer for peer in _take_due(self._deliver_at, now) if peer in self._undelivered]
+        return [
+            *(Deliver(peer, self._results) for peer in undelivered),
+            *self._upload(_take_due(self._upload_at, now), now),
+            *(self._holds(now) if now >= self._holds_at else []),
+        ]
 
     def wake_at(self) -> float:
         """When `tick` has something to do."""
-        return min(self._holds_at, *self._retry_at.values(), float("inf"))
+        return min(self._holds_at, *self._upload_at.values(), *self._deliver_at.values(), float("inf"))
 
     def _upload(self, owners: Iterable[PeerId], now: float) -> list[Effect]:
         """Upload to those of `owners` what they lack."""
@@ -227,7 +231,7 @@ class Reducer:
             return []
         out: list[Effect] = []
         for owner in owners:
-            if owner == self._me or owner in self._uploading or now < self._retry_at.get(owner, 0.0):
+            if owner == self._me or owner in self._uploading or now < self._upload_at.get(owner, 0.0):
                 continue
             sent = self._sent[owner]
             parts = tuple(part for part in self._parts_of.get(owner, ()) if part not in sent)
@@ -275,3 +279,11 @@ class Reducer:
             return []
         self._folding = True
         return [Fold(self.own_parts, self._entries)]
+
+
+def _take_due(retries: dict[PeerId, float], now: float) -> list[PeerId]:
+    """Whose time has come, in peer-id order; they are taken off `retries`."""
+    due = sorted(peer for peer, at in retries.items() if now >= at)
+    for peer in due:
+        del retries[peer]
+    return due

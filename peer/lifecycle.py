@@ -230,8 +230,10 @@ class Volunteer:
         out: list[Effect] = self._reduced(self._reducer.folded(results, now=now))
         return self._settle([*out, *self.leader.result(self._me, plan.order, results, now=now)], now)
 
-    def delivered(self, to: PeerId, *, error: str | None, now: float) -> list[Effect]:
-        """`to` has our averages, or did not take them."""
+    def delivered(self, plan: Plan, to: PeerId, *, error: str | None, now: float) -> list[Effect]:
+        """`to` has our averages of this view, or did not take them."""
+        if self.plan is None or plan.order != self.plan.order:
+            return []  # it says nothing of whether those of the new view arrive
         if error is None:
             self._reducer.delivered(to)
         else:

@@ -237,4 +237,4 @@ class Session(Shell):
         except TransportError as failed:
             error = str(failed)
             self._complain((to, plan.order), "averages for %s: %s", nickname(to), error)
-        self.perform(self.machine.delivered(to, error=error, now=self.now()))
+        self.perform(self.machine.delivered(plan, to, error=error, now=self.now()))

@@ -904,7 +904,7 @@ class VolunteerNode(Node):
             return None
 
         def done(error: str | None) -> None:
-            self.perform(self.machine.delivered(to, error=error, now=self.world.now))
+            self.perform(self.machine.delivered(plan, to, error=error, now=self.world.now))
 
         nbytes = sum(self.world.part_bytes[part] for part in parts)
         kind = "result" if plan.seat_of(to) is not None else "follow"

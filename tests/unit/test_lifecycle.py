@@ -349,8 +349,8 @@ def test_broken_uploads_and_deliveries_are_tried_again(volunteer: Volunteer, lea
     volunteer.received(ANN, digest("root b"), (0, 2), now=5.0)
     volunteer.receive(FOUNDER, leader.freeze(plan), now=5.0)
     volunteer.folded(plan, mine(plan), now=5.0)
-    volunteer.delivered(ANN, error=None, now=6.0)
-    volunteer.delivered(FOUNDER, error="broken", now=6.0)
+    volunteer.delivered(plan, ANN, error=None, now=6.0)
+    volunteer.delivered(plan, FOUNDER, error="broken", now=6.0)
     assert reduced(volunteer.tick(now=9.0)) == [Deliver(FOUNDER, mine(plan))]
 
 
@@ -521,6 +521,24 @@ def test_averages_of_an_older_attempt_are_not_delivered_as_those_of_the_new_one(
         assert any(isinstance(e, Fold) for e in reduced(volunteer.receive(FOUNDER, leader.freeze(plan), now=3.0)))
     assert volunteer.folded(old, mine(old), now=4.0) == [], "another set may have been frozen since"
     assert reduced(volunteer.folded(new, mine(new), now=5.0))[0] == Deliver(ANN, mine(new))
+
+
+def test_a_delivery_of_an_older_attempt_that_ends_late_says_nothing_of_the_one_under_way(
+    volunteer: Volunteer, leader: FakeLeader
+) -> None:
+    old, new = leader.plan(ME, ANN), leader.plan(ME, ANN, attempt=2)
+    contributed(volunteer, old)
+    volunteer.uploaded(ANN, WORK.root, (1,), now=3.0)
+    volunteer.received(ANN, digest("root b"), (0, 2), now=3.0)
+    for plan in (old, new):
+        volunteer.receive(FOUNDER, plan, now=3.0)
+        volunteer.receive(FOUNDER, leader.freeze(plan), now=3.0)
+        assert Deliver(FOUNDER, mine(plan)) in reduced(volunteer.folded(plan, mine(plan), now=3.0))
+    volunteer.delivered(old, ANN, error=None, now=4.0)
+    volunteer.delivered(old, FOUNDER, error="refused", now=4.0)
+    assert reduced(volunteer.tick(now=9.0)) == [], "both are still under way"
+    volunteer.delivered(new, ANN, error="broken", now=10.0)
+    assert reduced(volunteer.tick(now=15.0)) == [Deliver(ANN, mine(new))]
 
 
 def test_work_on_other_samples_than_those_of_the_new_seat_is_forgotten_everywhere(

@@ -298,6 +298,26 @@ def test_a_new_view_forgets_deliveries_of_the_old_one() -> None:
     assert not [e for e in reducer.tick(now=60.0) if isinstance(e, Deliver)]
 
 
+def test_a_delivery_that_broke_does_not_hold_up_the_upload_to_the_same_peer() -> None:
+    reducer = Reducer(ME)
+    reducer.plan((ANN, ME, ME, ME, ANN), (*PEERS, LEADER), now=0.0)
+    entries = (Weighed(EVE, ROOTS[EVE], 10),)
+    assert reducer.freeze(entries, now=0.0) == []
+    assert reducer.freeze((Weighed(ANN, ROOTS[ANN], 10),), now=0.0) == []
+    assert reducer.received(EVE, ROOTS[EVE], (1, 2, 3), now=0.0) == [Fold((1, 2, 3), entries)]
+    assert len(reducer.folded({1: b"b", 2: b"c", 3: b"d"}, now=0.0)) == 4
+    reducer.deliver_failed(ANN, now=0.0)
+    # too late for this set, but the work is good for the next view as well
+    assert reducer.contribute(ROOTS[ME], now=0.0) == [Upload(ANN, ROOTS[ME], (0, 4))]
+
+
+def test_an_upload_that_broke_does_not_double_the_delivery_that_is_under_way_to_the_same_peer() -> None:
+    reducer = folding()
+    assert Deliver(ANN, RESULTS) in reducer.folded(RESULTS, now=0.0)
+    reducer.upload_failed(ANN, ROOTS[ME], (1, 4), now=0.0)
+    assert reducer.tick(now=RETRY_S) == [Upload(ANN, ROOTS[ME], (1, 4))]
+
+
 @pytest.mark.parametrize("results", [{}, {0: b"a"}, {0: b"a", 1: b"b"}, {0: b"a", 2: b"c", 3: b"d"}])
 def test_results_of_other_parts_than_ours_are_dropped(results: dict[int, bytes]) -> None:
     assert folding().folded(results, now=0.0) == []
@@ -329,8 +349,10 @@ class Reducing(RuleBasedStateMachine):
         self.folding = False
         self.results: dict[int, bytes] = {}
         self.undelivered: set[PeerId] = set()
-        self.failed: dict[PeerId, float] = {}
-        """Uploads that broke, and when."""
+        self.delivering: set[PeerId] = set()
+        self.uploads_rest: dict[PeerId, float] = {}
+        self.deliveries_rest: dict[PeerId, float] = {}
+        """What broke, and until when it rests."""
 
     @property
     def mine(self) -> set[int]:
@@ -356,8 +378,7 @@ class Reducing(RuleBasedStateMachine):
                     self.check_fold(parts, entries)
                 case Deliver(to, parts):
                     assert parts == self.results, "everyone gets the same bytes"
-                    assert to in self.undelivered, "who has acknowledged the averages does not get them again"
-                    assert to != ME
+                    self.check_delivery(to)
 
     def check_upload(self, owner: PeerId, parts: tuple[int, ...]) -> None:
         assert self.contributed, "nothing is uploaded before it is there"
@@ -366,8 +387,15 @@ class Reducing(RuleBasedStateMachine):
         assert all(self.owners[part] == owner for part in parts), "uploads go only to owners"
         assert not self.acknowledged[owner] & set(parts), "what was acknowledged is not sent again"
         assert all(upload.owner != owner for upload in self.uploads), "one upload at a time to each owner"
-        assert self.now >= self.failed.pop(owner, self.now), "a broken upload rests before it is tried again"
+        assert self.now >= self.uploads_rest.pop(owner, self.now), "a broken upload rests before it is tried again"
         self.uploads.append(Upload(owner, ROOTS[ME], parts))
+
+    def check_delivery(self, to: PeerId) -> None:
+        assert to != ME
+        assert to in self.undelivered, "who has acknowledged the averages does not get them again"
+        assert to not in self.delivering, "one delivery at a time to each"
+        assert self.now >= self.deliveries_rest.pop(to, self.now), "a broken delivery rests before it is tried again"
+        self.delivering.add(to)
 
     def check_fold(self, parts: tuple[int, ...], entries: tuple[Weighed, ...]) -> None:
         self.folds += 1
@@ -386,7 +414,8 @@ class Reducing(RuleBasedStateMachine):
         for newcomer in set(owners) - set(self.owners):
             self.acknowledged[newcomer].clear()
         self.owners, self.view = owners, self.view + 1
-        self.uploads, self.said_held, self.failed = [], set(), {}
+        self.uploads, self.said_held, self.delivering = [], set(), set()
+        self.uploads_rest, self.deliveries_rest = {}, {}
         self.frozen, self.folds, self.folding, self.results, self.undelivered = None, 0, False, {}, set()
         self.take(self.reducer.plan(owners, (*PEERS, LEADER), now=self.now))
 
@@ -406,7 +435,7 @@ class Reducing(RuleBasedStateMachine):
             self.acknowledged[upload.owner].update(upload.parts)
             self.take(self.reducer.uploaded(upload.owner, upload.root, upload.parts, now=self.now))
         else:
-            self.failed[upload.owner] = self.now + RETRY_S
+            self.uploads_rest[upload.owner] = self.now + RETRY_S
             self.take(self.reducer.upload_failed(upload.owner, upload.root, upload.parts, now=self.now))
 
     @rule(peer=others, parts=some_parts)
@@ -422,6 +451,12 @@ class Reducing(RuleBasedStateMachine):
         entries = tuple(Weighed(peer, ROOTS[peer], 10) for peer in promised)
         self.frozen = self.frozen or entries
         self.take(self.reducer.freeze(entries, now=self.now))
+
+    @precondition(lambda self: self.frozen and self.mine and not self.folds)
+    @rule()
+    def what_is_missing_of_the_set_comes(self) -> None:
+        for entry in self.frozen or ():
+            self.receive(entry.peer, tuple(range(5)))
 
     @precondition(lambda self: self.folding)
     @rule()
@@ -439,12 +474,16 @@ class Reducing(RuleBasedStateMachine):
         if set(stale) != self.mine or not self.folding:
             assert self.reducer.folded(stale, now=self.now) == []
 
-    @rule(to=st.sampled_from([*PEERS[1:], LEADER]), arrives=st.booleans())
-    def end_of_a_delivery(self, to: PeerId, arrives: bool) -> None:
+    @precondition(lambda self: self.delivering)
+    @rule(data=st.data(), arrives=st.booleans())
+    def end_of_a_delivery(self, data: st.DataObject, arrives: bool) -> None:
+        to = data.draw(st.sampled_from(sorted(self.delivering)))
+        self.delivering.remove(to)
         if arrives:
             self.undelivered.discard(to)
             self.reducer.delivered(to)
         else:
+            self.deliveries_rest[to] = self.now + RETRY_S
             self.reducer.deliver_failed(to, now=self.now)
 
     @rule(seconds=st.sampled_from([0.0, 0.1, RETRY_S, 10.0]))
@@ -468,7 +507,11 @@ class Reducing(RuleBasedStateMachine):
         if self.contributed:
             for part, owner in enumerate(self.owners):
                 under_way = any(upload.owner == owner for upload in self.uploads)
-                assert owner == ME or part in self.acknowledged[owner] or under_way or owner in self.failed
+                assert owner == ME or part in self.acknowledged[owner] or under_way or owner in self.uploads_rest
+
+    @invariant()
+    def everyone_has_or_is_getting_our_averages(self) -> None:
+        assert self.undelivered == self.delivering | set(self.deliveries_rest)
 
 
 Reducing.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
