@@ -322,7 +322,8 @@ class Shell:
         self.averages.forget(commit)
         cost = self._cost()
         self.on_applied(commit, model, cost)
-        self._aftermath.put_nowait((commit, model))
+        if not self._finishing:  # else rounds that go on without us would keep us here: the last model is saved anyway
+            self._aftermath.put_nowait((commit, model))
         self.perform(self.machine.applied(block.round, digest, cost, now=self.now()))
 
     def _cost(self) -> Cost:
