@@ -81,9 +81,9 @@ class Place:
 class Carrier:
     """Listens, dials and punches: `async with Carrier(...)`; afterwards nothing is left open.
 
-    listen: on which address and port, 0 for any. expects: the certificate (DER) with
-    which a peer must come, None for whom we expect nothing from. established: hears of each connection, dialled or
-    accepted. over: hears when one has ended. Entering raises PortInUse or ListenError.
+    listen: on which address and port, 0 for any. expects: the certificate (DER) with which a peer must come, None for
+    those who may not. established: hears of each connection, dialled or accepted. over: hears when one has ended.
+    Entering raises PortInUse or ListenError.
     """
 
     def __init__(

@@ -35,7 +35,8 @@ OBSERVERS = 2
 """How many open peers tell us how we are seen."""
 LOOK_S = 2.0
 SOON_S = 0.3
-"""The same, as long as nobody has told us how we are seen."""
+"""The same, as long as nobody has told us how we are seen; but where all are in one network, nobody ever does."""
+SOON_FOR_S = 30.0
 FRESH_S = 5.0
 """A connection younger than this is not doubted when its peer wants to meet: both may have begun at once."""
 MAX_CONNECTIONS = 1024
@@ -86,8 +87,7 @@ class Rendezvous:
     """`async with Rendezvous(...)` opens the carrier's port; nobody is expected there before `begin`.
 
     listen: on which address and port, 0 for any; folder: where the certificate is kept. punched: hears of each
-    connection that was to be punched. Entering raises PortInUse,
-    ListenError, and OSError if the folder can't be used.
+    connection that was to be punched. Entering raises PortInUse, ListenError, and OSError if the folder can't be used.
     """
 
     def __init__(
@@ -157,10 +157,6 @@ class Rendezvous:
         found = self._connections.get(peer)
         return found[-1] if found else None
 
-    def connections(self) -> list[Connection]:
-        """The newest connection to each peer."""
-        return [found[-1] for found in self._connections.values()]
-
     async def connect(self, peer: PeerId, *, within_s: float) -> Connection | None:
         """A connection to `peer`, sought if there is none and that may help; it may come later than `within_s`."""
         there = self.connection(peer)
@@ -191,7 +187,7 @@ class Rendezvous:
         if (arrival := self._arrivals.get(peer)) is not None:
             arrival.set()
         log.debug("a direct connection to %s (%s)", nickname(peer), connection.path)
-        while len(self._connections) > MAX_CONNECTIONS:
+        if len(self._connections) > MAX_CONNECTIONS:
             self._close_one_idle()
 
     def _over(self, connection: Connection, why: str) -> None:
@@ -376,14 +372,18 @@ class Rendezvous:
             return
         place = Place.parse(theirs.second)
         with contextlib.suppress(NoConnection):
-            self._views[await self.carrier.dial(peer, place, keep_port=True)] = place
+            connection = await self.carrier.dial(peer, place, keep_port=True)
+            if connection.keeps_port:
+                self._views[connection] = place
 
     async def _keep_looking(self) -> None:
+        soon_until = time.monotonic() + SOON_FOR_S
         while True:
             await self._cut_refused()
             if not self._known_open:
                 await self._find_observers()
-            await asyncio.sleep(LOOK_S if self._known_open or self._views else SOON_S)
+            settled = self._known_open or self._views or time.monotonic() > soon_until
+            await asyncio.sleep(LOOK_S if settled else SOON_S)
 
     async def _cut_refused(self) -> None:
         """End the connections of those who may no longer have one."""

@@ -302,6 +302,19 @@ async def test_who_does_not_read_is_sent_no_more_than_a_window(folder: Folders) 
         await stream.close()
 
 
+async def test_of_too_many_connections_the_one_that_was_idle_longest_goes(
+    folder: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendezvous, "MAX_CONNECTIONS", 1)
+    async with network() as net, peers(net, folder, ANN, BOB, EVE) as (ann, *_):
+        await give(ann, BOB, b"x")
+        await give(ann, EVE, b"x")
+        async with asyncio.timeout(5):
+            while ann.rendezvous.connection(BOB.peer_id) is not None:
+                await asyncio.sleep(0.01)
+        assert ann.rendezvous.connection(EVE.peer_id) is not None
+
+
 async def test_where_no_connection_comes_about_bytes_go_over_libp2p(folder: Folders) -> None:
     async with network() as net, peers(net, folder, ANN) as (ann,):
         bob = net.join(BOB.peer_id)
