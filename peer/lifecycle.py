@@ -120,7 +120,7 @@ class Volunteer:
         self._reducer = Reducer(me)
         self._promise: Contribution | None = None
         self._train_until = float("inf")
-        self._report_at = 0.0
+        self._report_at = self._look_at = 0.0
         self._reported: tuple[object, ...] = ()
         self._resync_at = 0.0
         self._leave_by = float("inf")
@@ -274,6 +274,7 @@ class Volunteer:
 
     def _look_whether_admitted(self, now: float) -> None:
         """Leave where we may not take part: at once when we are banned, else after a while, for it may change."""
+        self._look_at = now + self._report_s  # its own: where rounds are short, no report is ever due
         self.refusal = self.follower.refuses(self._me, self.abilities.claim)
         if self.refusal is None or (self.refusal.code != BANNED and self.follower.model is None):
             self._refused_at = float("inf")  # without the chain, we do not know whom it admitted
@@ -287,7 +288,8 @@ class Volunteer:
         if self.state is State.LEFT:
             return float("inf")
         resync_at = self._resync_at if self.state is State.SYNC else float("inf")
-        return min(self._report_at, self._train_until, resync_at, self._reducer.wake_at(), self.leader.wake_at())
+        of_parts = min(self._reducer.wake_at(), self.leader.wake_at())
+        return min(self._report_at, self._look_at, self._train_until, resync_at, of_parts)
 
     # -- what it says of itself
 

@@ -896,6 +896,15 @@ OTHERS = (ANN, FOUNDER)
 """A quorum without us."""
 
 
+def test_it_looks_whether_it_may_still_take_part_though_so_much_happens_that_no_report_is_ever_due(
+    volunteer: Volunteer, leader: FakeLeader
+) -> None:
+    volunteer.tick(now=1.0)
+    volunteer.receive(FOUNDER, leader.plan(), now=1.0 + REPORT_S / 2)
+    assert volunteer._report_at > 1.0 + REPORT_S, "it has just reported what changed"
+    assert volunteer.wake_at() <= 1.0 + REPORT_S
+
+
 class Living(RuleBasedStateMachine):
     """One volunteer, to whom leaders say what they may, in any order, late, twice or never; it restarts and leaves.
 
