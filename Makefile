@@ -19,7 +19,7 @@ test: setup ## units and simulations on two cores, then sockets and processes on
 	$(BIN)/pytest -q -m "(net or e2e) and not soak"
 
 soak: setup ## what takes an hour: 900 seeds of chaos, large swarms, 200 kills of real processes; keeps its output
-	set -o pipefail; ($(SOAK) -n 2 tests/sim && $(SOAK) tests/e2e) | tee docs/soak.txt
+	set -o pipefail; ($(SOAK) -n 2 tests/sim && $(SOAK) tests/e2e tests/net) | tee docs/soak.txt
 
 lab: setup ## who reaches whom through which routers, in namespaces (root); OUT=FILE gets it as JSON
 	$(BIN)/python -m tests.net.lab_report $(or $(OUT),$(error name a file: make lab OUT=lab.json))

@@ -129,7 +129,7 @@ class Follower:
         """
         for commit in commits:
             self.ledger.append(commit)
-            self.delegation = commit.block.coordinator or self.delegation
+            self._note_seat(commit.block)
         self.replica.hold(held)
         head = self.ledger.head
         self.promises = Promises(head.epoch, head.round + 1)
@@ -338,6 +338,12 @@ class Follower:
         self.delegation = said
         return []
 
+    def _note_seat(self, block: Block) -> None:
+        """Keep the newest delegation: who catches up reads of coordinators that came before the one it knows."""
+        seat, known = block.coordinator, self.delegation
+        if seat is not None and (known is None or seat.term >= known.term):
+            self.delegation = seat
+
     def _on_standing(self, sender: PeerId, said: Standing, now: float) -> list[Effect]:
         place = (said.epoch, said.head_round)
         if sender == self.leader and place == self.ledger.head.place and said.in_view == self.view:
@@ -459,7 +465,7 @@ class Follower:
         told = block.parent == head.hash and sender == head.leader(said.view)  # not when we catch up
         others = self.passes_on(self._signer.peer_id, said) if told else ()
         self.ledger.append(said)
-        self.delegation = block.coordinator or self.delegation
+        self._note_seat(block)
         # in the midst of a round its parts are still on their way here: fetching at once would move them twice
         arriving = self._proposal is not None or self.replica.holds_some(block)
         grace_s = FETCH_AFTER_S if arriving else 0.0

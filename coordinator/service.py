@@ -117,7 +117,8 @@ class Coordinator(Shell):
     async def farewell(self) -> None:
         """Let others vouch for the last model, and members of a finished run see that it is finished."""
         newest = self.state.newest
-        assert newest is not None, "it stands at the head"
+        if newest is None:
+            return  # dismissed before it had one
         round_, model = newest
         deadline = self.now() + GOODBYE_S
         while (

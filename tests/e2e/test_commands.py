@@ -60,7 +60,9 @@ def test_launch_and_two_joins_train_to_the_end_and_leave_no_process(start: Start
     assert len(written.stdout) >= 50
 
 
-@pytest.mark.parametrize("end", [Running.interrupt, Running.kill], ids=["stopped", "killed"])
+@pytest.mark.parametrize(
+    "end", [pytest.param(Running.interrupt, marks=pytest.mark.soak), Running.kill], ids=["stopped", "killed"]
+)
 def test_a_coordinator_that_is_resumed_takes_what_it_missed_and_leads_again(
     start: Start, end: Callable[[Running], None]
 ) -> None:
@@ -83,6 +85,7 @@ def test_a_coordinator_that_is_resumed_takes_what_it_missed_and_leads_again(
         assert found["ranges_lost"] == found["ranges_doubled"] == []
 
 
+@pytest.mark.soak  # as when all are killed at once, but gently
 def test_a_run_that_everyone_left_in_order_goes_on_from_their_folders(start: Start) -> None:
     coordinator, volunteers = begin_run(start, 3, rounds=30)
     coordinator.until(lambda said: at_round(3)(said) and len(said["committee"]) == 4, "round with all")
@@ -121,6 +124,7 @@ def test_one_interrupt_leaves_in_order_and_two_leave_now_and_the_others_go_on(st
     assert audited(coordinator.directory)["rounds"] >= 20
 
 
+@pytest.mark.soak  # as one of those who were all killed
 def test_a_volunteer_that_comes_back_takes_part_again(start: Start) -> None:
     coordinator, volunteers = begin_run(start, 3, rounds=60)
     volunteers[2].until(at_round(2), "second round")

@@ -11,7 +11,7 @@ from tests.e2e.test_commands import at_round, audited
 from tests.net.lab import Kind, Lab, lab
 
 HOSTS: dict[str, Kind] = {"hub": "public", "other": "public", "ann": "cone", "bob": "carrier", "sym": "symmetric"}
-STEPS = 200
+STEPS = 120
 """Of a round: some seconds. In short ones many pass while one is joining."""
 
 

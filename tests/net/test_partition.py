@@ -72,7 +72,9 @@ def agreed_after_s(roles: list[Running], beyond: int) -> float:
     raise AssertionError("no agreement\n" + "\n".join(one.text()[-2000:] for one in roles))
 
 
-@pytest.mark.parametrize("apart", [(3, 4), (4,)], ids=["two and two", "three and one"])
+@pytest.mark.parametrize(
+    "apart", [(3, 4), pytest.param((4,), marks=pytest.mark.soak)], ids=["two and two", "three and one"]
+)
 def test_of_two_sides_at_most_one_commits_and_all_agree_once_they_meet_again(
     net: Internet, roles: list[Running], apart: tuple[int, ...]
 ) -> None:

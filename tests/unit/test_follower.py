@@ -686,6 +686,17 @@ def test_a_delegation_older_than_the_chain_knows_is_passed_over() -> None:
     assert follower.delegation == SEAT
 
 
+def test_who_catches_up_keeps_the_newest_delegation_though_blocks_name_coordinators_from_before() -> None:
+    follower = new_follower()
+    seat = delegation(ANN, 9)
+    assert follower.receive(EVE, seat, now=0.0) == []
+    for commit in CHAIN[:3]:
+        follower.receive(FOUNDER, commit, now=0.0)
+    assert CHAIN[0].block.coordinator is not None
+    assert follower.ledger.head.round == 3
+    assert follower.delegation == seat
+
+
 def test_what_it_applied_is_said_to_the_leader_and_to_the_coordinator() -> None:
     follower = a_follower()
     (sent,) = entered(follower, 1)
