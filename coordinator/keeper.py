@@ -15,6 +15,7 @@ from dugnad.coordinator.membership import Stage
 from dugnad.coordinator.messages import Applied, Commit, Freeze, Plan, Report
 from dugnad.coordinator.rounds import Leader, Phase
 from dugnad.dht.delegation import Delegation
+from dugnad.dht.hello import BANNED
 from dugnad.dht.identity import PeerId
 from dugnad.dht.paths import Abilities
 from dugnad.dht.wire import Message
@@ -74,9 +75,9 @@ class Keeper:
 
     @property
     def dismissed(self) -> str | None:
-        """Why the organizer wants this coordinator to go, if so."""
+        """Why the organizer wants this coordinator to go, if so; one that yields to another may stay and watch."""
         refusal = self.follower.refuses(self._me)
-        return None if refusal is None else str(refusal)
+        return str(refusal) if refusal is not None and refusal.code == BANNED else None
 
     @property
     def yields(self) -> bool:

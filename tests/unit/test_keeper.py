@@ -324,6 +324,7 @@ def test_it_yields_to_one_that_was_started_later_and_says_so() -> None:
     keeper.receive(OTHER, delegation(OTHER, 2), now=1.0)
     assert keeper.yields
     assert keeper.reason == "yields: another coordinator was started later with the run key"
+    assert keeper.dismissed is None, "nobody has banned it"
 
 
 def test_the_seat_that_it_yields_goes_to_the_newer_one_with_the_next_block() -> None:
