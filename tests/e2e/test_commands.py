@@ -38,6 +38,7 @@ def audited(directory: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.soak  # as the demo does
 def test_launch_and_two_joins_train_to_the_end_and_leave_no_process(start: Start) -> None:
     coordinator, volunteers = begin_run(start, 2, rounds=8)
     said = coordinator.until(at_round(2), "second round")
@@ -60,9 +61,8 @@ def test_launch_and_two_joins_train_to_the_end_and_leave_no_process(start: Start
     assert len(written.stdout) >= 50
 
 
-@pytest.mark.parametrize(
-    "end", [pytest.param(Running.interrupt, marks=pytest.mark.soak), Running.kill], ids=["stopped", "killed"]
-)
+@pytest.mark.soak  # as one that comes back on an empty disk
+@pytest.mark.parametrize("end", [Running.interrupt, Running.kill], ids=["stopped", "killed"])
 def test_a_coordinator_that_is_resumed_takes_what_it_missed_and_leads_again(
     start: Start, end: Callable[[Running], None]
 ) -> None:
@@ -257,6 +257,7 @@ def test_of_two_joins_started_at_once_in_one_folder_one_is_refused(start: Start)
     assert f"dugnad: {twins[0].directory}: " in twins[0].text()
 
 
+@pytest.mark.soak
 def test_a_corrupt_checkpoint_is_named_and_what_is_damaged_comes_from_other_keepers(
     start: Start, tmp_path: Path
 ) -> None:
@@ -299,6 +300,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", place], check=True)
 
 
+@pytest.mark.soak
 def test_a_full_disk_ends_the_coordinator_with_a_sentence_and_nothing_is_lost(small_disk: Path, start: Start) -> None:
     coordinator, volunteers = begin_run(start, 2, rounds=60)
     coordinator.until(at_round(2), "second round")

@@ -159,6 +159,7 @@ def test_a_coordinator_comes_back_on_an_empty_disk_with_the_run_key_and_of_two_t
     assert_one_history([elsewhere, *(one.directory for one in (coordinator, *volunteers))])
 
 
+@pytest.mark.soak
 def test_the_organizer_begins_an_epoch_when_most_of_a_committee_is_gone_for_good(start: Start, tmp_path: Path) -> None:
     coordinator, volunteers = launched(start, tmp_path, 4)
     for one in volunteers[:3]:
