@@ -17,7 +17,6 @@ import socket
 import ssl
 import struct
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,7 +24,10 @@ import psutil
 
 from dugnad.dht.certificate import Certificate
 from dugnad.dht.connection import Connection
+from dugnad.dht.endpoint import Endpoint
 from dugnad.dht.identity import Identity, PeerId, nickname, peer_id_of, public_key_of
+from dugnad.dht.listening import check_free
+from dugnad.dht.multiaddrs import on_tcp
 from dugnad.dht.paths import Path
 from dugnad.dht.transport import ListenError, Meter, PortInUse, StreamHandler, TransportError
 from dugnad.dht.wires import Wires
@@ -51,33 +53,6 @@ class Refused(NoConnection):
     """The other side is not who it should be, or nobody that we expect."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """An address of a carrier."""
-
-    host: str
-    port: int
-
-    @property
-    def family(self) -> socket.AddressFamily:
-        """Of its sockets."""
-        return socket.AF_INET6 if ":" in self.host else socket.AF_INET
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Of "HOST:PORT" with a numeric address. Raises ValueError for anything else."""
-        host, _, port = text.rpartition(":")
-        host = host.removeprefix("[").removesuffix("]")
-        number = int(port) if port.isdecimal() and len(port) <= 5 else 0
-        if not 0 < number < 65536:
-            raise ValueError(f"{text!r} has no port")
-        socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
-        return cls(host, number)
-
-
 class Carrier:
     """Listens, dials and punches: `async with Carrier(...)`; afterwards nothing is left open.
 
@@ -91,7 +66,7 @@ class Carrier:
         identity: Identity,
         certificate: Certificate,
         *,
-        listen: Place,
+        listen: Endpoint,
         meter: Meter,
         expects: Callable[[PeerId], bytes | None],
         established: Callable[[Connection], None],
@@ -132,7 +107,7 @@ class Carrier:
     ) -> None:
         await self._exit.__aexit__(kind, error, trace)
 
-    async def dial(self, peer: PeerId, place: Place, *, keep_port: bool) -> Connection:
+    async def dial(self, peer: PeerId, place: Endpoint, *, keep_port: bool) -> Connection:
         """A connection to `peer`, which accepts some at `place`; keep_port: from the port that we listen on.
 
         Raises NoConnection, within some seconds.
@@ -145,7 +120,7 @@ class Carrier:
             raise NoConnection(f"{place}: {why}") from error
         return await self._establish(sock, peer, Path.DIRECT)
 
-    async def punch(self, peer: PeerId, place: Place) -> Connection:
+    async def punch(self, peer: PeerId, place: Endpoint) -> Connection:
         """A connection to `peer`, whose router shows it as `place`, and who tries the same now. Raises NoConnection."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + PUNCH_S
@@ -169,7 +144,7 @@ class Carrier:
 
     # -- sockets
 
-    async def _connect_from(self, place: Place, port: int) -> socket.socket:
+    async def _connect_from(self, place: Endpoint, port: int) -> socket.socket:
         """A TCP connection from that port, if it can be; 0: from any. Raises OSError."""
         try:
             return await self._connect(place, port)
@@ -179,13 +154,13 @@ class Carrier:
         return await self._connect(place, 0)  # one from there to here is still dying
 
     def _listen(self, stack: contextlib.AsyncExitStack, host: str, port: int) -> socket.socket:
-        place = Place(host, port)
+        place = Endpoint(host, port)
         if port:
-            _check_free(place)
-        listener = stack.enter_context(socket.socket(place.family, socket.SOCK_STREAM))
+            check_free(on_tcp(host, port))
+        listener = stack.enter_context(socket.socket(_family(place), socket.SOCK_STREAM))
         _share_port(listener)
         try:
-            if place.family == socket.AF_INET6:
+            if ":" in host:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             listener.bind((place.host, place.port))
         except OSError as error:
@@ -194,9 +169,9 @@ class Carrier:
         listener.setblocking(False)
         return listener
 
-    async def _connect(self, place: Place, from_port: int) -> socket.socket:
+    async def _connect(self, place: Endpoint, from_port: int) -> socket.socket:
         """A TCP connection. Raises OSError."""
-        sock = socket.socket(place.family, socket.SOCK_STREAM)
+        sock = socket.socket(_family(place), socket.SOCK_STREAM)
         try:
             sock.setblocking(False)
             if from_port:
@@ -274,9 +249,11 @@ class Carrier:
         except BaseException:
             secured.close()
             raise
-        return await self._connected(secured, other, path, Place(host, port), client)
+        return await self._connected(secured, other, path, Endpoint(host, port), client)
 
-    async def _connected(self, sock: ssl.SSLSocket, peer: PeerId, path: Path, seen: Place, client: bool) -> Connection:
+    async def _connected(
+        self, sock: ssl.SSLSocket, peer: PeerId, path: Path, seen: Endpoint, client: bool
+    ) -> Connection:
         assert self._wires is not None, "entered"
         connection = Connection(
             self._wires, sock, peer, path,
@@ -357,16 +334,8 @@ def _share_port(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
 
-def _check_free(place: Place) -> None:
-    """Raise PortInUse if someone listens there: a shared port would be taken silently."""
-    with socket.socket(place.family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if place.family == socket.AF_INET6:
-            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        try:
-            probe.bind((place.host, place.port))
-        except OSError as error:
-            raise PortInUse(str(place)) from error
+def _family(place: Endpoint) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in place.host else socket.AF_INET
 
 
 def _interface_addresses() -> list[str]:

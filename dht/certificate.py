@@ -16,8 +16,6 @@ from dugnad.dht.identity import PeerId, write_private
 LASTS = timedelta(days=60)
 RENEW_BEFORE = timedelta(days=20)
 """So long before its end a new one is made at the next start; no process runs for longer than that unattended."""
-MAX_BYTES = 1024
-"""Of a certificate, in DER; ours have about 350."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ _WORDS = {200: "it is full", 201: "it is at its limits", 202: "it does not relay
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Reservation:
     """What a relay grants: how much each connection through it may carry."""
 
     data_bytes: int
@@ -44,7 +44,7 @@ class RelayRefused(Exception):
     """A relay has no place for us; says why."""
 
 
-async def reserve(daemon: Daemon, relay: PeerId) -> Place:
+async def reserve(daemon: Daemon, relay: PeerId) -> Reservation:
     """Ask for a place at `relay`, or to keep it, within 5 s.
 
     Raises RelayRefused, Unreachable, NetworkDown, or WireError for an answer that is none.
@@ -65,7 +65,7 @@ async def reserve(daemon: Daemon, relay: PeerId) -> Place:
         raise NetworkDown(f"the network daemon broke off: {error}") from error
 
 
-def decode_status(message: bytes) -> Place:
+def decode_status(message: bytes) -> Reservation:
     """What an answer to RESERVE grants. Raises RelayRefused, or WireError for anything that is no such answer."""
     fields = dict(_fields(message))
     if fields.get(_TYPE) != _STATUS:
@@ -80,7 +80,7 @@ def decode_status(message: bytes) -> Place:
     data, duration = limits.get(_LIMIT_DATA, 0), limits.get(_LIMIT_DURATION, 0)
     if not isinstance(data, int) or not isinstance(duration, int):
         raise WireError("malformed", "the limits of a relay are no numbers")
-    return Place(data, duration)
+    return Reservation(data, duration)
 
 
 async def read_delimited(reader: asyncio.StreamReader) -> bytes:

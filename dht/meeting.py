@@ -10,32 +10,34 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
-from dugnad.dht.carrier import Place
-from dugnad.dht.certificate import MAX_BYTES
+from dugnad.dht.endpoint import Endpoint
 from dugnad.dht.paths import Reach
-from dugnad.dht.wire import WireError
+from dugnad.dht.ticket import CLAIM_BYTES
+from dugnad.dht.wire import WireError, strictly
 
 CHANNEL = "dugnad/meet/1"
-CLAIM_BYTES = 1024
+CERTIFICATE_BYTES = 1024
+"""Of a certificate, in DER; ours have about 350."""
 _CAP_BYTES = 4096
 
-_Place = Annotated[str, Meta(pattern=r"^[0-9a-fA-F:.\[\]]{3,64}\Z")]
-_Places = Annotated[tuple[_Place, ...], Meta(max_length=8)]
+_Text = Annotated[str, Meta(max_length=64)]
+"""Of an endpoint; `decode` sees to it that it is one."""
+_Texts = Annotated[tuple[_Text, ...], Meta(max_length=8)]
 
 
 class Meet(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What one peer tells another that it wants a direct connection with, and what that answers."""
 
-    certificate: Annotated[bytes, Meta(min_length=1, max_length=MAX_BYTES)]
+    certificate: Annotated[bytes, Meta(min_length=1, max_length=CERTIFICATE_BYTES)]
     """DER."""
     reach: Reach
-    open: _Places
+    open: _Texts
     """Where anyone may dial its carrier, "HOST:PORT"."""
-    local: _Places
+    local: _Texts
     """Where those in the same network may."""
-    outside: Annotated[str, Meta(pattern=r"^([0-9a-fA-F:.\[\]]{3,64})?\Z")]
-    """How others see its carrier's port, if any has told it."""
-    second: Annotated[str, Meta(pattern=r"^([0-9a-fA-F:.\[\]]{3,64})?\Z")]
+    outside: _Text
+    """How others see its carrier's port; "" if nobody has told it."""
+    second: _Text
     """Another place of an open carrier, through which to see whether a router keeps one port for all."""
     claim: Annotated[bytes, Meta(max_length=CLAIM_BYTES)] = b""
     """Why it may take part, of one who was not let in yet."""
@@ -54,14 +56,11 @@ def decode(raw: bytes) -> Meet:
     """The words in some bytes. Raises WireError."""
     if len(raw) > _CAP_BYTES:
         raise WireError("too large", f"{len(raw)} bytes, at most {_CAP_BYTES}")
-    try:
-        said = _decoder.decode(raw)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise WireError("malformed", f"meet: {error}") from error
+    said = strictly(_decoder, raw, "meet")
     for text in (*said.open, *said.local, *filter(None, (said.outside, said.second))):
         try:
-            Place.parse(text)
-        except (ValueError, OSError) as error:
+            Endpoint.parse(text)
+        except ValueError as error:
             raise WireError("malformed", f"meet: {error}") from error
     return said
 
@@ -70,14 +69,14 @@ def decode(raw: bytes) -> Meet:
 class Dial:
     """Connect to one of these."""
 
-    places: tuple[Place, ...]
+    places: tuple[Endpoint, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Punch:
     """Connect to this at the same moment as the other does to us."""
 
-    place: Place
+    place: Endpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +108,12 @@ def step(mine: Meet, theirs: Meet, *, first: bool) -> Step:
             return Give(f"{who} behind a router that takes another port for each connection")
         if not said.outside:
             return Give(f"how {'you are' if said is mine else 'it is'} seen from outside, nobody has said yet")
-    return Punch(Place.parse(theirs.outside))
+    return Punch(Endpoint.parse(theirs.outside))
 
 
-def _places(texts: tuple[str, ...]) -> tuple[Place, ...]:
-    return tuple(Place.parse(text) for text in texts)
+def _places(texts: tuple[str, ...]) -> tuple[Endpoint, ...]:
+    return tuple(Endpoint.parse(text) for text in texts)
 
 
 def _host(text: str) -> str:
-    return Place.parse(text).host if text else ""
+    return Endpoint.parse(text).host if text else ""

@@ -13,7 +13,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from blake3 import blake3
@@ -23,7 +23,7 @@ from dugnad.dht import identity as keys
 from dugnad.dht.delegation import Delegation
 from dugnad.dht.identity import Identity, PeerId, peer_id_of
 from dugnad.dht.paths import Reach
-from dugnad.dht.wire import Verify, WireError
+from dugnad.dht.wire import Verify, WireError, strictly
 
 VERSION = 1
 MAX_AHEAD_S = 60.0
@@ -245,13 +245,13 @@ def _unverified(raw: bytes, run: bytes | None) -> Record:
     """All that can be told from the bytes alone, but for the signature: that costs most, so it comes last."""
     if not _SIGNATURE_BYTES < len(raw) <= MAX_RECORD_BYTES:
         raise WireError("too large" if len(raw) > MAX_RECORD_BYTES else "malformed", f"a record of {len(raw)} bytes")
-    head = _strictly(_payloads, raw[:-_SIGNATURE_BYTES])
+    head = strictly(_payloads, raw[:-_SIGNATURE_BYTES], "record")
     if head.version != VERSION:
         raise WireError("version", f"a record of version {head.version}, we speak {VERSION}")
     if run is not None and head.run != run:
         raise WireError("foreign run")
     kind = _kind_of(head, len(raw))
-    body = _strictly(kind.decoder, bytes(head.body))
+    body = strictly(kind.decoder, bytes(head.body), "record")
     owner = peer_id_of(head.owner)
     return Record(head.run, head.kind, owner, head.key, head.seq, head.issued_ms, head.expires_ms, body, raw)
 
@@ -283,13 +283,3 @@ def _check_printable(*texts: str) -> None:
     # they end up on terminals and in logs: no escape sequence, no line break of a stranger's gets there
     if not all(text.isprintable() for text in texts):
         raise ValueError("texts must be printable")
-
-
-def _strictly(decoder: msgspec.msgpack.Decoder[Any], raw: bytes) -> Any:
-    try:
-        value = decoder.decode(raw)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise WireError("malformed", f"record: {error}") from error
-    if _encoder.encode(value) != raw:
-        raise WireError("malformed", "record: not in canonical form")
-    return value

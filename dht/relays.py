@@ -3,7 +3,7 @@
 Any member that is open to all can be one. We hold places at two of them, which two a hash decides, so that the load
 spreads. A place lasts as long as the connection to its relay, and is renewed often, which also shows whether the relay
 is still there; one that is gone, or refuses, is replaced by the next at once and tried again later. A relay that lets
-only little through (`Place.is_small`) counts only while there is no better one.
+only little through (`Reservation.is_small`) counts only while there is no better one.
 """
 
 from collections.abc import Collection, Mapping
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from dugnad.dht.circuit import Place
+from dugnad.dht.circuit import Reservation
 from dugnad.dht.identity import PeerId
 from dugnad.dht.multiaddrs import CIRCUIT
 
@@ -32,7 +32,7 @@ class _Relay:
     """Without its name at the end."""
     rank: bytes
     """Of one with a low rank we rather have a place."""
-    place: Place | None = None
+    place: Reservation | None = None
     """While we hold one."""
     asking: bool = False
     failures: int = 0
@@ -76,7 +76,7 @@ class Relays:
             self._relays[peer].asking = True
         return [(peer, self._relays[peer].address) for peer in chosen]
 
-    def granted(self, peer: PeerId, place: Place, *, now: float) -> None:
+    def granted(self, peer: PeerId, place: Reservation, *, now: float) -> None:
         """`peer` gives us a place."""
         if (relay := self._relays.get(peer)) is None:
             return

@@ -14,9 +14,10 @@ from typing import Any, Protocol, Self
 from blake3 import blake3
 
 from dugnad.dht import meeting
-from dugnad.dht.carrier import Carrier, NoConnection, Place, Refused
+from dugnad.dht.carrier import Carrier, NoConnection, Refused
 from dugnad.dht.certificate import Certificate, fingerprint
 from dugnad.dht.connection import Connection
+from dugnad.dht.endpoint import Endpoint
 from dugnad.dht.identity import Identity, PeerId, nickname
 from dugnad.dht.meeting import Dial, Give, Meet, Punch, Wait
 from dugnad.dht.paths import Path, Reach
@@ -94,7 +95,7 @@ class Rendezvous:
         self,
         identity: Identity,
         *,
-        listen: Place,
+        listen: Endpoint,
         folder: FilePath,
         meter: Meter,
         punched: Punched = _not_counted,
@@ -113,7 +114,7 @@ class Rendezvous:
         self._arrivals: dict[PeerId, asyncio.Event] = {}
         self._failures: dict[PeerId, _Failure] = {}
         self._punching: set[PeerId] = set()
-        self._views: dict[Connection, Place] = {}
+        self._views: dict[Connection, Endpoint] = {}
         """Connections from the port on which we listen, and where they lead: they show how that looks from outside."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._exit = AsyncExitStack()
@@ -254,7 +255,7 @@ class Rendezvous:
         except NoConnection as error:
             self._failed(peer, str(error))
 
-    async def _dial(self, peer: PeerId, theirs: Meet, places: Sequence[Place]) -> None:
+    async def _dial(self, peer: PeerId, theirs: Meet, places: Sequence[Endpoint]) -> None:
         # from the port on which we listen, so that the other side sees how that looks from outside
         seen = bool(theirs.open) and not self._known_open
         fault = NoConnection("it names no place")
@@ -270,7 +271,7 @@ class Rendezvous:
             return
         raise fault
 
-    async def _punch(self, peer: PeerId, place: Place) -> None:
+    async def _punch(self, peer: PeerId, place: Endpoint) -> None:
         self._punching.add(peer)
         punching = asyncio.ensure_future(self.carrier.punch(peer, place))
         arriving = asyncio.ensure_future(self._arrival(peer, within_s=WAIT_S))
@@ -341,7 +342,7 @@ class Rendezvous:
         seen = {view for view in views.values() if view is not None}
         if len(seen) > 1:
             return Reach.SYMMETRIC
-        kept = any(Place.parse(view).port == self.carrier.port for view in seen)
+        kept = any(Endpoint.parse(view).port == self.carrier.port for view in seen)
         return Reach.CONE if kept or len(views) > 1 else Reach.UNKNOWN
 
     @property
@@ -359,10 +360,10 @@ class Rendezvous:
         return Meet(
             certificate=self.certificate.der,
             reach=self.reach,
-            open=tuple(str(Place(host, carrier.port)) for host in hosts)[:8],
-            local=tuple(str(Place(host, carrier.port)) for host in carrier.hosts)[:8],
+            open=tuple(str(Endpoint(host, carrier.port)) for host in hosts)[:8],
+            local=tuple(str(Endpoint(host, carrier.port)) for host in carrier.hosts)[:8],
             outside=self.outside,
-            second=str(Place(hosts[0], carrier.second_port)) if hosts else "",
+            second=str(Endpoint(hosts[0], carrier.second_port)) if hosts else "",
             claim=self._known.claim(),
         )
 
@@ -370,7 +371,7 @@ class Rendezvous:
         """See whether a router gives us another port towards another place; what can't be asked stays unknown."""
         if self.reach is not Reach.UNKNOWN or not theirs.second:
             return
-        place = Place.parse(theirs.second)
+        place = Endpoint.parse(theirs.second)
         with contextlib.suppress(NoConnection):
             connection = await self.carrier.dial(peer, place, keep_port=True)
             if connection.keeps_port:

@@ -21,7 +21,7 @@ from msgspec import Meta, Struct
 
 from dugnad.dht.delegation import Delegation, Member, Signature, Signs, UnixSeconds, ends, is_delegated
 from dugnad.dht.identity import PeerId
-from dugnad.dht.wire import Verify, WireError
+from dugnad.dht.wire import Verify, WireError, strictly
 
 CLAIM_BYTES = 768
 """The largest claim."""
@@ -116,12 +116,7 @@ def parse_claim(raw: bytes, run: bytes, organizer: PeerId, verify: Verify) -> Cl
     """
     if len(raw) > CLAIM_BYTES:
         raise WireError("too large", f"a claim of {len(raw)} bytes, at most {CLAIM_BYTES}")
-    try:
-        said = _claims.decode(raw)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise WireError("malformed", f"claim: {error}") from error
-    if _encoder.encode(said) != raw:
-        raise WireError("malformed", "claim: not in canonical form")
+    said = strictly(_claims, raw, "claim")
     check_ticket(said.ticket, run, organizer, verify)
     if said.ticket.bound not in ("", said.peer):
         raise WireError("ticket bound to another key", f"to {said.ticket.bound}, and {said.peer} claims it")

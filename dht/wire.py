@@ -86,7 +86,7 @@ class Codec:
         kind, decoder = self._by_tag[tag]
         if len(body) > kind.cap_bytes:
             raise WireError("too large", f"{tag} of {len(body)} bytes, at most {kind.cap_bytes}")
-        return _strictly(decoder, body, tag)
+        return strictly(decoder, body, tag)
 
 
 def seal(identity: Identity, run: bytes, codec: Codec, message: Struct) -> bytes:
@@ -100,7 +100,7 @@ def open_sealed(raw: bytes, run: bytes, codec: Codec, *, verify: Verify = keys.v
     """Who said what, of a message sealed for `run`. Raises WireError for anything else."""
     if len(raw) > codec.cap_bytes:
         raise WireError("too large", f"{len(raw)} bytes, at most {codec.cap_bytes}")
-    sealed = _strictly(_sealed, raw, "envelope")
+    sealed = strictly(_sealed, raw, "envelope")
     if sealed.version != PROTOCOL:
         raise WireError("version", f"they speak protocol {sealed.version}, we {PROTOCOL}")
     if sealed.run != run:
@@ -116,7 +116,8 @@ def _signed(run: bytes, tag: str, body: bytes) -> bytes:
     return _DOMAIN + run + bytes([len(tag)]) + tag.encode() + body
 
 
-def _strictly(decoder: msgspec.msgpack.Decoder[S], raw: bytes | memoryview, what: str) -> S:
+def strictly(decoder: msgspec.msgpack.Decoder[S], raw: bytes | memoryview, what: str) -> S:
+    """The value in some bytes, if they are just those that we would write. Raises WireError, about `what`."""
     try:
         value = decoder.decode(raw)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:

@@ -80,8 +80,10 @@ class Face:
 
     def refuses(self, peer: PeerId, claim: bytes) -> str | None:
         """Why `peer`, who shows this claim, may have no direct connection with us."""
-        if self.swarm is None or peer in self.swarm.quarantined():
-            return "it is quarantined" if self.swarm is not None else "we are just starting"
+        if self.swarm is None:
+            return "we are just starting"
+        if peer in self.swarm.quarantined():
+            return "it is quarantined"
         refusal = self.role.follower.refuses(peer, claim) if self.role is not None else None
         return str(refusal) if refusal is not None else None
 

@@ -19,10 +19,10 @@ from dugnad.coordinator.sync import Asker, SyncError
 from dugnad.dht import clock as clocks
 from dugnad.dht import hello
 from dugnad.dht.clock import Sample
-from dugnad.dht.daemon import check_free
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId
 from dugnad.dht.invite import Invite
+from dugnad.dht.listening import check_free
 from dugnad.dht.outside import Ways
 from dugnad.dht.paths import Path as Way
 from dugnad.dht.records import owner_of

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from dugnad.dht.budget import GIVE_MBIT
-from dugnad.dht.carrier import Place as CarrierPlace
+from dugnad.dht.endpoint import Endpoint
 from dugnad.dht.invite import Invite
 from dugnad.dht.multiaddrs import is_local, on_tcp
 
@@ -23,10 +23,10 @@ class Network:
     """A multiaddr at which, by the user's word, everyone reaches this role; see `Ways`."""
 
     @property
-    def bulk(self) -> CarrierPlace:
+    def bulk(self) -> Endpoint:
         """Where direct connections are accepted."""
         following = self.port + 1 if self.port else 0
-        return CarrierPlace(self.host, following if self.bulk_port is None else self.bulk_port)
+        return Endpoint(self.host, following if self.bulk_port is None else self.bulk_port)
 
     @property
     def listen(self) -> str:

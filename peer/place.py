@@ -11,12 +11,12 @@ from dugnad.coordinator import equivocation
 from dugnad.coordinator.messages import Genesis
 from dugnad.coordinator.surroundings import Surroundings
 from dugnad.dht import hello, speed
-from dugnad.dht.daemon import everywhere
 from dugnad.dht.direct import Direct
 from dugnad.dht.evidence import Proofs
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId, nickname, peer_id_of, public_key_of, verify
 from dugnad.dht.invite import Invite, Pass
+from dugnad.dht.listening import everywhere
 from dugnad.dht.multiaddrs import is_direct, is_local, port_of
 from dugnad.dht.outside import Ways
 from dugnad.dht.paths import Abilities
@@ -115,7 +115,7 @@ async def placed(
     """Be a peer of the run, whom others can see and ask; may_wait: also while none of them is there."""
     known = tuple(dict.fromkeys((*way.bootstrap, *folder.remembered())))
     try:
-        async with connected(role, folder, way, listen, network, known) as place:
+        async with _connected(role, folder, way, listen, network, known) as place:
             yield place
     except BootstrapError as error:
         if not may_wait:
@@ -123,14 +123,14 @@ async def placed(
         log.info("nobody is there yet: %s", error)
     else:
         return
-    async with connected(role, folder, way, listen, network, ()) as place:
+    async with _connected(role, folder, way, listen, network, ()) as place:
         for address in known:
             await place.host.learn(PeerId(address.rpartition("/p2p/")[2]), (address,))
         yield place
 
 
 @contextlib.asynccontextmanager
-async def connected(
+async def _connected(
     role: RoleName, folder: Folder, way: Way, listen: str, network: Network, bootstrap: tuple[str, ...]
 ) -> AsyncIterator[Place]:
     identity = folder.identity()

@@ -27,7 +27,7 @@ PURE = {
     *(f"coordinator/{name}.py" for name in ("admission", "audit", "awaited", "committee", "follower", "ledger")),
     *(f"coordinator/{name}.py" for name in ("membership", "messages", "planning", "poll", "ranges", "roll", "rounds")),
     *(f"coordinator/{name}.py" for name in ("votes", "vouched")),
-    *(f"dht/{name}.py" for name in ("decisions", "delegation", "ticket")),
+    *(f"dht/{name}.py" for name in ("decisions", "delegation", "endpoint", "meeting", "mux", "paths", "ticket")),
     *(f"dht/{name}.py" for name in ("budget", "chunks", "crdt", "gossip", "multiaddrs", "records", "relays", "wire")),
     *(f"optim/{name}.py" for name in ("plan", "reduce")),
     "peer/lifecycle.py",

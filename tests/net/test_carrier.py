@@ -16,10 +16,11 @@ from blake3 import blake3
 
 from dugnad.dht import bulk, mux, rendezvous
 from dugnad.dht.budget import Budget
-from dugnad.dht.carrier import Carrier, NoConnection, Place, Refused
+from dugnad.dht.carrier import Carrier, NoConnection, Refused
 from dugnad.dht.certificate import Certificate
 from dugnad.dht.connection import Connection
 from dugnad.dht.direct import Direct
+from dugnad.dht.endpoint import Endpoint
 from dugnad.dht.identity import Identity, PeerId
 from dugnad.dht.paths import Path as Way
 from dugnad.dht.rendezvous import Acquaintances, Rendezvous
@@ -27,7 +28,7 @@ from dugnad.dht.transport import Stream, TransportError, Unreachable
 from tests.unit.memory_transport import MemoryTransport, Net, network
 
 ANN, BOB, EVE = (Identity.from_seed(bytes([k]) * 32) for k in (1, 2, 3))
-ANYWHERE = Place("127.0.0.1", 0)
+ANYWHERE = Endpoint("127.0.0.1", 0)
 CHANNEL = "test/bulk/1"
 
 
@@ -45,8 +46,8 @@ class End:
     served: list[PeerId] = field(default_factory=list)
 
     @property
-    def place(self) -> Place:
-        return Place("127.0.0.1", self.carrier.port)
+    def place(self) -> Endpoint:
+        return Endpoint("127.0.0.1", self.carrier.port)
 
 
 @asynccontextmanager

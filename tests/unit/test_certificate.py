@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dugnad.dht.certificate import LASTS, MAX_BYTES, RENEW_BEFORE, Certificate, fingerprint
+from dugnad.dht.certificate import LASTS, RENEW_BEFORE, Certificate, fingerprint
 from dugnad.dht.identity import Identity
+from dugnad.dht.meeting import CERTIFICATE_BYTES
 
 ME = Identity.from_seed(bytes(32)).peer_id
 NOW = datetime(2026, 11, 27, tzinfo=UTC)
@@ -17,7 +18,7 @@ def test_it_is_kept_over_restarts(tmp_path: Path) -> None:
     again = Certificate.load_or_create(tmp_path / "carrier.pem", ME, now=NOW + LASTS - RENEW_BEFORE - timedelta(1))
     assert again.fingerprint == first.fingerprint == fingerprint(first.der)
     assert len(first.fingerprint) == 32
-    assert len(first.der) <= MAX_BYTES
+    assert len(first.der) <= CERTIFICATE_BYTES
 
 
 def test_it_is_renewed_before_it_ends(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dugnad.dht.circuit import RESERVE, Place, RelayRefused, decode_status, read_delimited
+from dugnad.dht.circuit import RESERVE, RelayRefused, Reservation, decode_status, read_delimited
 from dugnad.dht.wire import WireError
 
 RECORDED = (
@@ -40,19 +40,24 @@ def status(
 
 
 def test_what_a_relay_grants_is_read() -> None:
-    assert decode_status(status(100, data=2**32, duration=1800)) == Place(2**32, 1800)
-    assert decode_status(status(100)) == Place(0, 0)
+    assert decode_status(status(100, data=2**32, duration=1800)) == Reservation(2**32, 1800)
+    assert decode_status(status(100)) == Reservation(0, 0)
 
 
 def test_the_answer_of_a_real_relay_is_read() -> None:
-    assert decode_status(bytes.fromhex(RECORDED)) == Place(data_bytes=2**17, duration_s=120)
+    assert decode_status(bytes.fromhex(RECORDED)) == Reservation(data_bytes=2**17, duration_s=120)
 
 
 @pytest.mark.parametrize(
     ("place", "small"),
-    [(Place(2**17, 120), True), (Place(2**32, 120), True), (Place(2**32, 1800), False), (Place(0, 0), False)],
+    [
+        (Reservation(2**17, 120), True),
+        (Reservation(2**32, 120), True),
+        (Reservation(2**32, 1800), False),
+        (Reservation(0, 0), False),
+    ],
 )
-def test_libp2ps_default_is_small_and_ours_is_not(place: Place, small: bool) -> None:
+def test_libp2ps_default_is_small_and_ours_is_not(place: Reservation, small: bool) -> None:
     assert place.is_small == small
 
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from dugnad.dht import meeting
-from dugnad.dht.carrier import Place
+from dugnad.dht.endpoint import Endpoint
 from dugnad.dht.meeting import Dial, Give, Meet, Punch, Step, Wait
 from dugnad.dht.paths import Reach
 from dugnad.dht.wire import WireError
@@ -32,13 +32,13 @@ def both(first: Meet, second: Meet) -> tuple[Step, Step]:
 @pytest.mark.parametrize(
     ("first", "second", "steps"),
     [
-        (CONE, PUBLIC, (Dial((Place("11.0.0.1", 4002),)), Wait())),
-        (PUBLIC, CONE, (Wait(), Dial((Place("11.0.0.1", 4002),)))),
-        (PUBLIC, SYMMETRIC, (Wait(), Dial((Place("11.0.0.1", 4002),)))),
-        (PUBLIC, PUBLIC, (Dial((Place("11.0.0.1", 4002),)), Wait())),
-        (CONE, FAR_CONE, (Punch(Place("11.0.0.22", 4002)), Punch(Place("11.0.0.21", 4002)))),
-        (CONE, NEIGHBOUR, (Dial((Place("192.168.1.3", 4002),)), Wait())),
-        (LONELY, LONELY_TOO, (Dial((Place("127.0.0.1", 4004),)), Wait())),
+        (CONE, PUBLIC, (Dial((Endpoint("11.0.0.1", 4002),)), Wait())),
+        (PUBLIC, CONE, (Wait(), Dial((Endpoint("11.0.0.1", 4002),)))),
+        (PUBLIC, SYMMETRIC, (Wait(), Dial((Endpoint("11.0.0.1", 4002),)))),
+        (PUBLIC, PUBLIC, (Dial((Endpoint("11.0.0.1", 4002),)), Wait())),
+        (CONE, FAR_CONE, (Punch(Endpoint("11.0.0.22", 4002)), Punch(Endpoint("11.0.0.21", 4002)))),
+        (CONE, NEIGHBOUR, (Dial((Endpoint("192.168.1.3", 4002),)), Wait())),
+        (LONELY, LONELY_TOO, (Dial((Endpoint("127.0.0.1", 4004),)), Wait())),
     ],
 )
 def test_each_does_its_part(first: Meet, second: Meet, steps: tuple[Step, Step]) -> None:

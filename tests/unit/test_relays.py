@@ -6,12 +6,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from dugnad.dht.circuit import Place
+from dugnad.dht.circuit import Reservation
 from dugnad.dht.identity import Identity, PeerId
 from dugnad.dht.relays import NUM_PLACES, RENEW_S, RETRY_MOST_S, RETRY_S, SMALL_RETRY_S, Relays
 
 ME, *OTHERS = (Identity.from_seed(bytes([number] * 32)).peer_id for number in range(9))
-GOOD, SMALL = Place(2**32, 1800), Place(2**17, 120)
+GOOD, SMALL = Reservation(2**32, 1800), Reservation(2**17, 120)
 
 
 def address_of(peer: PeerId) -> str:
@@ -165,7 +165,7 @@ class AnyOrder(RuleBasedStateMachine):
             self.asked.add(peer)
 
     @rule(data=st.data(), place=st.sampled_from([GOOD, SMALL, None]))
-    def answer(self, data: st.DataObject, place: Place | None) -> None:
+    def answer(self, data: st.DataObject, place: Reservation | None) -> None:
         if self.asked:
             peer = data.draw(st.sampled_from(sorted(self.asked)))
             self.asked.discard(peer)
