@@ -268,7 +268,7 @@ def test_a_message_above_every_cap_is_refused_before_a_byte_of_it_is_parsed(monk
     def parse(*_: object) -> None:
         raise AssertionError("an oversized message was parsed")
 
-    monkeypatch.setattr("dugnad.dht.wire._strictly", parse)
+    monkeypatch.setattr("dugnad.dht.wire.strictly", parse)
     assert refused(bytes(CODEC.cap_bytes + 1)) == "too large"
     for kind in KINDS:
         with pytest.raises(WireError, match="too large"):
