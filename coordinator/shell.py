@@ -35,7 +35,6 @@ from dugnad.coordinator.surroundings import Surroundings
 from dugnad.coordinator.vouched import SHOWN_ROUNDS
 from dugnad.dht import bulk
 from dugnad.dht.blobs import Blobs
-from dugnad.dht.budget import Budget
 from dugnad.dht.identity import Identity, PeerId, nickname, verify
 from dugnad.dht.wire import Codec, Message, WireError, open_sealed, seal
 
@@ -99,8 +98,7 @@ class Shell:
             signer=self.signer,
             take=lambda donor, commit: self.perform(self.machine.receive(donor, commit, now=self.now())),
         )
-        self.budget = Budget.of_mbit(around.give_mbit)
-        """What we give to those who fetch."""
+        self.budget = around.budget
         self.done = asyncio.Event()
         """Set when the role has nothing more to do."""
         self._phases = PhaseWatch(self.leader, self.metrics)

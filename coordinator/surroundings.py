@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dugnad.coordinator.messages import Genesis
-from dugnad.dht.budget import GIVE_MBIT
+from dugnad.dht.budget import GIVE_MBIT, Budget
 from dugnad.dht.decisions import Decisions
 from dugnad.dht.identity import Identity, PeerId
 from dugnad.dht.paths import Abilities
@@ -28,8 +28,8 @@ class Surroundings:
     directory: Path
     """Where it keeps what must survive it."""
     metrics: Metrics
-    give_mbit: float = GIVE_MBIT
-    """What it gives at most to those who fetch, megabits a second."""
+    budget: Budget = field(default_factory=lambda: Budget.of_mbit(GIVE_MBIT))
+    """What the process gives away, of which those who fetch from the role are served."""
     abilities: Callable[[], Abilities] = Abilities
     """Where and how the role can be reached now."""
     contacts: Callable[[], Iterable[PeerId]] = tuple

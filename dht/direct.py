@@ -1,6 +1,7 @@
 """The transport of a peer: libp2p for words and as the way that always works, direct connections for bulk bytes.
 
-While there is no direct connection to a peer, or when one breaks, streams go over libp2p, through a relay if need be.
+While there is no direct connection to a peer, or when one breaks, streams go over libp2p, through a relay if need be,
+and then as fast as that relay can give.
 What was under way then is sent again by whoever sent it, as with any stream that breaks off.
 """
 
@@ -9,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from dugnad.dht.allowance import Allowance
+from dugnad.dht.budget import PIECE_BYTES
 from dugnad.dht.identity import PeerId
-from dugnad.dht.paths import PairPath, Path
+from dugnad.dht.paths import PairPath, Path, Route
 from dugnad.dht.rendezvous import Rendezvous
 from dugnad.dht.transport import RequestHandler, Stream, StreamHandler, Transport, Unreachable
 
@@ -25,7 +28,7 @@ _LARGE_BYTES = 128 * 1024
 class Libp2p(Transport, Protocol):
     """The transport below."""
 
-    async def path_of(self, peer: PeerId) -> Path | None:
+    async def route_to(self, peer: PeerId) -> Route | None:
         """By which way it reaches `peer`; None if there is no connection."""
         ...
 
@@ -48,6 +51,8 @@ class Direct:
         self._libp2p = libp2p
         self.rendezvous = rendezvous
         self._paces: dict[PeerId, Pace] = {}
+        self._allowances: dict[PeerId, Allowance] = {}
+        """By relay."""
 
     @property
     def peer_id(self) -> PeerId:
@@ -82,20 +87,21 @@ class Direct:
                 pass  # it ended this moment, or is crowded
             else:
                 return TimedStream(stream, self._pace(peer, connection.path))
-        stream = await self._libp2p.open(peer, channel, kind=kind)
-        path = await self._libp2p.path_of(peer)
-        return TimedStream(stream, self._pace(peer, path or Path.RELAYED))
+        return await self._over_libp2p(peer, await self._libp2p.open(peer, channel, kind=kind))
 
     async def serve_stream(self, channel: str, handler: StreamHandler) -> None:
         """Accept streams on `channel`, over both."""
 
-        async def timed(peer: PeerId, stream: Stream) -> None:
+        async def directly(peer: PeerId, stream: Stream) -> None:
             connection = self.rendezvous.connection(peer)
-            path = connection.path if connection is not None else await self._libp2p.path_of(peer)
-            await handler(peer, TimedStream(stream, self._pace(peer, path or Path.RELAYED)))
+            path = connection.path if connection is not None else Path.DIRECT  # it ended this moment
+            await handler(peer, TimedStream(stream, self._pace(peer, path)))
 
-        self.rendezvous.serve(channel, timed)
-        await self._libp2p.serve_stream(channel, timed)
+        async def over_libp2p(peer: PeerId, stream: Stream) -> None:
+            await handler(peer, await self._over_libp2p(peer, stream))
+
+        self.rendezvous.serve(channel, directly)
+        await self._libp2p.serve_stream(channel, over_libp2p)
 
     def paths(self) -> list[PairPath]:
         """The ways in use to other peers, in peer-id order."""
@@ -108,6 +114,13 @@ class Direct:
             shown.append(PairPath(peer, path, rtt_s, pace.sent_bytes_per_s, pace.received_bytes_per_s))
         return shown
 
+    async def _over_libp2p(self, peer: PeerId, stream: Stream) -> "TimedStream":
+        route = await self._libp2p.route_to(peer) or Route(Path.RELAYED)
+        allowance = None
+        if route.relay is not None:
+            allowance = self._allowances.setdefault(route.relay, Allowance(self._libp2p, route.relay))
+        return TimedStream(stream, self._pace(peer, route.path), allowance)
+
     def _pace(self, peer: PeerId, path: Path) -> Pace:
         pace = self._paces.setdefault(peer, Pace(path, 0.0))
         pace.path, pace.used_at = path, time.monotonic()
@@ -115,11 +128,12 @@ class Direct:
 
 
 class TimedStream:
-    """A `Stream` that notes how fast its bytes move."""
+    """A `Stream` that notes how fast its bytes move; `allowance`: of the relay that it goes through."""
 
-    def __init__(self, stream: Stream, pace: Pace) -> None:
+    def __init__(self, stream: Stream, pace: Pace, allowance: Allowance | None = None) -> None:
         self._stream = stream
         self._pace = pace
+        self._allowance = allowance
         self._sent = self._received = 0
         self._sending_s = self._receiving_s = 0.0
 
@@ -150,10 +164,16 @@ class TimedStream:
 
     async def write(self, data: bytes | memoryview) -> None:
         """See Stream."""
-        since = time.monotonic()
-        await self._stream.write(data)
+        since, view = time.monotonic(), memoryview(data).cast("B")
+        if self._allowance is None:
+            await self._stream.write(view)
+        else:
+            for start in range(0, len(view), PIECE_BYTES):
+                piece = view[start : start + PIECE_BYTES]
+                await self._allowance.spend(len(piece))
+                await self._stream.write(piece)
         self._sending_s += time.monotonic() - since
-        self._sent += len(memoryview(data).cast("B"))
+        self._sent += len(view)
 
     async def wait_taken(self, *, timeout_s: float) -> None:
         """See Stream."""

@@ -23,8 +23,7 @@ from dugnad.dht.directory import Directory, OwnerOf, import_hivemind
 from dugnad.dht.identity import Identity, PeerId, write_private
 from dugnad.dht.multiaddrs import IpAddress, ip_of, is_direct, is_public, peer_of, relay_of, usable
 from dugnad.dht.outside import Outside, Ways
-from dugnad.dht.paths import Path as Way
-from dugnad.dht.paths import Reach
+from dugnad.dht.paths import Reach, Route
 from dugnad.dht.reachability import DialBack
 from dugnad.dht.streams import HostStream, end
 from dugnad.dht.transport import (
@@ -170,10 +169,10 @@ class Host:
         """To whom the daemon is connected, sorted. Raises NetworkDown."""
         return sorted({peer for peer, _ in await control.connections(self._daemon)})
 
-    async def path_of(self, peer: PeerId) -> Way | None:
-        """By which way libp2p reaches `peer`: DIRECT, RELAYED, or None without a connection. Raises NetworkDown."""
-        found = {is_direct(address) for other, address in await control.connections(self._daemon) if other == peer}
-        return None if not found else Way.DIRECT if True in found else Way.RELAYED
+    async def route_to(self, peer: PeerId) -> Route | None:
+        """By which way libp2p reaches `peer`; None without a connection. Raises NetworkDown."""
+        address = await self.seen_at(peer)
+        return Route.of(address) if address else None
 
     async def seen_at(self, peer: PeerId) -> str:
         """From where `peer` is connected to us, directly if it can be; "" if it is not. Raises NetworkDown."""

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Self
 
 from dugnad.dht.identity import PeerId
+from dugnad.dht.multiaddrs import is_direct, relay_of
 
 
 class Reach(StrEnum):
@@ -28,6 +30,22 @@ class Path(StrEnum):
     """Neither does; both dialled at the same moment."""
     RELAYED = "relayed"
     """Through a third peer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The way of a connection of libp2p's: DIRECT, or RELAYED through `relay`."""
+
+    path: Path
+    relay: PeerId | None = None
+
+    @classmethod
+    def of(cls, address: str) -> Self:
+        """The way of a connection that has this multiaddr at its other end."""
+        if is_direct(address):
+            return cls(Path.DIRECT)
+        relay = relay_of(address)
+        return cls(Path.RELAYED, relay[0] if relay is not None else None)
 
 
 @dataclass(frozen=True, slots=True)

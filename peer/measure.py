@@ -189,7 +189,8 @@ async def _met(facts: NetworkFacts, host: Host, invite: Invite) -> NetworkFacts:
     samples = await _samples(host, members[:CLOCK_PEERS])
     for peer, sample in samples.items():
         host.clock.take(peer, sample)
-    ways = {await host.path_of(peer) for peer in members}
+    routes = [route for peer in members if (route := await host.route_to(peer)) is not None]
+    ways = {route.path for route in routes}
     return replace(
         facts,
         refused=refused,

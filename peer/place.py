@@ -10,7 +10,8 @@ from typing import Self
 from dugnad.coordinator import equivocation
 from dugnad.coordinator.messages import Genesis
 from dugnad.coordinator.surroundings import Surroundings
-from dugnad.dht import hello, speed
+from dugnad.dht import allowance, hello, speed
+from dugnad.dht.budget import Budget
 from dugnad.dht.direct import Direct
 from dugnad.dht.evidence import Proofs
 from dugnad.dht.host import Host
@@ -69,6 +70,8 @@ class Place:
     rendezvous: Rendezvous
     swarm: Swarm
     face: Face
+    budget: Budget
+    """What we give away: to those who fetch, and to those for whom we relay."""
     url: str
     """Of the exporter."""
 
@@ -80,7 +83,7 @@ class Place:
         """Where and how we can be reached."""
         return Abilities(self.host.addresses(), self.rendezvous.reach, UNKNOWN_UPLINK, self.face.claim)
 
-    def surroundings(self, genesis: Genesis, folder: Folder, network: Network) -> Surroundings:
+    def surroundings(self, genesis: Genesis, folder: Folder) -> Surroundings:
         """What a role here is given."""
         return Surroundings(
             identity=self.identity,
@@ -88,7 +91,7 @@ class Place:
             transport=self.direct,
             directory=folder.path,
             metrics=self.face.metrics,
-            give_mbit=network.give_mbit,
+            budget=self.budget,
             abilities=self.abilities,
             contacts=self.contacts,
             quarantined=self.swarm.quarantined,
@@ -172,7 +175,9 @@ async def _connected(
         await rendezvous.begin(host, _acquaintances(host, rendezvous, swarm, face))
         face.swarm, face.direct = swarm, Direct(host, rendezvous)
         await _let_measure(host, rendezvous, face)
-        yield Place(identity, host, face.direct, rendezvous, swarm, face, exporter.url)
+        budget = Budget.of_mbit(network.give_mbit)
+        await allowance.serve(host, budget, bars=face.bars)
+        yield Place(identity, host, face.direct, rendezvous, swarm, face, budget, exporter.url)
 
 
 async def _let_measure(host: Host, rendezvous: Rendezvous, face: Face) -> None:

@@ -70,7 +70,7 @@ async def launch(recipe: Recipe, folder: Folder, network: Network, *, told: Call
             incarnation = chain.incarnation()
         genesis = Genesis(encode(recipe), organizer, founder, incarnation, first.digest())
         async with _coordinator_placed(folder, Way(genesis.run, recipe.name, organizer), network) as place:
-            await _coordinate(genesis, numerics, place, folder, network, folder.organizer(), told)
+            await _coordinate(genesis, numerics, place, folder, folder.organizer(), told)
 
 
 async def resume(folder: Folder, network: Network, *, invite: Invite | None, told: Callable[[str, str], None]) -> None:
@@ -103,7 +103,7 @@ async def resume(folder: Folder, network: Network, *, invite: Invite | None, tol
 
             numerics = Numerics(decode(genesis.recipe))
             await asyncio.to_thread(numerics.prepare, to_train=False)
-            await _coordinate(genesis, numerics, place, folder, network, mandate, told)
+            await _coordinate(genesis, numerics, place, folder, mandate, told)
 
 
 async def join(
@@ -142,7 +142,7 @@ async def join(
 
             numerics = Numerics(recipe, threads=threads)
             await asyncio.to_thread(numerics.prepare, to_train=True)
-            role = Session(place.surroundings(genesis, folder, network), numerics)
+            role = Session(place.surroundings(genesis, folder), numerics)
 
             def passed_on() -> str:
                 given = invite.ticket if role.may_pass_on(place.face.claim) else None
@@ -213,11 +213,10 @@ async def _coordinate(
     numerics: "Numerics",
     place: Place,
     folder: Folder,
-    network: Network,
     mandate: Identity | Delegation,
     told: Callable[[str, str], None],
 ) -> None:
-    around = place.surroundings(genesis, folder, network)
+    around = place.surroundings(genesis, folder)
     role = Coordinator(around, mandate, numerics)
     name = numerics.recipe.name
     invited = role.charter.admission == INVITED

@@ -8,17 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from dugnad.dht.budget import GIVE_MBIT
 from tests.net.lab import ROOT, Lab
 
 
 class Member:
     """One process of `lab_peer`."""
 
-    def __init__(self, net: Lab, name: str, folder: Path, seed: int, bootstrap: list[str]) -> None:
+    def __init__(self, net: Lab, name: str, folder: Path, seed: int, bootstrap: list[str], *options: str) -> None:
         self.name = name
         self._log = folder / f"{name}.log"
         with self._log.open("w") as log:
-            command = [sys.executable, "-m", "tests.net.lab_peer", str(folder / name), str(seed), *bootstrap]
+            command = [sys.executable, "-m", "tests.net.lab_peer", *options, str(folder / name), str(seed), *bootstrap]
             self.process = subprocess.Popen(
                 net.command(name, *command),
                 cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
@@ -61,13 +62,15 @@ class Fleet:
         self._net = net
         self._folder = folder
 
-    def begin(self, *names: str) -> list[Member]:
+    def begin(self, *names: str, give_mbit: float = GIVE_MBIT) -> list[Member]:
         """Start peers on these hosts, side by side, and wait until they are there."""
         first = next(iter(self.members.values()), None)
         bootstrap = list(first.first["addresses"][:1]) if first is not None else []
         started = []
         for name in names:
-            one = self.members[name] = Member(self._net, name, self._folder, len(self.members) + 1, bootstrap)
+            one = self.members[name] = Member(
+                self._net, name, self._folder, len(self.members) + 1, bootstrap, "--give-mbit", str(give_mbit)
+            )
             started.append(one)
         for one in started:
             one.await_first()

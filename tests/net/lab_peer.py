@@ -1,6 +1,6 @@
 """A peer of the lab as a process of its own: what `dugnad join` is before it has a role, and tensors to give away.
 
-    python -m tests.net.lab_peer FOLDER SEED [--listen HOST] [--port PORT] [BOOTSTRAP ...]
+    python -m tests.net.lab_peer FOLDER SEED [--listen HOST] [--port PORT] [--give-mbit RATE] [BOOTSTRAP ...]
 
 Says one line of JSON once it is there, {peer, addresses, reach, outside, ready_s}, and answers one line for each line:
 
@@ -23,7 +23,9 @@ from typing import Any
 import psutil
 
 from dugnad.dht import bulk
+from dugnad.dht.budget import GIVE_MBIT
 from dugnad.dht.identity import Identity, PeerId
+from dugnad.dht.paths import Path as Way
 from dugnad.dht.paths import Reach
 from dugnad.dht.transport import Transport, TransportError
 from dugnad.peer.folder import Folder
@@ -77,8 +79,13 @@ async def _way_to(place: Place, to: PeerId) -> dict[str, Any]:
     while place.rendezvous.reach is Reach.UNKNOWN and _age_s() < SEEN_BY_S:
         await asyncio.sleep(0.05)  # nobody has told yet how this peer is seen
     connection = await place.rendezvous.connect(to, within_s=5)
-    path = connection.path if connection is not None else await place.host.path_of(to)
+    path = connection.path if connection is not None else await _libp2p_path(place, to)
     return {"path": path, "seconds": _age_s(), "why": place.rendezvous.why_not(to)}
+
+
+async def _libp2p_path(place: Place, to: PeerId) -> Way | None:
+    route = await place.host.route_to(to)
+    return route.path if route is not None else None
 
 
 async def _meet(place: Place, to: PeerId) -> dict[str, Any]:
@@ -98,7 +105,7 @@ async def _give(place: Place, to: PeerId, num_bytes: int, *, relayed: bool) -> d
     since, cpu_s = time.monotonic(), _cpu_s()
     await bulk.push(transport, to, CHANNEL, b"", [bytes(num_bytes)], kind="upload", timeout_s=10)
     paths = {pair.peer: pair.path for pair in place.direct.paths()}
-    path = await place.host.path_of(to) if relayed else paths[to]
+    path = await _libp2p_path(place, to) if relayed else paths[to]
     return {"path": path, "seconds": time.monotonic() - since, "cpu_s": _cpu_s() - cpu_s}
 
 
@@ -131,7 +138,7 @@ async def _serve(options: argparse.Namespace) -> None:
     folder.create()
     (folder.path / "identity.key").write_text((bytes([options.seed]) * 32).hex())
     way = WayIn(RUN, "lab", identity(0).peer_id, tuple(options.bootstrap))
-    network = Network(host=options.listen, port=options.port)
+    network = Network(host=options.listen, port=options.port, give_mbit=options.give_mbit)
     first = not options.bootstrap
     async with placed("volunteer", folder, way, network.listen, network, may_wait=first) as place:
         await place.host.serve(WORD, _word)
@@ -151,5 +158,6 @@ if __name__ == "__main__":
     parser.add_argument("seed", type=int)
     parser.add_argument("--listen", default="0.0.0.0")
     parser.add_argument("--port", type=int, default=4001)
+    parser.add_argument("--give-mbit", type=float, default=GIVE_MBIT)
     parser.add_argument("bootstrap", nargs="*")
     asyncio.run(_serve(parser.parse_args()))

@@ -117,7 +117,8 @@ class Peers(dict[str, PlacedHost]):
             await host.learn(asked.peer_id, asked.addresses())
             since = time.perf_counter()
             assert await host.request(asked.peer_id, CHANNEL, payload, timeout_s=REACHED_S) == payload
-            return time.perf_counter() - since, await host.path_of(asked.peer_id)
+            took_s, route = time.perf_counter() - since, await host.route_to(asked.peer_id)
+            return took_s, route.path if route is not None else None
 
         return self[one].call(ask)
 

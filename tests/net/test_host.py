@@ -403,7 +403,7 @@ async def test_a_role_whose_daemon_is_killed_ends_with_a_sentence(tmp_path: Path
     async def serve() -> None:
         async with host(tmp_path) as entered, asyncio.timeout(10):
             asyncio.get_running_loop().call_later(0.1, os.kill, entered.daemon_pid, signal.SIGKILL)
-            place = places.Place(entered._identity, entered, anything, anything, anything, anything, "")
+            place = places.Place(entered._identity, entered, anything, anything, anything, anything, anything, "")
             await roles._until_done(anything, place, Folder(tmp_path), lambda: None, "")
 
     with pytest.raises(ExceptionGroup) as raised:

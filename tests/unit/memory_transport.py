@@ -13,9 +13,10 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from dugnad.dht.identity import PeerId
-from dugnad.dht.paths import Path
+from dugnad.dht.paths import Path, Reach, Route
 from dugnad.dht.transport import (
     REQUEST_BYTES,
     Direction,
@@ -220,6 +221,7 @@ class MemoryTransport:
 
     def __init__(self, net: Net, peer_id: PeerId) -> None:
         self.metered: Metered = Counter()
+        self.relay: PeerId | None = None
         self._net = net
         self._peer_id = peer_id
         self._handlers: dict[str, RequestHandler] = {}
@@ -256,9 +258,9 @@ class MemoryTransport:
         """Accept streams on `channel`."""
         self._stream_handlers[channel] = handler
 
-    async def path_of(self, peer: PeerId) -> Path | None:
-        """As if through a relay."""
-        return Path.RELAYED
+    async def route_to(self, peer: PeerId) -> Route | None:
+        """As if through `relay`."""
+        return Route(Path.RELAYED, self.relay)
 
     async def learn(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Nothing to remember: names are enough here."""
@@ -283,6 +285,27 @@ class MemoryTransport:
             raise Unreachable(self._peer_id, "it does not offer this service")
         stream = MemoryStream(sender, "unknown", incoming, outgoing, self.metered)
         self._net.accept(self._stream_handlers[channel], sender, stream)
+
+
+class NoDirect:
+    """A rendezvous by which nobody is reached directly."""
+
+    def __init__(self, reach: Reach) -> None:
+        self.reach = reach
+        self.claim = b""
+
+    async def begin(self, transport: object, known: Any) -> None:
+        """Hear what claim we have, and that is all."""
+        self.claim = known.claim()
+
+    async def connect(self, peer: PeerId, *, within_s: float) -> None:
+        """There is no way."""
+
+    def connection(self, peer: PeerId) -> None:
+        """There is none."""
+
+    def serve(self, channel: str, handler: StreamHandler) -> None:
+        """Nobody will come."""
 
 
 async def _serve(handler: StreamHandler, peer: PeerId, stream: MemoryStream) -> None:

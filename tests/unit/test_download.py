@@ -66,8 +66,8 @@ async def take(
 
 
 def files(folder: Path) -> dict[bytes, Path]:
-    """The chunks on disk."""
-    return {bytes.fromhex(path.name): path for path in folder.rglob("*") if path.is_file()}
+    """The chunks on disk; one that is just being written is none yet."""
+    return {bytes.fromhex(path.name): path for path in folder.rglob("??/*") if path.is_file()}
 
 
 async def has_come(folder: Path, model: Mapping[bytes, bytes], count: int) -> None:

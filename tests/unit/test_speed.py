@@ -17,7 +17,7 @@ from dugnad.dht.speed import AGAIN_S, CHANNEL, FIRST_PIECES, MAX_REMEMBERED, NUM
 from dugnad.dht.transport import Stream, Unreachable
 from dugnad.peer import probe
 from dugnad.peer.probe import Reached
-from tests.unit.memory_transport import Fault, MemoryTransport, Net, network
+from tests.unit.memory_transport import Fault, MemoryTransport, Net, NoDirect, network
 
 ANN, BOB, EVE = (PeerId(name) for name in ("ann", "bob", "eve"))
 UP, DOWN, BUSY, GO = b"\1", b"\2", b"\0", b"\1"
@@ -148,23 +148,6 @@ async def test_a_peer_for_whom_time_runs_backwards_talks_nonsense() -> None:
 
 
 # -- the probe
-
-
-class NoDirect:
-    """A rendezvous by which nobody is reached directly."""
-
-    def __init__(self, reach: Reach) -> None:
-        self.reach = reach
-        self.claim = b""
-
-    async def begin(self, transport: object, known: Any) -> None:
-        self.claim = known.claim()
-
-    async def connect(self, peer: PeerId, *, within_s: float) -> None:
-        return None
-
-    def connection(self, peer: PeerId) -> None:
-        return None
 
 
 async def probed(ann: Any, reach: Reach, members: list[PeerId]) -> Reached:

@@ -1,0 +1,152 @@
+"""Who sends through a relay keeps to what it gives; a relay that does not say is not waited for."""
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from dugnad.dht import allowance
+from dugnad.dht.allowance import AHEAD_BYTES, CHANNEL, UNASKED_S, Allowance
+from dugnad.dht.budget import PIECE_BYTES, Budget
+from dugnad.dht.direct import Direct
+from dugnad.dht.identity import PeerId
+from dugnad.dht.paths import Reach
+from dugnad.dht.transport import RequestRefused, Stream
+from tests.unit.memory_transport import MemoryTransport, Net, NoDirect, network
+
+ANN, BOB, EVE, HUB = (PeerId(name) for name in ("ann", "bob", "eve", "hub"))
+RATE = 8 * 2**20
+LONG_S = 30.0
+
+
+def number(value: int) -> bytes:
+    return struct.pack(">I", value)
+
+
+@asynccontextmanager
+async def relay(rate: float = RATE, *, barred: frozenset[PeerId] = frozenset()) -> AsyncIterator[tuple[Net, Budget]]:
+    """A network with a relay that gives so much."""
+    budget = Budget(rate)
+    async with network() as net, asyncio.timeout(LONG_S):
+        await allowance.serve(net.join(HUB), budget, bars=barred.__contains__)
+        yield net, budget
+
+
+async def send(me: Allowance, num_bytes: int) -> float:
+    """Spend so much, in pieces; the seconds that it took."""
+    now = asyncio.get_running_loop().time
+    since = now()
+    for _ in range(num_bytes // PIECE_BYTES):
+        await me.spend(PIECE_BYTES)
+    return now() - since
+
+
+async def test_two_who_send_through_a_relay_share_what_it_gives() -> None:
+    async with relay() as (net, budget):
+        both = [Allowance(net.join(peer), HUB) for peer in (ANN, BOB)]
+        took = await asyncio.gather(*(send(one, RATE // 2) for one in both))
+    owed = RATE - 2 * AHEAD_BYTES - budget.burst_bytes
+    assert min(took) >= 0.9 * owed / RATE
+    assert max(took) <= 2 * min(took)
+
+
+async def test_all_streams_through_a_relay_come_out_of_one_allowance() -> None:
+    async with relay() as (net, budget):
+        ann = Allowance(net.join(ANN), HUB)
+        took = await asyncio.gather(*(send(ann, RATE // 4) for _ in range(4)))
+    assert max(took) >= 0.9 * (RATE - AHEAD_BYTES - budget.burst_bytes) / RATE
+
+
+async def test_a_slow_relay_answers_often() -> None:
+    async with relay(2 * PIECE_BYTES) as (net, _):
+        ann = net.join(ANN)
+        first, second = [await ann.request(HUB, CHANNEL, number(AHEAD_BYTES), timeout_s=5) for _ in range(2)]
+    assert 0 < int.from_bytes(first) <= 2 * PIECE_BYTES
+    assert int.from_bytes(second) == PIECE_BYTES
+
+
+async def test_what_goes_directly_asks_nobody_and_what_is_relayed_asks_the_relay() -> None:
+    taken = asyncio.Event()
+
+    async def take(sender: PeerId, stream: Stream) -> None:
+        await stream.read_exactly(4 * AHEAD_BYTES)
+        taken.set()
+
+    async with relay() as (net, _):
+        ann, bob = net.join(ANN), net.join(BOB)
+        await bob.serve_stream("test/1", take)
+        for through in (None, HUB):
+            ann.relay = through
+            stream = await direct(ann).open(BOB, "test/1", kind="upload")
+            await stream.write(bytes(4 * AHEAD_BYTES))
+            await taken.wait()
+            taken.clear()
+            await stream.close()
+            assert (ann.metered["sent", "message"] > 0) == (through == HUB)
+
+
+async def test_what_is_answered_through_a_relay_comes_out_of_its_budget_too() -> None:
+    async def give(sender: PeerId, stream: Stream) -> None:
+        await stream.write(bytes(2 * AHEAD_BYTES))
+
+    async with relay() as (net, _):
+        ann, bob = net.join(ANN), net.join(BOB)
+        ann.relay = HUB
+        await direct(ann).serve_stream("test/1", give)
+        stream = await bob.open(ANN, "test/1", kind="fetch")
+        await stream.read_exactly(2 * AHEAD_BYTES)
+        assert ann.metered["sent", "message"] > 0
+
+
+@pytest.mark.parametrize("answer", [b"", number(0), number(AHEAD_BYTES + 1), b"12345"])
+async def test_a_relay_that_answers_nonsense_is_not_asked_for_a_while(answer: bytes) -> None:
+    asked = 0
+
+    async def nonsense(peer: PeerId, payload: bytes) -> bytes:
+        nonlocal asked
+        asked += 1
+        return answer
+
+    async with network() as net, asyncio.timeout(UNASKED_S / 2):
+        await net.join(HUB).serve(CHANNEL, nonsense)
+        await send(Allowance(net.join(ANN), HUB), 8 * AHEAD_BYTES)
+    assert asked == 1
+
+
+async def test_a_relay_that_does_not_know_of_this_or_is_gone_holds_nobody_up() -> None:
+    async with network() as net, asyncio.timeout(UNASKED_S / 2):
+        net.join(EVE)
+        for other in (EVE, PeerId("gone")):
+            await send(Allowance(net.join(ANN), other), 8 * AHEAD_BYTES)
+
+
+async def test_a_relay_gives_to_each_one_answer_at_a_time_and_nothing_to_whom_it_bars() -> None:
+    async with relay(PIECE_BYTES, barred=frozenset({EVE})) as (net, _):
+        ann, bob, eve = (net.join(peer) for peer in (ANN, BOB, EVE))
+        waiting = [asyncio.create_task(ask(one, AHEAD_BYTES)) for one in (ann, bob)]
+        await asyncio.sleep(0)
+        with pytest.raises(RequestRefused, match="not now"):
+            await ask(ann, AHEAD_BYTES)
+        with pytest.raises(RequestRefused, match="not now"):
+            await ask(eve, AHEAD_BYTES)
+        assert all(given > 0 for given in await asyncio.gather(*waiting))
+
+
+@pytest.mark.parametrize("payload", [b"", b"123", b"12345", number(0), number(AHEAD_BYTES + 1), number(2**32 - 1)])
+async def test_whoever_asks_a_relay_for_nonsense_is_refused(payload: bytes) -> None:
+    async with relay() as (net, budget):
+        with pytest.raises(RequestRefused):
+            await net.join(ANN).request(HUB, CHANNEL, payload, timeout_s=5)
+        assert budget.spend(1, now=0.0) == 0.0, "nothing was taken from it"
+
+
+async def ask(me: MemoryTransport, wanted: int) -> int:
+    return int.from_bytes(await me.request(HUB, CHANNEL, number(wanted), timeout_s=5))
+
+
+def direct(me: MemoryTransport) -> Direct:
+    meeting: Any = NoDirect(Reach.CONE)
+    return Direct(me, meeting)
