@@ -13,9 +13,9 @@ from typing import Self
 
 from dugnad.dht.identity import PeerId, write_private
 
-LASTS = timedelta(days=60)
-RENEW_BEFORE = timedelta(days=20)
-"""So long before its end a new one is made at the next start; no process runs for longer than that unattended."""
+LASTS = timedelta(days=2 * 365)
+RENEW_BEFORE = timedelta(days=365)
+"""So long before its end a new one is made at the next start: no process runs for longer than a year without one."""
 
 
 @dataclass(frozen=True, slots=True)

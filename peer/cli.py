@@ -64,7 +64,7 @@ Announce = Annotated[
 ]
 Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.", min=0, max=65535)]
 MetricsPort = Annotated[int, typer.Option(help="Port for /metrics and /status; 0: any.", min=0, max=65535)]
-GiveMbit = Annotated[float, typer.Option(help="Mbit/s to give, at most: to joiners, to late peers, and as a relay.", min=1)]
+GiveMbit = Annotated[float, typer.Option(help="Mbit/s to give at most: to joiners, late peers, as a relay.", min=1)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 WithStdin = Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)]
 RunKeyDir = Annotated[

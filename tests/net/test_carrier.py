@@ -17,7 +17,7 @@ from blake3 import blake3
 from dugnad.dht import bulk, mux, rendezvous
 from dugnad.dht.budget import Budget
 from dugnad.dht.carrier import Carrier, NoConnection, Refused
-from dugnad.dht.certificate import Certificate
+from dugnad.dht.certificate import LASTS, Certificate
 from dugnad.dht.connection import Connection
 from dugnad.dht.direct import Direct
 from dugnad.dht.endpoint import Endpoint
@@ -103,7 +103,7 @@ async def test_two_who_expect_each_other_are_connected_and_know_how_they_are_see
 
 @pytest.mark.parametrize("fault", ["wrong", "expired", "swapped", "unknown", "another peer"])
 async def test_who_is_not_what_is_expected_gets_no_byte_through(folder: Folders, fault: str) -> None:
-    age = timedelta(days=100) if fault == "expired" else timedelta()
+    age = LASTS + timedelta(1) if fault == "expired" else timedelta()
     anns = certificate(folder(ANN), ANN, age=age)
     async with end(ANN, anns) as ann, end(BOB, certificate(folder(BOB), BOB)) as bob:
         ann.expected[BOB.peer_id] = bob.certificate.der
@@ -122,9 +122,11 @@ async def test_who_is_not_what_is_expected_gets_no_byte_through(folder: Folders,
         assert bob.served == []
 
 
-@pytest.mark.parametrize(("age", "words"), [(100, "expired"), (0, "self-signed certificate")])
-async def test_a_certificate_that_is_not_good_is_refused_by_name(folder: Folders, age: int, words: str) -> None:
-    bobs = certificate(folder(BOB), BOB, age=timedelta(days=age))
+@pytest.mark.parametrize(
+    ("age", "words"), [(LASTS + timedelta(1), "expired"), (timedelta(), "self-signed certificate")]
+)
+async def test_a_certificate_that_is_not_good_is_refused_by_name(folder: Folders, age: timedelta, words: str) -> None:
+    bobs = certificate(folder(BOB), BOB, age=age)
     async with end(ANN, certificate(folder(ANN), ANN)) as ann, end(BOB, bobs) as bob:
         bob.expected[ANN.peer_id] = ann.certificate.der
         ann.expected[BOB.peer_id] = bobs.der if age else certificate(folder(BOB), BOB, "another").der
