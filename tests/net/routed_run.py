@@ -1,18 +1,25 @@
 """A run across routers, with the real commands: two behind cone NATs, one behind a symmetric one, and a public one."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dugnad.configs.recipe import load
 from dugnad.coordinator.chain import Chain
+from dugnad.peer.numerics import Numerics
 from tests.e2e.processes import Running, endless
 from tests.e2e.test_commands import at_round, audited
 from tests.net.lab import Kind, Lab, lab
 
 HOSTS: dict[str, Kind] = {"hub": "public", "other": "public", "ann": "cone", "bob": "carrier", "sym": "symmetric"}
-STEPS = 120
-"""Of a round: some seconds. In short ones many pass while one is joining."""
+ROUND_S = 1.5
+"""How long training takes in a round on an idle machine: in short ones many pass while one is joining."""
+
+
+_TRIED = 30
+"""Steps."""
 
 
 class Roles:
@@ -26,7 +33,7 @@ class Roles:
     def launch(self) -> str:
         """Begin a run on the hub; the invite to it."""
         recipe = endless(self._folder)
-        recipe.write_text(recipe.read_text().replace("steps = 50 ", f"steps = {STEPS} "))
+        recipe.write_text(recipe.read_text().replace("steps = 50 ", f"steps = {_steps_in(ROUND_S, recipe)} "))
         return self.begin("hub", "launch", recipe, "--host", "0.0.0.0", "--port", "4001").invite()
 
     def join(self, name: str, invite: str) -> Running:
@@ -42,6 +49,21 @@ class Roles:
         """End all."""
         for one in self._there:
             one.close()
+
+
+def _steps_in(seconds: float, file: Path) -> int:
+    """How many steps of a recipe one core of this machine trains in that time, if it has nothing else to do."""
+    recipe = load(file)
+    numerics = Numerics(recipe)
+    weights, samples = numerics.first_model().weights, [(0, _TRIED * recipe.inner.batch_sequences)]
+    took_s = []
+    for _ in range(2):  # the first time, much is made that stays
+        since = time.perf_counter()
+        numerics.trainer.train(
+            weights, ranges=samples, steps=_TRIED, global_step=0, stop=lambda: False, on_step=lambda step: None
+        )
+        took_s.append(time.perf_counter() - since)
+    return max(1, round(seconds / min(took_s) * _TRIED))
 
 
 @contextlib.contextmanager
