@@ -36,7 +36,7 @@ async def serve(transport: Transport, budget: Budget, *, bars: Callable[[PeerId]
         if len(payload) != _NUMBER.size or not 0 < (wanted := _NUMBER.unpack(payload)[0]) <= AHEAD_BYTES:
             raise WireError("malformed", "no number of bytes that one may ask for")
         if peer in asking or bars(peer):
-            raise WireError("not now")
+            raise WireError("busy")
         asking.add(peer)
         try:
             return _NUMBER.pack(await _given(budget, wanted))

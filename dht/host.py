@@ -114,7 +114,10 @@ class Host:
         return self._outside.outside_ports
 
     def open_hosts(self, port: int) -> tuple[str, ...]:
-        """At which IP addresses anyone reaches our TCP `port`: found out by members, or by the user's word."""
+        """At which IP addresses others reach our TCP `port`: found out by members, or by the user's word.
+
+        Unless `reach` is OPEN, it may be some of them only.
+        """
         if self.open_ports:
             same = self.open_ports.get(port) == port  # a router may have had to pass another one on
             return (self.seen_ip,) if self.seen_ip is not None and same else ()

@@ -32,7 +32,7 @@ class Meet(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """DER."""
     reach: Reach
     open: _Texts
-    """Where anyone may dial its carrier, "HOST:PORT"."""
+    """Where its carrier may be dialled, "HOST:PORT": by anyone if it is OPEN, else by some."""
     local: _Texts
     """Where those in the same network may."""
     outside: _Text
@@ -96,19 +96,29 @@ Step = Dial | Punch | Wait | Give
 
 def step(mine: Meet, theirs: Meet, *, first: bool) -> Step:
     """What we do, where `mine` and `theirs` were said; first: whether we spoke first. The other side's step fits it."""
-    if theirs.open and (first or not mine.open):
-        return Dial(_places(theirs.open))
-    if mine.open:
-        return Wait()
+    if (certain := _dial_or_wait(mine, theirs, first=first, certain=True)) is not None:
+        return certain
     near = _host(mine.outside) == _host(theirs.outside)  # behind one router, or nobody has seen either of them
     if near and mine.local and theirs.local:
         return Dial(_places(theirs.local)) if first else Wait()
-    for who, said in (("you are", mine), ("it is", theirs)):
+    both = (("you are", mine), ("it is", theirs))
+    if all(said.outside and said.reach is not Reach.SYMMETRIC for _, said in both):
+        return Punch(Endpoint.parse(theirs.outside))
+    if (tried := _dial_or_wait(mine, theirs, first=first, certain=False)) is not None:
+        return tried
+    for who, said in both:
         if said.reach is Reach.SYMMETRIC:
             return Give(f"{who} behind a router that takes another port for each connection")
-        if not said.outside:
-            return Give(f"how {'you are' if said is mine else 'it is'} seen from outside, nobody has said yet")
-    return Punch(Endpoint.parse(theirs.outside))
+    unseen = "you are" if not mine.outside else "it is"
+    return Give(f"how {unseen} seen from outside, nobody has said yet")
+
+
+def _dial_or_wait(mine: Meet, theirs: Meet, *, first: bool, certain: bool) -> Dial | Wait | None:
+    """One dials the other, if that can be done for sure, or may succeed; None if it can't."""
+    i_can, they_can = (bool(said.open) and (said.reach is Reach.OPEN or not certain) for said in (mine, theirs))
+    if they_can and (first or not i_can):
+        return Dial(_places(theirs.open))
+    return Wait() if i_can else None
 
 
 def _places(texts: tuple[str, ...]) -> tuple[Endpoint, ...]:

@@ -2,6 +2,8 @@
 
 Found out at the start, while nothing runs on the daemon yet: members that we are connected to try our ports. Who is
 open restarts its daemon as a relay for others, and makes sure that it is a good one. Who is not takes places at relays.
+A router that lets members in may do so because we are connected to them (address-dependent filtering, RFC 4787), and
+keep all others out: who is behind one is open only if the router, or the user, says so.
 Both are looked after as long as the host lives. Where only this machine may connect, nothing of all that happens; and
 within a private network nobody judges, and no relay is at hand, so that nothing comes of it either.
 """
@@ -198,7 +200,7 @@ class Outside:
         elif self._ways.announce is None:
             return
         trusted = self._ways.announce is not None or (alone and self._outside_ip() is not None)
-        reach = Reach.OPEN if trusted or self._is_reached() else Reach.UNKNOWN
+        reach = Reach.OPEN if trusted or (self._is_reached() and self._is_for_all()) else Reach.UNKNOWN
         if reach is not self.reach:
             is_open = reach is Reach.OPEN
             logger.info("others %s", "reach us from anywhere" if is_open else "do not reach us: we go through relays")
@@ -208,6 +210,12 @@ class Outside:
     def _is_reached(self) -> bool:
         port = self._port()
         return port is not None and self._outside_port(port) in self.found.open_ports
+
+    def _is_for_all(self) -> bool:
+        """Whether what reaches us can come from anyone: there is no router, or it was told to pass everything on."""
+        return self._port() in self._router.outside_ports or self.found.seen_ip in {
+            str(ip_of(address)) for address in self._own if is_direct(address)
+        }
 
     def _outside_ip(self) -> str | None:
         """As others saw it; or else that of a network card, or of the router, if it is one that all can dial."""
@@ -237,7 +245,9 @@ class Outside:
             if ip and port and (self._is_reached() or not self._ways.announce):
                 outside.append(on_tcp(ip, self._outside_port(port)))
             outside += [address for address in self._own if is_public(address) and address.startswith("/ip6/")]
-        circuits = self._relays.addresses() if self.reach is not Reach.OPEN else ()
+        circuits = list(self._relays.addresses() if self.reach is not Reach.OPEN else ())
+        if self.reach is not Reach.OPEN and self._is_reached() and self.found.seen_ip and (port := self._port()):
+            circuits.append(on_tcp(self.found.seen_ip, self._outside_port(port)))  # for some at least
         arranged = in_order(outside, circuits, self._own)
         if arranged != self._addresses:
             self._addresses = arranged

@@ -66,7 +66,9 @@ class Acquaintances:
     open_peers: Callable[[], Iterable[PeerId]]
     """Who accepts connections from anywhere."""
     open_hosts: Callable[[], Sequence[str]]
-    """Numeric addresses at which anyone reaches our carrier's port."""
+    """Numeric addresses at which others reach our carrier's port."""
+    is_open: Callable[[], bool] = lambda: False
+    """Whether anyone can do that, and not just some."""
     claim: Callable[[], bytes] = bytes
     """Why we may take part, as long as the others do not know."""
 
@@ -257,7 +259,7 @@ class Rendezvous:
 
     async def _dial(self, peer: PeerId, theirs: Meet, places: Sequence[Endpoint]) -> None:
         # from the port on which we listen, so that the other side sees how that looks from outside
-        seen = bool(theirs.open) and not self._known_open
+        seen = theirs.reach is Reach.OPEN and not self._known_open
         fault = NoConnection("it names no place")
         for place in places:
             try:
@@ -352,7 +354,7 @@ class Rendezvous:
 
     @property
     def _known_open(self) -> bool:
-        return self._known is not None and bool(self._known.open_hosts())
+        return self._known is not None and self._known.is_open() and bool(self._known.open_hosts())
 
     def _introduction(self) -> Meet:
         assert self._known is not None
@@ -363,7 +365,7 @@ class Rendezvous:
             open=tuple(str(Endpoint(host, carrier.port)) for host in hosts)[:8],
             local=tuple(str(Endpoint(host, carrier.port)) for host in carrier.hosts)[:8],
             outside=self.outside,
-            second=str(Endpoint(hosts[0], carrier.second_port)) if hosts else "",
+            second=str(Endpoint(hosts[0], carrier.second_port)) if hosts and self._known_open else "",
             claim=self._known.claim(),
         )
 

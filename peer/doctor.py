@@ -279,7 +279,8 @@ def inbound(facts: NetworkFacts) -> Check:
     if facts.inbound is None:
         return Check("inbound", Verdict.OK, "not measured")
     if facts.inbound:
-        return Check("inbound", Verdict.OK, "a member connected to this machine")
+        some = "" if facts.reach is Reach.OPEN else "; your router may keep others out"
+        return Check("inbound", Verdict.OK, f"a member connected to this machine{some}")
     if facts.reach is Reach.CONE:
         return Check("inbound", Verdict.OK, "by paths that both sides open at once")
     advice = "inbound blocked: it works through others, slower. Forward the port, or switch on UPnP"

@@ -5,6 +5,7 @@
     symmetric   three 192.168.3.2 --- router, wan 11.0.3.1: another outside port for each one    ---+=== switch
     carrier     four 192.168.4.2 --- router 100.64.4.2 --- the carrier's router, wan 11.0.4.1    ---+
     firewall    five === wan 11.0.5.1, TCP outwards only, and what answers it                    ---+
+    restricted  like cone, and who was sent something may connect to any port of the host
 
 Routers and the firewall drop what comes from outside unasked. Public-looking addresses, as libp2p takes private,
 carrier-grade and documentation ranges for what they are; nothing leaves the namespaces. Needs root, iproute2, iptables.
@@ -31,8 +32,9 @@ from tests.net import internet
 from tests.net.forwarder import Link
 from tests.net.internet import run, tbf, within
 
-Kind = Literal["public", "cone", "symmetric", "carrier", "firewall"]
+Kind = Literal["public", "cone", "symmetric", "carrier", "firewall", "restricted"]
 KINDS: tuple[Kind, ...] = ("public", "cone", "symmetric", "carrier", "firewall")
+"""Those that every pair of is tried."""
 ROOT = Path(__file__).parent.parent.parent
 _labs = itertools.count(1)
 _MAX_HOSTS = 200
@@ -85,7 +87,7 @@ class Lab:
 
     def inside(self, name: str) -> str:
         """The IPv4 address that a host has itself."""
-        hidden = self.kinds[name] in ("cone", "symmetric", "carrier")
+        hidden = self.kinds[name] in ("cone", "symmetric", "carrier", "restricted")
         return f"192.168.{self._numbers[name]}.2" if hidden else self.address(name)
 
     def command(self, name: str, *command: str) -> list[str]:
@@ -182,6 +184,8 @@ class Lab:
             _translate(f"{host}-home", *(("--random-fully",) if kind == "symmetric" else ()))
         if kind == "carrier":
             _translate(f"{host}-carrier")
+        if kind == "restricted":
+            _let_known_in(f"{host}-home", self.inside(name))
 
     def _start_forwarder(self) -> None:
         links = [
@@ -217,8 +221,9 @@ class Lab:
 
     def _edge(self, name: str) -> str:
         """The namespace of a host that is on the net itself: its own, or its outermost router's."""
-        suffix = {"cone": "-home", "symmetric": "-home", "carrier": "-carrier"}.get(self.kinds[name], "")
-        return self._host(name) + suffix
+        kind = self.kinds[name]
+        outermost = "-carrier" if kind == "carrier" else "-home"
+        return self._host(name) + ("" if kind in ("public", "firewall") else outermost)
 
     def _port(self, name: str) -> str:
         return f"p{self._numbers[name]}"
@@ -256,6 +261,16 @@ def _translate(router: str, *how: str) -> None:
     run(*within(router), "iptables", "-A", "FORWARD", "-i", "wan", *passed_on, "-j", "ACCEPT")
     _filter(router, "FORWARD", "wan", last=())
     _filter(router, "INPUT", "wan")
+
+
+def _let_known_in(router: str, host: str) -> None:
+    """Have a router pass on what comes from any address to which something was sent (RFC 4787: address-dependent)."""
+    known = ("-m", "recent", "--name", "known")
+    run(*within(router), "iptables", "-I", "FORWARD", "-i", "lan", *known, "--set", "--rdest")
+    run(
+        *within(router), "iptables", "-t", "nat", "-A", "PREROUTING", "-i", "wan", "-p", "tcp",
+        *known, "--rcheck", "--rsource", "-j", "DNAT", "--to", host,
+    )  # fmt: skip
 
 
 def _filter(namespace: str, chain: str, card: str, last: tuple[str, ...] = ("-j", "DROP")) -> None:

@@ -195,7 +195,15 @@ CASES: list[tuple[str, Facts, Verdict, str, str, str]] = [
         "",
         "",
     ),
-    ("inbound", with_network(inbound=True), OK, "a member connected to this machine", "", ""),
+    ("inbound", with_network(inbound=True, reach=Reach.OPEN), OK, "a member connected to this machine", "", ""),
+    (
+        "inbound",
+        with_network(inbound=True, reach=Reach.CONE),
+        OK,
+        "a member connected to this machine; your router may keep others out",
+        "",
+        "",
+    ),
     (
         "inbound",
         with_network(inbound=False),

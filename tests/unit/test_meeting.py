@@ -20,6 +20,10 @@ CONE = meet(Reach.CONE, local="192.168.1.2:4002", outside="11.0.0.21:4002")
 NEIGHBOUR = meet(Reach.CONE, local="192.168.1.3:4002", outside="11.0.0.21:4003")
 FAR_CONE = meet(Reach.CONE, local="192.168.1.2:4002", outside="11.0.0.22:4002")
 SYMMETRIC = meet(Reach.SYMMETRIC, local="192.168.2.2:4002", outside="11.0.0.23:61234")
+MAYBE = meet(Reach.CONE, open="11.0.0.24:4002", local="192.168.3.2:4002", outside="11.0.0.24:4002")
+"""Its router lets some in; the other two are not seen yet, and not to be punched."""
+MAYBE_TOO = meet(Reach.UNKNOWN, open="11.0.0.25:4002", local="192.168.3.2:4002")
+MAYBE_SYMMETRIC = meet(Reach.SYMMETRIC, open="11.0.0.26:4002", local="192.168.3.2:4002", outside="11.0.0.26:61234")
 UNSEEN = meet(Reach.UNKNOWN, local="10.0.0.7:4002")
 LONELY = meet(Reach.UNKNOWN, local="127.0.0.1:4002")
 LONELY_TOO = meet(Reach.UNKNOWN, local="127.0.0.1:4004")
@@ -39,6 +43,12 @@ def both(first: Meet, second: Meet) -> tuple[Step, Step]:
         (CONE, FAR_CONE, (Punch(Endpoint("11.0.0.22", 4002)), Punch(Endpoint("11.0.0.21", 4002)))),
         (CONE, NEIGHBOUR, (Dial((Endpoint("192.168.1.3", 4002),)), Wait())),
         (LONELY, LONELY_TOO, (Dial((Endpoint("127.0.0.1", 4004),)), Wait())),
+        (MAYBE, PUBLIC, (Dial((Endpoint("11.0.0.1", 4002),)), Wait())),
+        (PUBLIC, MAYBE, (Wait(), Dial((Endpoint("11.0.0.1", 4002),)))),
+        (CONE, MAYBE, (Punch(Endpoint("11.0.0.24", 4002)), Punch(Endpoint("11.0.0.21", 4002)))),
+        (SYMMETRIC, MAYBE, (Dial((Endpoint("11.0.0.24", 4002),)), Wait())),
+        (MAYBE, MAYBE_TOO, (Dial((Endpoint("11.0.0.25", 4002),)), Wait())),
+        (MAYBE_SYMMETRIC, CONE, (Wait(), Dial((Endpoint("11.0.0.26", 4002),)))),
     ],
 )
 def test_each_does_its_part(first: Meet, second: Meet, steps: tuple[Step, Step]) -> None:
@@ -60,7 +70,7 @@ def test_where_nothing_can_be_done_both_know_why(first: Meet, second: Meet, word
     assert isinstance(theirs, Give)
 
 
-EVERYONE = (PUBLIC, CONE, NEIGHBOUR, FAR_CONE, SYMMETRIC, UNSEEN, LONELY)
+EVERYONE = (PUBLIC, CONE, NEIGHBOUR, FAR_CONE, SYMMETRIC, MAYBE, MAYBE_TOO, MAYBE_SYMMETRIC, UNSEEN, LONELY)
 
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.product(EVERYONE, repeat=2)))
