@@ -1,13 +1,12 @@
 """What goes through a relay comes out of that relay's budget: whoever sends through it is given the bytes to send.
 
-A relay's daemon passes on whatever comes, so it is the senders who keep to what the relay can give. They ask it as they
-go along, at most AHEAD_BYTES ahead of its answers; a relay that does not answer, or refuses, is not asked for a while,
-and the bytes go all the same. Only streams count: words are few.
+A relay's daemon passes on whatever comes, so it is the senders who keep to what the relay can give: they ask it as they
+go along. A relay that does not answer, or refuses, is not asked for a while, and the bytes go all the same. Only
+streams count: words are few.
 """
 
 import asyncio
 import logging
-import struct
 from collections.abc import Callable
 
 from dugnad.dht.budget import PIECE_BYTES, Budget
@@ -18,14 +17,18 @@ from dugnad.dht.wire import WireError
 logger = logging.getLogger(__name__)
 
 CHANNEL = "dugnad/allowance/1"
-AHEAD_BYTES = 2**20
-"""At 100 Mbit/s enough for 80 ms, longer than an answer usually takes."""
+MOST_BYTES = 4 * 2**20
+"""Of one answer."""
 GRANT_S = 0.25
-"""For how long a relay collects what it gives in one answer, so that a slow one answers often and with little."""
-ANSWER_S = 20.0
+"""For how long a relay collects what it gives in one answer: longer than asking takes, so that most of the time passes
+in sending, and so short that a slow relay answers often and with little."""
+ANSWER_S = 3.0
+"""Less than the silence after which a stream is given up."""
+FREE_BYTES = 2**18
+"""What anyone may send before it asks, so that what is small does not wait for an answer."""
 UNASKED_S = 60.0
 """For how long a relay that failed us is not asked again."""
-_NUMBER = struct.Struct(">I")
+_NUMBER_BYTES = 4
 
 
 async def serve(transport: Transport, budget: Budget, *, bars: Callable[[PeerId], bool]) -> None:
@@ -33,13 +36,13 @@ async def serve(transport: Transport, budget: Budget, *, bars: Callable[[PeerId]
     asking: set[PeerId] = set()
 
     async def answer(peer: PeerId, payload: bytes) -> bytes:
-        if len(payload) != _NUMBER.size or not 0 < (wanted := _NUMBER.unpack(payload)[0]) <= AHEAD_BYTES:
-            raise WireError("malformed", "no number of bytes that one may ask for")
+        if not 0 < (wanted := _number(payload)) <= MOST_BYTES:
+            raise WireError("malformed", f"{wanted} bytes asked for at once, at most {MOST_BYTES} are given")
         if peer in asking or bars(peer):
             raise WireError("busy")
         asking.add(peer)
         try:
-            return _NUMBER.pack(await _given(budget, wanted))
+            return (await _given(budget, wanted)).to_bytes(_NUMBER_BYTES)
         finally:
             asking.remove(peer)
 
@@ -58,35 +61,42 @@ async def _given(budget: Budget, wanted: int) -> int:
 
 
 class Allowance:
-    """What we may send through one relay, all streams together."""
+    """What we may send through one relay, all streams together, each in turn."""
 
     def __init__(self, transport: Transport, relay: PeerId) -> None:
         self._transport = transport
         self._relay = relay
-        self._left = AHEAD_BYTES
-        self._asking: asyncio.Task[None] | None = None
-        self._unasked_until = float("-inf")
+        self._left = FREE_BYTES
+        self._turn = asyncio.Lock()  # first come, first served: else whoever just sent would be the first to ask again
+        self._ask_at = float("-inf")
 
-    async def spend(self, num_bytes: int) -> None:
-        """Returns once `num_bytes`, at most PIECE_BYTES, may be sent; they count as sent."""
+    async def spend(self, num_bytes: int, *, of: int) -> None:
+        """Returns once `num_bytes`, at most PIECE_BYTES, may be sent; they count as sent.
+
+        of: how many are to be sent now, these included, and so asked for.
+        """
         assert num_bytes <= PIECE_BYTES, f"{num_bytes} bytes at once; at most {PIECE_BYTES} may be"
-        while asyncio.get_running_loop().time() >= self._unasked_until:
-            if self._asking is None and self._left <= AHEAD_BYTES - PIECE_BYTES:
-                self._asking = asyncio.create_task(self._ask(AHEAD_BYTES - self._left))
-            if self._left >= num_bytes:
-                self._left -= num_bytes
-                return
-            assert self._asking is not None, "what is left is less than a piece, so more is asked for"
-            await asyncio.wait([self._asking])
+        now = asyncio.get_running_loop().time
+        async with self._turn:
+            while self._left < num_bytes and now() >= self._ask_at:
+                try:
+                    self._left += await self._asked(min(of - self._left, MOST_BYTES))
+                except (TransportError, WireError) as error:
+                    logger.debug("%s is not asked for bytes to send through it: %s", self._relay, error)
+                    self._ask_at = now() + UNASKED_S
+            self._left = max(0, self._left - num_bytes)
 
-    async def _ask(self, wanted: int) -> None:
-        try:
-            reply = await self._transport.request(self._relay, CHANNEL, _NUMBER.pack(wanted), timeout_s=ANSWER_S)
-            if len(reply) != _NUMBER.size or not 0 < (given := _NUMBER.unpack(reply)[0]) <= wanted:
-                raise WireError("malformed", "an answer that is no number of bytes, or not of those asked for")
-            self._left += given
-        except (TransportError, WireError) as error:
-            logger.debug("%s is not asked for bytes to send through it: %s", self._relay, error)
-            self._left, self._unasked_until = AHEAD_BYTES, asyncio.get_running_loop().time() + UNASKED_S
-        finally:
-            self._asking = None
+    async def _asked(self, wanted: int) -> int:
+        """How many of so many bytes the relay gives us now. Raises TransportError or WireError."""
+        question = wanted.to_bytes(_NUMBER_BYTES)
+        given = _number(await self._transport.request(self._relay, CHANNEL, question, timeout_s=ANSWER_S))
+        if not 0 < given <= wanted:
+            raise WireError("malformed", f"{given} bytes to send, of {wanted} asked for")
+        return given
+
+
+def _number(raw: bytes) -> int:
+    """The number in a payload. Raises WireError."""
+    if len(raw) != _NUMBER_BYTES:
+        raise WireError("malformed", f"a number of bytes in {len(raw)} bytes")
+    return int.from_bytes(raw)

@@ -7,7 +7,8 @@
 Bytes are counted as by a token bucket: in any stretch of time no more than `bytes_per_s` times its length, and
 `burst_bytes`. Pieces are paid for in the order in which they are announced, one at a time for each turn, so that all
 who are served get the same. Only so many are served at once that each of them still gets LEAST_BYTES_PER_S; the
-others wait in line, where who is being served least comes first, so that asking often brings nothing.
+others wait in line, where who is being served least comes first, so that asking often brings nothing. What is relayed
+is paid for without a turn, and comes on top.
 """
 
 from dugnad.dht.identity import PeerId

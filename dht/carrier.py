@@ -11,7 +11,6 @@ port that they listen on, so that a router which keeps one outside port for it l
 import asyncio
 import contextlib
 import errno
-import ipaddress
 import logging
 import socket
 import ssl
@@ -20,13 +19,11 @@ from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, Self
 
-import psutil
-
 from dugnad.dht.certificate import Certificate
 from dugnad.dht.connection import Connection
 from dugnad.dht.endpoint import Endpoint
 from dugnad.dht.identity import Identity, PeerId, nickname, peer_id_of, public_key_of
-from dugnad.dht.listening import check_free
+from dugnad.dht.listening import card_addresses, check_free
 from dugnad.dht.multiaddrs import on_tcp
 from dugnad.dht.paths import Path
 from dugnad.dht.transport import ListenError, Meter, PortInUse, StreamHandler, TransportError
@@ -188,8 +185,7 @@ class Carrier:
         """The addresses of this machine at which we listen, but not those that are good on its link alone."""
         if self._host not in ("0.0.0.0", "::"):
             return (self._host,)
-        found = [ipaddress.ip_address(one.partition("%")[0]) for one in _interface_addresses()]
-        usable = [one for one in found if not (one.is_link_local or one.is_loopback)]
+        usable = [one for one in card_addresses() if not (one.is_link_local or one.is_loopback)]
         return tuple(str(one) for one in usable)
 
     async def _keep_accepting(self, listener: socket.socket) -> None:
@@ -336,8 +332,3 @@ def _share_port(sock: socket.socket) -> None:
 
 def _family(place: Endpoint) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in place.host else socket.AF_INET
-
-
-def _interface_addresses() -> list[str]:
-    of_interfaces = psutil.net_if_addrs().values()
-    return [one.address for many in of_interfaces for one in many if one.family in (socket.AF_INET, socket.AF_INET6)]

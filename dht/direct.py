@@ -170,7 +170,7 @@ class TimedStream:
         else:
             for start in range(0, len(view), PIECE_BYTES):
                 piece = view[start : start + PIECE_BYTES]
-                await self._allowance.spend(len(piece))
+                await self._allowance.spend(len(piece), of=len(view) - start)
                 await self._stream.write(piece)
         self._sending_s += time.monotonic() - since
         self._sent += len(view)

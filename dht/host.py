@@ -116,14 +116,19 @@ class Host:
     def open_hosts(self, port: int) -> tuple[str, ...]:
         """At which IP addresses others reach our TCP `port`: found out by members, or by the user's word.
 
-        Unless `reach` is OPEN, it may be some of them only.
+        Unless `is_open_at` says so too, it may be some of them only.
         """
         if self.open_ports:
             same = self.open_ports.get(port) == port  # a router may have had to pass another one on
             return (self.seen_ip,) if self.seen_ip is not None and same else ()
         if self.reach is not Reach.OPEN:
             return ()
-        return tuple(str(ip_of(address)) for address in self.addresses() if is_public(address))[:1]
+        known = [self._outside.announced_ip, *(ip_of(each) for each in self.addresses() if is_public(each))]
+        return tuple(str(ip) for ip in known if ip is not None)[:1]
+
+    def is_open_at(self, port: int) -> bool:
+        """Whether anyone reaches a TCP port of ours, and not just some whom a router lets in."""
+        return self._outside.is_open_at(port)
 
     async def __aenter__(self) -> Self:
         import_hivemind()

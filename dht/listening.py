@@ -1,8 +1,12 @@
-"""Which TCP ports can be listened on, before somebody tries who would share or hide that."""
+"""Where this machine can be listened on: its addresses, and which TCP ports nobody would have to share."""
 
 import errno
+import ipaddress
 import socket
 
+import psutil
+
+from dugnad.dht.multiaddrs import IpAddress
 from dugnad.dht.transport import ListenError, PortInUse
 
 
@@ -23,6 +27,16 @@ def everywhere(address: str) -> tuple[str, ...]:
     except (OSError, OverflowError):  # no IPv6 here, or the port is taken, which the daemon finds out
         return (address,)
     return f"/ip4/0.0.0.0/tcp/{port}", f"/ip6/::/tcp/{port}"
+
+
+def card_addresses() -> list[IpAddress]:
+    """The IP addresses of this machine's network cards."""
+    found = [one for many in psutil.net_if_addrs().values() for one in many]
+    return [
+        ipaddress.ip_address(one.address.partition("%")[0])
+        for one in found
+        if one.family in (socket.AF_INET, socket.AF_INET6)
+    ]
 
 
 def check_free(address: str) -> None:

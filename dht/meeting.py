@@ -98,7 +98,7 @@ def step(mine: Meet, theirs: Meet, *, first: bool) -> Step:
     """What we do, where `mine` and `theirs` were said; first: whether we spoke first. The other side's step fits it."""
     if (certain := _dial_or_wait(mine, theirs, first=first, certain=True)) is not None:
         return certain
-    near = _host(mine.outside) == _host(theirs.outside)  # behind one router, or nobody has seen either of them
+    near = _outside_host(mine) == _outside_host(theirs)  # behind one router, or nobody has seen either of them
     if near and mine.local and theirs.local:
         return Dial(_places(theirs.local)) if first else Wait()
     both = (("you are", mine), ("it is", theirs))
@@ -125,5 +125,6 @@ def _places(texts: tuple[str, ...]) -> tuple[Endpoint, ...]:
     return tuple(Endpoint.parse(text) for text in texts)
 
 
-def _host(text: str) -> str:
-    return Endpoint.parse(text).host if text else ""
+def _outside_host(said: Meet) -> str:
+    place = said.outside or next(iter(said.open), "")
+    return Endpoint.parse(place).host if place else ""

@@ -13,6 +13,7 @@ import contextlib
 import ipaddress
 import logging
 import random
+import socket
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from dugnad.dht.circuit import RelayRefused
 from dugnad.dht.control import Connection
 from dugnad.dht.daemon import Daemon, DaemonRefused
 from dugnad.dht.identity import PeerId, nickname
+from dugnad.dht.listening import card_addresses
 from dugnad.dht.multiaddrs import host_of, in_order, ip_of, is_direct, is_local, is_public, on_tcp, port_of
 from dugnad.dht.paths import Reach
 from dugnad.dht.reachability import Reachability
@@ -41,6 +43,7 @@ RECHECK_UNKNOWN_S = 30.0
 STRAIGHT_S = 120.0
 """How long an open member is left behind a relay when it could not be reached directly."""
 MAP_AGAIN_S = LEASE_S / 2
+RESOLVE_S = 3.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,15 +85,24 @@ class Outside:
         self._relays = Relays(peer_id)
         self._far = not all(is_local(address) for address in daemon.listen)
         self._router = Router()
+        self._announced_ip: str | None = None
         self._straight_s: dict[PeerId, float] = {}
         """When it is tried again to connect to an open member directly."""
+        self._cards: frozenset[str] = frozenset()
+        """Their IP addresses, in words."""
         self._own: tuple[str, ...] = ()
+        """The multiaddrs of those on which the daemon listens."""
         self._addresses: tuple[str, ...] = ()
 
     @property
     def addresses(self) -> tuple[str, ...]:
         """Our multiaddrs without our name, those that reach farthest first."""
         return self._addresses
+
+    @property
+    def announced_ip(self) -> str | None:
+        """The IP address of what the user announced, be it by name."""
+        return self._announced_ip
 
     @property
     def outside_ports(self) -> dict[int, int]:
@@ -101,12 +113,21 @@ class Outside:
 
     @property
     def is_hidden(self) -> bool:
-        """Whether others were seen not to reach us."""
+        """Whether others were seen not to reach us, or not all of them."""
         return self.found.num_answers > 0 and self.reach is not Reach.OPEN
 
+    def is_open_at(self, port: int) -> bool:
+        """Whether anyone reaches a TCP port of ours, and not just some whom a router lets in."""
+        if self._ways.announce is not None or not self.found.num_answers:
+            return self.reach is Reach.OPEN
+        return self._is_reached(port) and self._is_for_all(port)
+
     async def look_up(self) -> None:
-        """Learn anew which addresses the network cards have. Raises NetworkDown."""
-        self._own = tuple(await control.identify(self._daemon))
+        """Learn anew which addresses the network cards have, and the one announced. Raises NetworkDown."""
+        self._announced_ip = await _ip_behind(self._ways.announce) if self._ways.announce else None
+        self._cards = frozenset(map(str, card_addresses()))
+        # the daemon takes what four others say that they see of it for an address of its own
+        self._own = tuple(one for one in await control.identify(self._daemon) if str(ip_of(one)) in self._cards)
         self._arrange()
 
     async def find_out(self, members: Sequence[PeerId]) -> bool:
@@ -199,23 +220,23 @@ class Outside:
             self.found = found
         elif self._ways.announce is None:
             return
-        trusted = self._ways.announce is not None or (alone and self._outside_ip() is not None)
-        reach = Reach.OPEN if trusted or (self._is_reached() and self._is_for_all()) else Reach.UNKNOWN
+        trusted, port = self._ways.announce is not None or (alone and self._outside_ip() is not None), self._port()
+        reached = port is not None and self._is_reached(port)
+        reach = Reach.OPEN if trusted or (reached and self._is_for_all(port)) else Reach.UNKNOWN
         if reach is not self.reach:
-            is_open = reach is Reach.OPEN
-            logger.info("others %s", "reach us from anywhere" if is_open else "do not reach us: we go through relays")
+            hidden = "not all others reach us" if reached else "others do not reach us"
+            words = "others reach us from anywhere" if reach is Reach.OPEN else f"{hidden}: we go through relays"
+            logger.info("%s", words)
         self.reach = reach
         self._arrange()
 
-    def _is_reached(self) -> bool:
-        port = self._port()
-        return port is not None and self._outside_port(port) in self.found.open_ports
+    def _is_reached(self, port: int) -> bool:
+        return self._outside_port(port) in self.found.open_ports
 
-    def _is_for_all(self) -> bool:
-        """Whether what reaches us can come from anyone: there is no router, or it was told to pass everything on."""
-        return self._port() in self._router.outside_ports or self.found.seen_ip in {
-            str(ip_of(address)) for address in self._own if is_direct(address)
-        }
+    def _is_for_all(self, port: int | None) -> bool:
+        """Whether a port that some reach is open to all: no router is there, or the only one was told to pass it on."""
+        told = port in self._router.outside_ports and self._router.outside_ip in (None, self.found.seen_ip)
+        return told or self.found.seen_ip in self._cards
 
     def _outside_ip(self) -> str | None:
         """As others saw it; or else that of a network card, or of the router, if it is one that all can dial."""
@@ -239,16 +260,17 @@ class Outside:
 
     def _arrange(self) -> None:
         outside: list[str] = []
+        for_some: list[str] = []
+        ip, port = self._outside_ip(), self._port()
         if self.reach is Reach.OPEN:
-            ip, port = self._outside_ip(), self._port()
             outside += [self._ways.announce] if self._ways.announce else []
-            if ip and port and (self._is_reached() or not self._ways.announce):
+            if ip and port and (self._is_reached(port) or not self._ways.announce):
                 outside.append(on_tcp(ip, self._outside_port(port)))
             outside += [address for address in self._own if is_public(address) and address.startswith("/ip6/")]
-        circuits = list(self._relays.addresses() if self.reach is not Reach.OPEN else ())
-        if self.reach is not Reach.OPEN and self._is_reached() and self.found.seen_ip and (port := self._port()):
-            circuits.append(on_tcp(self.found.seen_ip, self._outside_port(port)))  # for some at least
-        arranged = in_order(outside, circuits, self._own)
+        elif ip and port and self._is_reached(port):
+            for_some.append(on_tcp(ip, self._outside_port(port)))
+        circuits = self._relays.addresses() if self.reach is not Reach.OPEN else ()
+        arranged = in_order(outside, circuits, (*self._own, *for_some))
         if arranged != self._addresses:
             self._addresses = arranged
             self.changed.set()
@@ -295,3 +317,14 @@ class Outside:
         with contextlib.suppress(TransportError, DaemonRefused):
             await control.disconnect(self._daemon, peer)
             await control.connect(self._daemon, peer, (address,))
+
+
+async def _ip_behind(address: str) -> str | None:
+    """The IP address that a multiaddr leads to; of a name, what it stands for now."""
+    if (ip := ip_of(address)) is not None:
+        return str(ip)
+    with contextlib.suppress(OSError, TimeoutError):
+        async with asyncio.timeout(RESOLVE_S):
+            found = await asyncio.get_running_loop().getaddrinfo(host_of(address), None, type=socket.SOCK_STREAM)
+            return str(found[0][4][0])
+    return None

@@ -46,7 +46,7 @@ CODES: dict[str, Code] = {
     "E203": Code(
         "inbound blocked",
         "A router or firewall lets no connection in. A warning: the peer goes on through a relay, slower.",
-        "Forward the TCP port to this machine, or switch on UPnP in the router. `dugnad why` names the port.",
+        "Forward two TCP ports to this machine, or switch on UPnP in the router. `dugnad why` says how.",
     ),
     "E301": Code(
         "another protocol version",

@@ -256,9 +256,7 @@ def _ways(facts: NetworkFacts) -> list[Check]:
     return [nat(facts), inbound(facts), path(facts), rates(facts)]
 
 
-SYMMETRIC_ADVICE = (
-    "your router gives each connection another port: forward a TCP port to this machine, or switch on UPnP"
-)
+SYMMETRIC_ADVICE = "your router gives each connection another port: switch on UPnP, or forward two and say --announce"
 
 
 def nat(facts: NetworkFacts) -> Check:
@@ -279,11 +277,11 @@ def inbound(facts: NetworkFacts) -> Check:
     if facts.inbound is None:
         return Check("inbound", Verdict.OK, "not measured")
     if facts.inbound:
-        some = "" if facts.reach is Reach.OPEN else "; your router may keep others out"
+        some = "" if facts.reach is Reach.OPEN else "; your router may keep others out (if not, say --announce)"
         return Check("inbound", Verdict.OK, f"a member connected to this machine{some}")
     if facts.reach is Reach.CONE:
         return Check("inbound", Verdict.OK, "by paths that both sides open at once")
-    advice = "inbound blocked: it works through others, slower. Forward the port, or switch on UPnP"
+    advice = "inbound blocked: it works through others, slower. Switch on UPnP, or forward two ports and say --announce"
     return Check("inbound", Verdict.WARNING, "no member can connect to this machine", advice, "E203")
 
 

@@ -20,7 +20,7 @@ from dugnad.dht.invite import Invite, Pass
 from dugnad.dht.listening import everywhere
 from dugnad.dht.multiaddrs import is_direct, is_local, port_of
 from dugnad.dht.outside import Ways
-from dugnad.dht.paths import Abilities, Reach
+from dugnad.dht.paths import Abilities
 from dugnad.dht.records import owner_of
 from dugnad.dht.rendezvous import Acquaintances, Rendezvous
 from dugnad.dht.swarm import Swarm
@@ -172,11 +172,11 @@ async def _connected(
             organizer=way.organizer,
         ) as swarm,
     ):
+        budget = Budget.of_mbit(network.give_mbit)
+        await allowance.serve(host, budget, bars=face.bars)
         await rendezvous.begin(host, _acquaintances(host, rendezvous, swarm, face))
         face.swarm, face.direct = swarm, Direct(host, rendezvous)
         await _let_measure(host, rendezvous, face)
-        budget = Budget.of_mbit(network.give_mbit)
-        await allowance.serve(host, budget, bars=face.bars)
         yield Place(identity, host, face.direct, rendezvous, swarm, face, budget, exporter.url)
 
 
@@ -193,7 +193,7 @@ def _acquaintances(host: Host, rendezvous: Rendezvous, swarm: Swarm, face: Face)
         pinned=swarm.fingerprint_of,
         open_peers=lambda: dict.fromkeys((*host.contacts.peers, *swarm.open_peers())),
         open_hosts=lambda: host.open_hosts(rendezvous.carrier.port),
-        is_open=lambda: host.reach is Reach.OPEN,
+        is_open=lambda: host.is_open_at(rendezvous.carrier.port),
         claim=lambda: face.claim,
     )
 

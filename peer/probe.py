@@ -59,7 +59,7 @@ def _acquaintances(host: Host, rendezvous: Rendezvous, members: Sequence[PeerId]
         pinned=lambda peer: None,  # their records are not read: libp2p has shown who they are
         open_peers=lambda: members,
         open_hosts=lambda: host.open_hosts(rendezvous.carrier.port),
-        is_open=lambda: host.reach is Reach.OPEN,
+        is_open=lambda: host.is_open_at(rendezvous.carrier.port),
         claim=lambda: claim,
     )
 

@@ -119,9 +119,11 @@ def _paths(status: dict[str, Any]) -> Iterable[str]:
 
 def _improvement(status: dict[str, Any], relayed: bool) -> str:
     """What would make paths better, "" if nothing needs to."""
-    port = status.get("bulk_port")
-    forward = f"Forward TCP port {port} to this machine" if port else "Forward its TCP port to this machine"
-    forward = f"{forward}, or switch on UPnP in the router, and others can reach you directly."
+    host = (status.get("outside") or "HOST").rpartition(":")[0] or "HOST"
+    forward = (
+        f"Forward TCP ports 4001 and 4002 to this machine and start it with --port 4001 --announce {host}:4001, "
+        "or switch on UPnP in the router, and others can reach you directly."
+    )
     match status.get("reach"):
         case Reach.SYMMETRIC:
             return f"Relayed: your router gives each connection another port (symmetric NAT). {forward}"

@@ -17,9 +17,10 @@ from unittest.mock import AsyncMock
 
 import pytest
 
-from dugnad.dht import control
+from dugnad.dht import control, outside
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId
+from dugnad.dht.multiaddrs import ip_of
 from dugnad.dht.transport import (
     REQUEST_BYTES,
     BootstrapError,
@@ -420,6 +421,7 @@ async def test_of_many_addresses_those_are_told_that_others_can_dial(
 ) -> None:
     a = await start()
     monkeypatch.setattr(control, "identify", AsyncMock(return_value=seen))
+    monkeypatch.setattr(outside, "card_addresses", lambda: [ip for each in seen if (ip := ip_of(each)) is not None])
     await a._outside.look_up()
     told = [address.partition("/p2p/")[0] for address in a.addresses()]
     assert len(told) == 16

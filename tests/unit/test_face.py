@@ -67,7 +67,7 @@ def test_the_terminal_says_by_which_ways_others_are_reached_and_again_only_when_
     rates = {"rtt_s": 0.04, "sent_mbit": 9.0, "received_mbit": 9.0}
     paths = [{"peer": "bob", "nickname": "bob", "path": "relayed", **rates}]
     whole: dict[str, Any] = {"peers": [], "view": 0, "leads": False, "coordinator": {"gone_s": 0.0}, "paths": paths}
-    face = a_face(monkeypatch, **whole, reach="symmetric", bulk_port=4001)
+    face = a_face(monkeypatch, **whole, reach="symmetric", outside="11.0.0.7:50001")
     for _ in range(2):
         face.look()
     paths.append({"peer": "cid", "nickname": "cid", "path": "relayed", **rates})
@@ -75,7 +75,8 @@ def test_the_terminal_says_by_which_ways_others_are_reached_and_again_only_when_
     (said,) = [one.getMessage() for one in caplog.records]
     assert said == (
         "Paths to 1 peer: 1 relayed (bob). Relayed: your router gives each connection another port (symmetric NAT). "
-        "Forward TCP port 4001 to this machine, or switch on UPnP in the router, and others can reach you directly."
+        "Forward TCP ports 4001 and 4002 to this machine and start it with --port 4001 --announce 11.0.0.7:4001, "
+        "or switch on UPnP in the router, and others can reach you directly."
     )
     paths.append({"peer": "dan", "nickname": "dan", "path": "direct", **rates})
     face.look()

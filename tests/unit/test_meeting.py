@@ -23,6 +23,7 @@ SYMMETRIC = meet(Reach.SYMMETRIC, local="192.168.2.2:4002", outside="11.0.0.23:6
 MAYBE = meet(Reach.CONE, open="11.0.0.24:4002", local="192.168.3.2:4002", outside="11.0.0.24:4002")
 """Its router lets some in; the other two are not seen yet, and not to be punched."""
 MAYBE_TOO = meet(Reach.UNKNOWN, open="11.0.0.25:4002", local="192.168.3.2:4002")
+MAYBE_UNSEEN = meet(Reach.UNKNOWN, open="11.0.0.27:4002", local="192.168.3.2:4002")
 MAYBE_SYMMETRIC = meet(Reach.SYMMETRIC, open="11.0.0.26:4002", local="192.168.3.2:4002", outside="11.0.0.26:61234")
 UNSEEN = meet(Reach.UNKNOWN, local="10.0.0.7:4002")
 LONELY = meet(Reach.UNKNOWN, local="127.0.0.1:4002")
@@ -48,6 +49,7 @@ def both(first: Meet, second: Meet) -> tuple[Step, Step]:
         (CONE, MAYBE, (Punch(Endpoint("11.0.0.24", 4002)), Punch(Endpoint("11.0.0.21", 4002)))),
         (SYMMETRIC, MAYBE, (Dial((Endpoint("11.0.0.24", 4002),)), Wait())),
         (MAYBE, MAYBE_TOO, (Dial((Endpoint("11.0.0.25", 4002),)), Wait())),
+        (MAYBE_TOO, MAYBE_UNSEEN, (Dial((Endpoint("11.0.0.27", 4002),)), Wait())),
         (MAYBE_SYMMETRIC, CONE, (Wait(), Dial((Endpoint("11.0.0.26", 4002),)))),
     ],
 )
@@ -70,7 +72,19 @@ def test_where_nothing_can_be_done_both_know_why(first: Meet, second: Meet, word
     assert isinstance(theirs, Give)
 
 
-EVERYONE = (PUBLIC, CONE, NEIGHBOUR, FAR_CONE, SYMMETRIC, MAYBE, MAYBE_TOO, MAYBE_SYMMETRIC, UNSEEN, LONELY)
+EVERYONE = (
+    PUBLIC,
+    CONE,
+    NEIGHBOUR,
+    FAR_CONE,
+    SYMMETRIC,
+    MAYBE,
+    MAYBE_TOO,
+    MAYBE_UNSEEN,
+    MAYBE_SYMMETRIC,
+    UNSEEN,
+    LONELY,
+)
 
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.product(EVERYONE, repeat=2)))

@@ -29,7 +29,10 @@ def path(name: str, way: str, sent: float = 9.0, received: float = 9.0) -> dict[
     return {"peer": f"12D3{name}", "nickname": name, "path": way, "rtt_s": 0.0421, **rates}
 
 
-FORWARD = "or switch on UPnP in the router, and others can reach you directly."
+FORWARD = (
+    "Forward TCP ports 4001 and 4002 to this machine and start it with --port 4001 --announce {}:4001, or switch on "
+    "UPnP in the router, and others can reach you directly."
+)
 TRAINING = "Training: step 3 of 10."
 training = status(state="training", step=3, of_steps=10)
 CASES: list[tuple[str, dict[str, Any], list[str]]] = [
@@ -122,12 +125,12 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
     ),
     (
         "relayed by a symmetric router",
-        training | {"reach": "symmetric", "bulk_port": 4001, "paths": [path("ann", "direct"), path("bob", "relayed")]},
+        training
+        | {"reach": "symmetric", "outside": "11.0.0.7:50001", "paths": [path("ann", "direct"), path("bob", "relayed")]},
         [
             TRAINING,
             "Paths to 2 peers: 1 direct, 1 relayed (bob).",
-            "Relayed: your router gives each connection another port (symmetric NAT). "
-            f"Forward TCP port 4001 to this machine, {FORWARD}",
+            "Relayed: your router gives each connection another port (symmetric NAT). " + FORWARD.format("11.0.0.7"),
         ],
     ),
     (
@@ -137,7 +140,7 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
             TRAINING,
             "Paths to 1 peer: 1 relayed (bob).",
             "Behind a router: direct paths can be opened to most, but not to peers whose own router gives each "
-            f"connection another port. Forward its TCP port to this machine, {FORWARD}",
+            "connection another port. " + FORWARD.format("HOST"),
         ],
     ),
     (
@@ -152,12 +155,11 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
     ),
     (
         "relayed, and nobody knows why",
-        training | {"reach": "unknown", "bulk_port": 4001, "paths": [path("bob", "relayed")]},
+        training | {"reach": "unknown", "paths": [path("bob", "relayed")]},
         [
             TRAINING,
             "Paths to 1 peer: 1 relayed (bob).",
-            "E203 inbound blocked: going on through a relay. Slower, still useful. "
-            f"Forward TCP port 4001 to this machine, {FORWARD}",
+            "E203 inbound blocked: going on through a relay. Slower, still useful. " + FORWARD.format("HOST"),
         ],
     ),
     (
