@@ -29,8 +29,11 @@ from dugnad.dht.identity import PeerId
 from dugnad.peer.invariants import InvariantBroken
 from dugnad.peer.lifecycle import State
 from dugnad.peer.simulate_gossip import simulate_gossip
+from dugnad.peer.stage import COORDINATOR
 from dugnad.peer.traffic import BULK
-from dugnad.peer.world import COORDINATOR, Network, VolunteerNode, World
+from dugnad.peer.virtual import Network
+from dugnad.peer.volunteer_node import VolunteerNode
+from dugnad.peer.world import World
 
 LOOK_S = 0.2
 """Virtual seconds from one look at what everyone waits for to the next."""

@@ -17,7 +17,11 @@ from dugnad.coordinator.patience import Patience
 from dugnad.coordinator.votes import QuorumRule
 from dugnad.dht.identity import PeerId
 from dugnad.peer.invariants import InvariantBroken
-from dugnad.peer.world import COORDINATOR, Network, Node, VolunteerNode, World
+from dugnad.peer.nodes import Node
+from dugnad.peer.stage import COORDINATOR
+from dugnad.peer.virtual import Network
+from dugnad.peer.volunteer_node import VolunteerNode
+from dugnad.peer.world import World
 
 _WHOLE = load("tiny-books").cut(16)
 RECIPE = dataclasses.replace(

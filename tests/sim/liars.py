@@ -26,7 +26,10 @@ from dugnad.coordinator.messages import (
 )
 from dugnad.dht.identity import PeerId
 from dugnad.dht.wire import Message
-from dugnad.peer.world import RUN, Node, SimSigner, VolunteerNode, World
+from dugnad.peer.nodes import Node
+from dugnad.peer.stage import RUN, SimSigner
+from dugnad.peer.volunteer_node import VolunteerNode
+from dugnad.peer.world import World
 
 
 class Conspiracy:

@@ -11,7 +11,8 @@ from dugnad.dht.identity import PeerId
 from dugnad.dht.ticket import Terms
 from dugnad.peer.invariants import InvariantBroken
 from dugnad.peer.lifecycle import REFUSED_S
-from dugnad.peer.world import COORDINATOR, TICKET, WALL_S, World
+from dugnad.peer.stage import COORDINATOR, TICKET, WALL_S
+from dugnad.peer.world import World
 from tests.sim.test_rounds import RECIPE, committed, contributors, goes_on, leading, started, volunteer, voters
 
 BANNED = PeerId("p01")

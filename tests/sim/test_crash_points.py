@@ -15,7 +15,9 @@ from dugnad.configs.recipe import load
 from dugnad.coordinator.effects import Remember
 from dugnad.dht.identity import PeerId
 from dugnad.peer.invariants import InvariantBroken
-from dugnad.peer.world import COORDINATOR, Killed, Node, World
+from dugnad.peer.nodes import Killed, Node
+from dugnad.peer.stage import COORDINATOR
+from dugnad.peer.world import World
 
 RECIPE = load("tiny-books").cut(4)
 NAMES = tuple(PeerId(name) for name in ("p00", "p01", "p02"))

@@ -3,7 +3,9 @@
 from dugnad.coordinator.votes import QuorumRule
 from dugnad.dht.identity import PeerId
 from dugnad.peer.invariants import InvariantBroken
-from dugnad.peer.world import COORDINATOR, Network, World
+from dugnad.peer.stage import COORDINATOR
+from dugnad.peer.virtual import Network
+from dugnad.peer.world import World
 from tests.sim.chaos import RECIPE
 from tests.sim.liars import Conspiracy
 

@@ -15,7 +15,10 @@ from dugnad.dht.identity import PeerId
 from dugnad.dht.wire import Message
 from dugnad.optim import reduce as reducing
 from dugnad.peer.lifecycle import Reduce, Train
-from dugnad.peer.world import COORDINATOR, CoordinatorNode, Node, VolunteerNode, World
+from dugnad.peer.nodes import CoordinatorNode, Node
+from dugnad.peer.stage import COORDINATOR
+from dugnad.peer.volunteer_node import VolunteerNode
+from dugnad.peer.world import World
 
 WHOLE = load("tiny-books")
 _LONG = Stage(until_step=10**6, steps=10)

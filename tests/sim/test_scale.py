@@ -6,10 +6,12 @@ import pytest
 
 from dugnad.configs.recipe import load
 from dugnad.coordinator.messages import MAX_VOTERS, Plan
+from dugnad.peer.nodes import Node
 from dugnad.peer.simulate import Asked, Found, Simulation
 from dugnad.peer.simulate_gossip import GossipCost, simulate_gossip
+from dugnad.peer.stage import COORDINATOR
 from dugnad.peer.traffic import BULK
-from dugnad.peer.world import COORDINATOR, Node, World
+from dugnad.peer.world import World
 
 RECIPE = load("tiny-books")
 PART_BYTES = (66_000,) * 14

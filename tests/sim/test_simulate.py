@@ -14,8 +14,8 @@ from dugnad.configs.recipe import load
 from dugnad.coordinator.replica import Replica
 from dugnad.peer import cli, simulate
 from dugnad.peer.simulate import Asked, Found, SimulationError, bytes_per_s
+from dugnad.peer.stage import COORDINATOR
 from dugnad.peer.traffic import BULK
-from dugnad.peer.world import COORDINATOR
 
 RECIPE = load("tiny-books")
 PART_BYTES = (66_000,) * 14

@@ -16,7 +16,9 @@ from dugnad.coordinator.replica import Replica
 from dugnad.coordinator.votes import QuorumRule, weight_of
 from dugnad.dht.identity import PeerId
 from dugnad.peer.invariants import InvariantBroken, Invariants
-from dugnad.peer.world import Disk, Node, World
+from dugnad.peer.nodes import Node
+from dugnad.peer.stage import Disk
+from dugnad.peer.world import World
 from tests.sim.chaos import Chaos
 
 SEEDS = 100
