@@ -1,16 +1,15 @@
 """A run's members as one peer sees them: found through the DHT, told by gossip, dialled at the addresses they sign.
 
 The DHT only gives the first hints, of people who can then be asked. From there on member and progress records travel by
-gossip (`gossip.py`), and a member's addresses come from its own record. What time it is, all agree on (`clock.py`): a
-record that one issues by a clock of its own would hold for nobody else.
+gossip (`gossip.py`), and a member's addresses come from its own record. What time it is, all agree on
+(`timekeeping.py`): a record that one issues by a clock of its own would hold for nobody else.
 """
 
 import asyncio
 import contextlib
 import logging
 import random
-import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -18,26 +17,25 @@ from typing import Any, Self
 
 import msgspec
 
-from dugnad.dht import clock as clocks
-from dugnad.dht import decisions, records
-from dugnad.dht.clock import Sample
+from dugnad.dht import records
 from dugnad.dht.crdt import Entry, RecordMap
-from dugnad.dht.decisions import DECISION, Decision, Decisions
-from dugnad.dht.evidence import Evidence, Proofs, is_evidence
+from dugnad.dht.decisions import Decisions
+from dugnad.dht.evidence import Proofs, is_evidence
 from dugnad.dht.gossip import GOSSIP_KINDS, Changed, Effect, Gossip, Send, refresh_s
 from dugnad.dht.host import Host
-from dugnad.dht.identity import Identity, PeerId, nickname, write_private
+from dugnad.dht.identity import Identity, PeerId, nickname
 from dugnad.dht.paths import Reach
 from dugnad.dht.records import KINDS, MEMBER_KINDS, MemberBody, ProgressBody, Record
 from dugnad.dht.sequence import Sequence
+from dugnad.dht.timekeeping import Timekeeper
 from dugnad.dht.transport import Direction, TransportError
 from dugnad.dht.twin import WATCH_S, KeyInUse, Twin
+from dugnad.dht.verdicts import Verdicts
 from dugnad.dht.wire import Codec, WireError, open_sealed, seal
 
 log = logging.getLogger(__name__)
 
 CHANNEL = "dugnad/gossip/1"
-CLOCK_CHANNEL = "dugnad/clock/1"
 MINE_CHANNEL = "dugnad/mine/1"
 """Where one asks for the records of oneself that another holds: an empty question, a msgpack array of raw records."""
 CODEC = Codec(GOSSIP_KINDS)
@@ -50,10 +48,8 @@ MEMBER_LIFETIME_S = 180.0
 LIFETIME_PERIODS = 3
 """For how many of the periods after which it is renewed what we say holds, at least."""
 PROGRESS_LIFETIME_S = 30.0
-CLOCK_S = 300.0
-"""How often others are asked for the time again."""
-CLOCK_PEERS = 8
-"""How many of them; as long as fewer have answered, anyone who is new is asked at once."""
+MOST_ASKED = 8
+"""How many are asked what they hold of us."""
 ANSWER_S = 3.0
 MOVED_S = 0.5
 """For how long our addresses are left to settle once they changed, before we say it: a relay gone, another found."""
@@ -106,8 +102,6 @@ class Swarm:
         organizer: PeerId | None = None,
     ) -> None:
         self.records = RecordMap()
-        self.decisions = Decisions()
-        """What the organizer has decided, as far as we have heard."""
         self.clock = host.clock
         """What this machine's clock is corrected by, and what people should know of it."""
         self._host = host
@@ -115,9 +109,6 @@ class Swarm:
         self._run = run
         self._role = role
         self._directory = directory
-        self._organizer = organizer
-        self._evidence_file = directory / "evidence"
-        self._decisions_file = directory / "decisions"
         self._sequence = Sequence(directory / "sequence")
         self._twin = Twin(suspected=self._sequence.copied)
         self._twin_found = asyncio.Event()
@@ -126,13 +117,20 @@ class Swarm:
         self._reach = reach
         self._certificate = certificate
         self._passed = passed or (lambda direction, kind: None)
-        self._proofs = proofs or Proofs()
-        self._accused = accused or (lambda peer, why: None)
+        self._verdicts = Verdicts(
+            self.records,
+            run,
+            identity.peer_id,
+            directory=directory,
+            organizer=organizer,
+            proofs=proofs or Proofs(),
+            accused=accused or (lambda peer, why: None),
+        )
+        self._time = Timekeeper(host, members=self._trusted, corrected=self._say_anew, refused=refused)
         self._gossip = Gossip(identity.peer_id, self.records, self._parse)
         self._rng = random.Random()
         self._known: tuple[PeerId, ...] = ()
         """Members and whoever is connected, sorted."""
-        self._warned_s = 0.0
         self._tasks = asyncio.TaskGroup()
         self._running: set[asyncio.Task[None]] = set()
         self._answering: dict[PeerId, list[Send]] = {}
@@ -142,14 +140,12 @@ class Swarm:
 
     async def __aenter__(self) -> Self:
         await self._tasks.__aenter__()
-        self._load_evidence()
-        self._load_decisions()
-        await self._host.serve(CLOCK_CHANNEL, self._on_clock)
+        self._verdicts.load()
+        await self._time.serve()
         await self._host.serve(MINE_CHANNEL, self._on_mine)
         await self._host.serve(CHANNEL, self._on_message)
         await self._meet()
-        await self._ask_time(self._known[:CLOCK_PEERS])  # before we say anything by a clock that may be wrong
-        self.clock.begin(at_s=_steady_s())
+        await self._time.begin()  # before we say anything by a clock that may be wrong
         try:
             await self._listen_for_twin()
             self._twin.speak(now=self.now())
@@ -161,7 +157,7 @@ class Swarm:
             self._keep_announcing(),
             self._keep_telling(),
             self._keep_gossiping(),
-            self._keep_time(),
+            self._time.keep(),
             self._keep_watching(),
         ):
             self._spawn(work)
@@ -227,11 +223,21 @@ class Swarm:
 
     def accuse(self, sort: str, one: bytes, other: bytes) -> bool:
         """Spread the proof that two signed things are, if they are one and news; whether they are."""
-        evidence = self._proofs.convict(self._run, sort, one, other)
-        if evidence is None or not self.records.merge(evidence):
-            return False
-        self._changed([evidence])
-        return True
+        return self._verdicts.accuse(sort, one, other)
+
+    @property
+    def decisions(self) -> Decisions:
+        """What the organizer has decided, as far as we have heard."""
+        return self._verdicts.decisions
+
+    def decide(self, raw: bytes) -> str | None:
+        """Spread a decision that someone brings; why it is refused, or None if it holds from now on."""
+        return self._verdicts.decide(raw, now=self.now())
+
+    def _trusted(self) -> list[PeerId]:
+        """Whoever is there and not proven to lie."""
+        liars = self.quarantined()
+        return [peer for peer in self._known if peer not in liars]
 
     async def look_around(self) -> dict[PeerId, str]:
         """Ask the DHT who is there, and return every other member that we know of, with its role."""
@@ -274,6 +280,12 @@ class Swarm:
         self.records.merge(record)
         return record
 
+    async def _say_anew(self) -> None:
+        """All that we say: what we have said until now, nobody may believe."""
+        self._tell()
+        with contextlib.suppress(TransportError):
+            await self._announce(anew=True)
+
     async def _keep_announcing(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
@@ -314,7 +326,7 @@ class Swarm:
 
     async def _ask_of_us(self) -> None:
         """Take what others hold of us. Asked, not gossiped: what is sent to our name may reach the other with it."""
-        answers = await asyncio.gather(*(self._held_by(peer) for peer in self._known[:CLOCK_PEERS]))
+        answers = await asyncio.gather(*(self._held_by(peer) for peer in self._known[:MOST_ASKED]))
         for raw in dict.fromkeys(raw for answer in answers for raw in answer):
             self._take(raw)
 
@@ -345,61 +357,6 @@ class Swarm:
         self._twin.heard(record.seq, record.issued_ms / 1000, ours=self._sequence.last)
         if self._twin.found:
             self._twin_found.set()
-
-    # -- what time it is
-
-    async def _keep_time(self) -> None:
-        asked: set[PeerId] = set(self._known[:CLOCK_PEERS])
-        ask_again_s = _steady_s() + CLOCK_S
-        ahead_s = time.time() - _steady_s()
-        while True:
-            await asyncio.sleep(1.0)
-            was_ahead_s, ahead_s = ahead_s, time.time() - _steady_s()
-            if abs(ahead_s - was_ahead_s) > clocks.NEGLIGIBLE_S:
-                self.clock.was_set(ahead_s - was_ahead_s)
-                ask_again_s = 0.0
-            if _steady_s() >= ask_again_s:
-                asked.clear()
-                ask_again_s = _steady_s() + CLOCK_S
-            fresh = [peer for peer in self._known if peer not in asked and peer not in self.quarantined()]
-            chosen = self._rng.sample(fresh, min(len(fresh), max(0, CLOCK_PEERS - len(asked))))
-            asked.update(chosen)
-            await self._ask_time(chosen)
-
-    async def _ask_time(self, peers: Iterable[PeerId]) -> None:
-        answers = await asyncio.gather(*(self._time_of(peer) for peer in peers))
-        corrected = [self.clock.take(peer, sample) for peer, sample in answers if sample is not None]
-        if any(corrected):
-            self._warn_of_clock()
-            if self._running:  # what we have said until now, nobody may believe
-                self._tell()
-                with contextlib.suppress(TransportError):
-                    await self._announce(anew=True)
-
-    async def _time_of(self, peer: PeerId) -> tuple[PeerId, Sample | None]:
-        sent_s = time.time()
-        try:
-            raw = await self._host.request(peer, CLOCK_CHANNEL, b"", timeout_s=ANSWER_S)
-            received_s = time.time()
-            return peer, Sample(sent_s, received_s, clocks.decode_time(raw), _steady_s())
-        except TransportError as error:
-            log.debug("%s does not say what time it is: %s", nickname(peer), error)
-        except WireError as error:
-            self._refused(error.reason)
-        return peer, None
-
-    async def _on_clock(self, peer: PeerId, raw: bytes) -> bytes:
-        return clocks.encode_time(self.clock.answer(clock_s=time.time(), at_s=_steady_s()))
-
-    def _warn_of_clock(self) -> None:
-        correction = self.clock.correction
-        if abs(correction.offset_s - self._warned_s) < clocks.WARN_S:
-            return
-        self._warned_s = correction.offset_s
-        if correction.warning is None:
-            log.info("this machine's clock is right again")
-        else:
-            log.warning("%s", correction.warning)
 
     # -- gossip
 
@@ -437,7 +394,7 @@ class Swarm:
             self._refused(error.reason)
             return b""
         self._answer_with(peer, effects)
-        self._changed(effect.entry for effect in effects if isinstance(effect, Changed))
+        self._verdicts.take(effect.entry for effect in effects if isinstance(effect, Changed))
         return b""
 
     def _answer_with(self, peer: PeerId, effects: list[Effect]) -> None:
@@ -467,9 +424,9 @@ class Swarm:
     def _parse(self, raw: bytes, now: float) -> Entry:
         try:
             if is_evidence(raw):
-                return self._proofs.parse(raw, self._run)
+                return self._verdicts.parse_evidence(raw)
             record = records.parse(raw, self._run, now=now)
-            self._check_decision(record)
+            self._verdicts.check(record)
         except WireError as error:
             self._refused(error.reason)
             raise
@@ -480,82 +437,7 @@ class Swarm:
     def _take(self, raw: bytes) -> None:
         with contextlib.suppress(WireError):
             entry = self._parse(raw, self.now())
-            self._changed(self.records.learn(entry) if isinstance(entry, Record) else ())
-
-    # -- what the organizer decided
-
-    def decide(self, raw: bytes) -> str | None:
-        """Spread a decision that someone brings; why it is refused, or None if it holds from now on."""
-        try:
-            record = records.parse(raw, self._run, now=self.now())
-            if record.kind != DECISION:
-                raise WireError("unknown kind", f"a {record.kind} record is no decision")
-            self._check_decision(record)
-        except WireError as error:
-            return str(error)
-        if not self.records.merge(record):
-            return "there is a newer decision on that, or no room for another"
-        self._changed([record])
-        return None
-
-    def _check_decision(self, record: Record) -> None:
-        if record.kind == DECISION:
-            if self._organizer is None:
-                raise WireError("not the organizer", "whose decisions count is not known here")
-            decisions.check(record, self._organizer)
-
-    def _take_decisions(self, found: list[Record]) -> None:
-        news = [said for record in found if self.decisions.take(said := Decision.of(record))]
-        for said in news:
-            self._tell_decision(said)
-        if news:
-            write_private(self._decisions_file, msgspec.msgpack.encode([said.raw for said in self.decisions.all()]))
-
-    def _tell_decision(self, said: Decision) -> None:
-        if said.verdict in ("ban", "unban"):
-            peer = PeerId(said.subject)
-            why = f": {said.reason}" if said.reason else ""
-            log.warning("%s (%s) is %sned by the organizer%s", nickname(peer), peer, said.verdict, why)
-
-    def _load_decisions(self) -> None:
-        for raw in _list_in(self._decisions_file, "what it says has to come from others"):
-            with contextlib.suppress(WireError):
-                record = records.parse_of_any_time(raw, self._run)
-                self._check_decision(record)
-                # what was said of ourselves the others tell us anew: they may have heard better since
-                if record.kind == DECISION and record.key != self._identity.peer_id and self.records.merge(record):
-                    self.decisions.take(Decision.of(record))
-
-    # -- who said two things
-
-    def _changed(self, entries: Iterable[Entry]) -> None:
-        """Do what news call for: who is convicted is named once, here and to those who asked; the rest asks the map."""
-        entries = list(entries)
-        self._take_decisions([one for one in entries if isinstance(one, Record) and one.kind == DECISION])
-        found = [entry for entry in entries if isinstance(entry, Evidence)]
-        for evidence in found:
-            self._tell_of(evidence)
-        if found:
-            kept = [said.raw for peer in self.quarantined() if (said := self.records.evidence_against(peer))]
-            write_private(self._evidence_file, msgspec.msgpack.encode(kept))
-
-    def _load_evidence(self) -> None:
-        for raw in _list_in(self._evidence_file, "what it proves has to come from others"):
-            with contextlib.suppress(WireError):  # as of another run, or of a sort that is no longer known
-                evidence = self._proofs.parse(raw, self._run)
-                if self.records.merge(evidence):
-                    self._tell_of(evidence)
-
-    def _tell_of(self, evidence: Evidence) -> None:
-        why = f"it signed two contradicting {evidence.sort}"
-        if evidence.owner == self._identity.peer_id:
-            log.error(
-                "%s with our key: nobody in this run counts us any more. Does another dugnad run with a copy of this "
-                "folder? Stop both, move identity.key away, and join as someone new.", why.replace("it", "someone", 1)
-            )  # fmt: skip
-        else:
-            log.warning("%s (%s) is quarantined: %s", nickname(evidence.owner), evidence.owner, why)
-        self._accused(evidence.owner, why)
+            self._verdicts.take(self.records.learn(entry) if isinstance(entry, Record) else ())
 
 
 def _decode_mine(raw: bytes) -> list[bytes]:
@@ -569,19 +451,3 @@ def _decode_mine(raw: bytes) -> list[bytes]:
 
 
 _mine = msgspec.msgpack.Decoder(list[bytes])
-
-
-def _list_in(path: Path, otherwise: str) -> list[bytes]:
-    """What a file of ours holds, nothing if there is none or it can't be read: `otherwise` says what of that comes."""
-    try:
-        return msgspec.msgpack.decode(path.read_bytes(), type=list[bytes])
-    except FileNotFoundError:
-        return []
-    except (OSError, msgspec.DecodeError) as error:
-        log.warning("%s can't be read; %s: %s", path, otherwise, error)
-        return []
-
-
-def _steady_s() -> float:
-    """Seconds by a clock that nobody sets, and that goes on while the machine sleeps where there is such a one."""
-    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

@@ -17,7 +17,7 @@ import psutil
 from dugnad.configs.recipe import Recipe, RecipeError, decode
 from dugnad.coordinator.sync import Asker, SyncError
 from dugnad.dht import clock as clocks
-from dugnad.dht import hello
+from dugnad.dht import hello, timekeeping
 from dugnad.dht.clock import Sample
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId
@@ -27,7 +27,6 @@ from dugnad.dht.outside import Ways
 from dugnad.dht.paths import Path as Way
 from dugnad.dht.records import owner_of
 from dugnad.dht.rendezvous import Rendezvous
-from dugnad.dht.swarm import CLOCK_CHANNEL, CLOCK_PEERS
 from dugnad.dht.transport import BootstrapError, Direction, TransportError
 from dugnad.dht.wire import WireError
 from dugnad.peer.doctor import Facts, Machine, NetworkFacts, Port, Software
@@ -186,7 +185,7 @@ async def _met(facts: NetworkFacts, host: Host, invite: Invite) -> NetworkFacts:
         await hello.greet(host, members, invite.run)
     except hello.TurnedAway as error:
         refused = str(error)
-    samples = await _samples(host, members[:CLOCK_PEERS])
+    samples = await _samples(host, members[: timekeeping.NUM_ASKED])
     for peer, sample in samples.items():
         host.clock.take(peer, sample)
     routes = [route for peer in members if (route := await host.route_to(peer)) is not None]
@@ -218,7 +217,7 @@ async def _samples(host: Host, members: Sequence[PeerId]) -> dict[PeerId, Sample
     async def ask(peer: PeerId) -> Sample | None:
         sent_s = time.time()
         try:
-            raw = await host.request(peer, CLOCK_CHANNEL, b"", timeout_s=_ASK_S)
+            raw = await host.request(peer, timekeeping.CHANNEL, b"", timeout_s=_ASK_S)
             return Sample(sent_s, time.time(), clocks.decode_time(raw), time.monotonic())
         except (TransportError, WireError):
             return None

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from dugnad.dht import records
+from dugnad.dht import records, timekeeping
 from dugnad.dht import swarm as swarms
 from dugnad.dht.clock import Clock, Time, encode_time
 from dugnad.dht.decisions import decide
@@ -20,7 +20,6 @@ from dugnad.dht.identity import Identity, PeerId, nickname
 from dugnad.dht.records import KINDS, MemberBody, ProgressBody
 from dugnad.dht.swarm import (
     CHANNEL,
-    CLOCK_CHANNEL,
     CODEC,
     MINE_CHANNEL,
     Swarm,
@@ -198,7 +197,7 @@ class HostWithAClock(QuietHost):
         return [OTHER.peer_id]
 
     async def request(self, peer: str, channel: str, payload: bytes, *, timeout_s: float) -> bytes:
-        if channel != CLOCK_CHANNEL:
+        if channel != timekeeping.CHANNEL:
             return await super().request(peer, channel, payload, timeout_s=timeout_s)
         return encode_time(Time(round((time.time() + self.ahead_s) * 1000), 0, self.age_s))
 
