@@ -1,5 +1,6 @@
 """Real `dugnad` processes for tests: started as a user would, ended with the test."""
 
+import functools
 import json
 import os
 import re
@@ -13,19 +14,45 @@ from typing import Any
 
 import psutil
 
+from dugnad.configs.recipe import load
+from dugnad.coordinator.chain import Chain
 from dugnad.peer import ask
 
 QUICK = Path(__file__).parent / "quick.toml"
 PATIENCE_S = 60.0
 
 
-def endless(directory: Path, *, seed: int = 1) -> Path:
-    """The quick recipe with steps for days, in that directory; another seed makes another model of other data."""
+def endless(directory: Path, *, seed: int = 1, train_s: float | None = None) -> Path:
+    """The quick recipe with steps for days, in that directory; another seed makes another model of other data.
+
+    train_s: how long one core of this machine trains in a round if it has nothing else to do; else it is very short.
+    """
     text = QUICK.read_text()
     assert text.count("10000") == 3
+    text = re.sub("^seed = 1$", f"seed = {seed}", text.replace("10000", "10000000"), flags=re.MULTILINE)
+    if train_s is not None:
+        assert text.count("steps = 50 ") == 1
+        text = text.replace("steps = 50 ", f"steps = {max(1, round(train_s / _step_s()))} ")
     recipe = directory / "endless.toml"
-    recipe.write_text(re.sub("^seed = 1$", f"seed = {seed}", text.replace("10000", "10000000"), flags=re.MULTILINE))
+    recipe.write_text(text)
     return recipe
+
+
+@functools.cache
+def _step_s() -> float:
+    """How long a training step of the quick recipe takes."""
+    from dugnad.peer.numerics import Numerics
+
+    recipe, steps, took_s = load(QUICK), 30, list[float]()
+    numerics = Numerics(recipe)
+    weights, samples = numerics.first_model().weights, [(0, steps * recipe.inner.batch_sequences)]
+    for _ in range(2):  # the first time, much is made that stays
+        since = time.perf_counter()
+        numerics.trainer.train(
+            weights, ranges=samples, steps=steps, global_step=0, stop=lambda: False, on_step=lambda step: None
+        )
+        took_s.append(time.perf_counter() - since)
+    return min(took_s) / steps
 
 
 def dugnad(
@@ -124,3 +151,14 @@ class Running:
 
 Start = Callable[..., Running]
 """Starts a command: its name, then its arguments."""
+
+
+def counted(one: Running) -> list[int]:
+    """The rounds in which the work of `one` counted, by its own chain."""
+    peer = one.until(lambda said: True, "a word")["peer"]
+    chain = Chain(one.directory / "chain.sqlite", read_only=True)
+    try:
+        blocks = [commit.block for commit in chain.commits()]
+        return [block.round for block in blocks if peer in {entry.peer for entry in block.entries}]
+    finally:
+        chain.close()

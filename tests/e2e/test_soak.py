@@ -11,14 +11,16 @@ import pytest
 
 from dugnad.coordinator import history
 from dugnad.coordinator.chain import Chain
-from tests.e2e.processes import Running, endless
+from tests.e2e.processes import Running, counted, endless
 from tests.e2e.test_commands import audited
 from tests.e2e.test_survival import assert_one_history
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(0)]
 
 KILLS = 100
-ROUNDS = 80
+ROUNDS = 40
+TRAIN_S = 1.0
+"""Of a round: who restarts should miss a few, not dozens."""
 LOSS_WITHIN = 0.02
 LAST = 3
 """How many evaluations at the end of a run are compared."""
@@ -96,26 +98,39 @@ def loss_at(tokens: int, curve: list[tuple[int, float]]) -> float:
     raise AssertionError(f"{tokens} tokens are not in a run of {curve[0][0]} to {curve[-1][0]}")
 
 
+def counted_after(one: Running, round_: int) -> Callable[[dict[str, Any]], bool]:
+    """Whether work of `one` counted in a later round."""
+    return lambda said: max(counted(one), default=0) > round_
+
+
 def a_run(tmp_path: Path, running: list[Running], *, seed: int, disturbed: bool) -> list[tuple[int, float]]:
-    """What a run of four volunteers learned, if nobody dies, or somebody every few seconds."""
+    """What a run of four volunteers learned, if nobody dies, or one after the other.
+
+    The next one dies when the one before has been at work again for a while: where most are dead most of the time, a
+    round has fewer tokens, so that at equal tokens there were more rounds, which teach more.
+    """
     rng = random.Random(seed)
     tmp_path.mkdir()
-    coordinator = Running(tmp_path / "coordinator", "launch", endless(tmp_path, seed=seed))
+    coordinator = Running(tmp_path / "coordinator", "launch", endless(tmp_path, seed=seed, train_s=TRAIN_S))
     running.append(coordinator)
     invite = coordinator.invite()
     volunteers = {k: Running(tmp_path / f"v{k}", "join", invite) for k in range(4)}
     running += volunteers.values()
+    before = len(running)
     coordinator.until(lambda said: len(said["committee"]) == 5, "a full committee")
-    rounds = ROUNDS if disturbed else 2 * ROUNDS  # with fewer at work a round has fewer tokens, never more
-    while coordinator.until(lambda said: True, "status")["round"] < rounds:
+    rounds = ROUNDS if disturbed else 3 * ROUNDS // 2  # with fewer at work a round has fewer tokens, never more
+    while (head := coordinator.until(lambda said: True, "status")["round"]) < rounds:
         if not disturbed:
             time.sleep(0.5)
             continue
-        time.sleep(rng.uniform(1.0, 6.0))
-        victim = rng.choice(sorted(volunteers))
+        victim, since = rng.choice(sorted(volunteers)), time.monotonic()
         volunteers[victim].kill()
-        volunteers[victim] = Running(tmp_path / f"v{victim}", "join", invite)
-        running.append(volunteers[victim])
+        again = volunteers[victim] = Running(tmp_path / f"v{victim}", "join", invite)
+        running.append(again)
+        again.until(counted_after(again, head + 1), "work that counts again")
+        time.sleep(rng.uniform(1.0, 2.0) * (time.monotonic() - since))
+    if disturbed:
+        print(f"\nseed {seed}: {len(running) - before} volunteers killed in {head} rounds")
     for one in running:
         one.close()
     assert_one_history([coordinator.directory, *(one.directory for one in volunteers.values())])

@@ -1,25 +1,17 @@
 """A run across routers, with the real commands: two behind cone NATs, one behind a symmetric one, and a public one."""
 
 import contextlib
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dugnad.configs.recipe import load
-from dugnad.coordinator.chain import Chain
-from dugnad.peer.numerics import Numerics
-from tests.e2e.processes import Running, endless
+from tests.e2e.processes import Running, counted, endless
 from tests.e2e.test_commands import at_round, audited
 from tests.net.lab import Kind, Lab, lab
 
 HOSTS: dict[str, Kind] = {"hub": "public", "other": "public", "ann": "cone", "bob": "carrier", "sym": "symmetric"}
-ROUND_S = 1.5
-"""How long training takes in a round on an idle machine: in short ones many pass while one is joining."""
-
-
-_TRIED = 30
-"""Steps."""
+TRAIN_S = 1.5
+"""Of a round: in short ones many pass while one is joining."""
 
 
 class Roles:
@@ -32,8 +24,7 @@ class Roles:
 
     def launch(self) -> str:
         """Begin a run on the hub; the invite to it."""
-        recipe = endless(self._folder)
-        recipe.write_text(recipe.read_text().replace("steps = 50 ", f"steps = {_steps_in(ROUND_S, recipe)} "))
+        recipe = endless(self._folder, train_s=TRAIN_S)
         return self.begin("hub", "launch", recipe, "--host", "0.0.0.0", "--port", "4001").invite()
 
     def join(self, name: str, invite: str) -> Running:
@@ -51,37 +42,11 @@ class Roles:
             one.close()
 
 
-def _steps_in(seconds: float, file: Path) -> int:
-    """How many steps of a recipe one core of this machine trains in that time, if it has nothing else to do."""
-    recipe = load(file)
-    numerics = Numerics(recipe)
-    weights, samples = numerics.first_model().weights, [(0, _TRIED * recipe.inner.batch_sequences)]
-    took_s = []
-    for _ in range(2):  # the first time, much is made that stays
-        since = time.perf_counter()
-        numerics.trainer.train(
-            weights, ranges=samples, steps=_TRIED, global_step=0, stop=lambda: False, on_step=lambda step: None
-        )
-        took_s.append(time.perf_counter() - since)
-    return max(1, round(seconds / min(took_s) * _TRIED))
-
-
 @contextlib.contextmanager
 def roles(folder: Path) -> Iterator[Roles]:
     """A lab of HOSTS, and nobody there yet."""
     with lab(HOSTS) as net, contextlib.closing(Roles(net, folder)) as made:
         yield made
-
-
-def counted(one: Running) -> list[int]:
-    """The rounds in which the work of `one` counted, by its own chain."""
-    peer = one.until(lambda said: True, "a word")["peer"]
-    chain = Chain(one.directory / "chain.sqlite", read_only=True)
-    try:
-        blocks = [commit.block for commit in chain.commits()]
-        return [block.round for block in blocks if peer in {entry.peer for entry in block.entries}]
-    finally:
-        chain.close()
 
 
 def paths(said: dict[str, Any]) -> dict[str, str]:
