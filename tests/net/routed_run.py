@@ -57,9 +57,10 @@ def paths(said: dict[str, Any]) -> dict[str, str]:
 def measure(folder: Path) -> dict[str, Any]:
     """What came of it; the folder gets everyone's.
 
-    first_counted: after how many rounds each was counted first, from the one in which it had the model. reach: as each
-    sees itself. paths: between whom bytes went how. missed: in how many of the three rounds after the death of the
-    public volunteer, through whom `sym` was reached too, each was not counted. audit: of the chain of `sym`.
+    first_counted: after how many rounds each was counted first, from the one whose model it had when that was the
+    newest. reach: as each sees itself. paths: between whom bytes went how. missed: in how many of the three rounds
+    after the death of the public volunteer, through whom `sym` was reached too, each was not counted. audit: of the
+    chain of `sym`.
     """
     with roles(folder) as here:
         invite = here.launch()
@@ -69,7 +70,11 @@ def measure(folder: Path) -> dict[str, Any]:
         ways = {"ann - bob": paths(alone[ann])[alone[bob]["peer"]]}
 
         sym, other = here.join("sym", invite), here.join("other", invite)
-        came = sym.until(lambda said: said["model_digest"] is not None, "the model")["round"]
+
+        def caught_up(said: dict[str, Any]) -> bool:
+            return said["model_digest"] is not None and said["round"] >= ann.until(lambda it: True, "a word")["round"]
+
+        came = sym.until(caught_up, "the newest model")["round"]
         sym.until(lambda said: bool(counted(sym)), "its first counted round")
         first_counted["sym"] = counted(sym)[0] - came
         public = other.until(lambda said: said["reach"] == "open", "a public volunteer")["peer"]
