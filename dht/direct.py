@@ -1,8 +1,8 @@
 """The transport of a peer: libp2p for words and as the way that always works, direct connections for bulk bytes.
 
 While there is no direct connection to a peer, or when one breaks, streams go over libp2p, through a relay if need be,
-and then as fast as that relay can give.
-What was under way then is sent again by whoever sent it, as with any stream that breaks off.
+and then as fast as that relay can give. What was under way when one broke is sent again by whoever sent it, as with any
+stream that breaks off.
 """
 
 import time

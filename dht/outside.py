@@ -75,6 +75,8 @@ class Outside:
         self.reach = Reach.UNKNOWN
         self.found = Reachability()
         """What others found out when they tried last."""
+        self.announced_ip: str | None = None
+        """The IP address of what the user announced, be it by name."""
         self.changed = asyncio.Event()
         """Set whenever `addresses` changed; whoever tells others of them clears it."""
         self._daemon = daemon
@@ -85,7 +87,6 @@ class Outside:
         self._relays = Relays(peer_id)
         self._far = not all(is_local(address) for address in daemon.listen)
         self._router = Router()
-        self._announced_ip: str | None = None
         self._straight_s: dict[PeerId, float] = {}
         """When it is tried again to connect to an open member directly."""
         self._cards: frozenset[str] = frozenset()
@@ -98,11 +99,6 @@ class Outside:
     def addresses(self) -> tuple[str, ...]:
         """Our multiaddrs without our name, those that reach farthest first."""
         return self._addresses
-
-    @property
-    def announced_ip(self) -> str | None:
-        """The IP address of what the user announced, be it by name."""
-        return self._announced_ip
 
     @property
     def outside_ports(self) -> dict[int, int]:
@@ -124,7 +120,7 @@ class Outside:
 
     async def look_up(self) -> None:
         """Learn anew which addresses the network cards have, and the one announced. Raises NetworkDown."""
-        self._announced_ip = await _ip_behind(self._ways.announce) if self._ways.announce else None
+        self.announced_ip = await _ip_behind(self._ways.announce) if self._ways.announce else None
         self._cards = frozenset(map(str, card_addresses()))
         # the daemon takes what four others say that they see of it for an address of its own
         self._own = tuple(one for one in await control.identify(self._daemon) if str(ip_of(one)) in self._cards)

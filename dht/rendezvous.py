@@ -67,7 +67,7 @@ class Acquaintances:
     """Who accepts connections from anywhere."""
     open_hosts: Callable[[], Sequence[str]]
     """Numeric addresses at which others reach our carrier's port."""
-    is_open: Callable[[], bool] = lambda: False
+    is_open: Callable[[], bool]
     """Whether anyone can do that, and not just some."""
     claim: Callable[[], bytes] = bytes
     """Why we may take part, as long as the others do not know."""

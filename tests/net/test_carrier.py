@@ -188,7 +188,7 @@ async def peers(net: Net, folder: Folders, *who: Identity) -> AsyncIterator[list
 def known(refused: set[PeerId]) -> Acquaintances:
     return Acquaintances(
         refuses=lambda peer, claim: "it is banned" if peer in refused else None,
-        pinned=lambda peer: None, open_peers=tuple, open_hosts=tuple,
+        pinned=lambda peer: None, open_peers=tuple, open_hosts=tuple, is_open=lambda: False,
     )  # fmt: skip
 
 
@@ -262,7 +262,7 @@ async def test_a_certificate_that_the_record_does_not_name_is_refused(folder: Fo
         assert bob.rendezvous._known is not None
         pins = {ANN.peer_id: bytes(32)}
         bob.rendezvous._known = Acquaintances(
-            refuses=lambda peer, claim: None, pinned=pins.get, open_peers=tuple, open_hosts=tuple
+            refuses=lambda peer, claim: None, pinned=pins.get, open_peers=tuple, open_hosts=tuple, is_open=lambda: False
         )
         await give(ann, BOB, b"x")
         assert ann.rendezvous.connection(BOB.peer_id) is None
