@@ -93,7 +93,7 @@ class Averages:
             return "other averages came for this part"  # else one owner could fill the disk
         return None
 
-    async def take(self, sender: PeerId, raw: bytes, buffers: Sequence[bytearray]) -> ResultsHeader:
+    async def take(self, sender: PeerId, raw: bytes, buffers: Sequence[memoryview]) -> ResultsHeader:
         """Check and store averages that `refuses` let pass. Raises PushRefused, and OSError of our own disk."""
         header = _results_header.decode(raw)
         why = await asyncio.to_thread(self._fault, header, buffers)
@@ -106,7 +106,7 @@ class Averages:
         self._came[1].update(header.parts)
         return header
 
-    def _fault(self, header: ResultsHeader, buffers: Sequence[bytearray]) -> str | None:
+    def _fault(self, header: ResultsHeader, buffers: Sequence[memoryview]) -> str | None:
         for (part, digest), buffer in zip(header.parts, buffers, strict=True):
             if blake3(buffer).digest() != digest:
                 return f"part {part} is not what its digest promised"
@@ -125,7 +125,7 @@ class Averages:
     async def fetch(self, wanted: Sequence[tuple[int, bytes]], fetch: Fetch) -> tuple[bytes, ...]:
         """Get those of `wanted`, (part, digest), that are not here; which of them are then."""
 
-        def store(_: bytes, data: bytes) -> None:
+        def store(_: bytes, data: memoryview) -> None:
             self._blobs.put(data)
 
         # what is on its way already is not asked for again: on a slow line the two would only slow each other down

@@ -97,7 +97,7 @@ async def _fetch_one(damage: Damage, known: Known, fetch: Fetch) -> bytes:
     if known.model_manifest_bytes is None:
         raise CheckpointError(f"{damage}. Nobody here knows how large its model.msgpack was: put back a copy.", damage)
     came: list[bytes] = []
-    await fetch({known.model: known.model_manifest_bytes}, lambda _, data: came.append(data))
+    await fetch({known.model: known.model_manifest_bytes}, lambda _, data: came.append(bytes(data)))
     for data in came:
         if blake3(data).digest() == known.model:
             return data

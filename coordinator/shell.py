@@ -449,7 +449,7 @@ class Shell:
     def _accept_averages(self, sender: PeerId, raw: bytes, sizes: tuple[int, ...]) -> str | None:
         return "this peer is leaving" if self._over else self.averages.refuses(sender, raw, sizes)
 
-    async def _take_averages(self, sender: PeerId, raw: bytes, buffers: list[bytearray]) -> bytes:
+    async def _take_averages(self, sender: PeerId, raw: bytes, buffers: list[memoryview]) -> bytes:
         try:
             header = await self.averages.take(sender, raw, buffers)
         except OSError as error:  # our disk, not their stream: it must not pass for a broken transfer

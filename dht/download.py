@@ -51,7 +51,7 @@ class Incoming:
             self._blobs.delete(digest)
         return {digest: size for digest, size in wanted.items() if not self._is_here(digest, size)}
 
-    def keep(self, digest: bytes, data: bytes) -> None:
+    def keep(self, digest: bytes, data: bytes | memoryview) -> None:
         """Keep a chunk that has come. Raises OSError."""
         assert self._blobs.put(data) == digest, f"other bytes than those of {digest.hex()}"
 

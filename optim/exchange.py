@@ -63,7 +63,7 @@ class Exchange:
         self._round = 0
         self._promised: dict[bytes, tuple[bytes, ...]] = {}
         """Root -> digests, of our own vectors."""
-        self._held: dict[tuple[PeerId, bytes], dict[int, bytes | bytearray | memoryview]] = {}
+        self._held: dict[tuple[PeerId, bytes], dict[int, memoryview]] = {}
 
     async def serve(self) -> None:
         """Take uploads from now on."""
@@ -127,7 +127,7 @@ class Exchange:
         return payloads
 
     def _fold(
-        self, parts: Sequence[int], sources: Sequence[dict[int, bytes | bytearray | memoryview]], weights: list[int]
+        self, parts: Sequence[int], sources: Sequence[dict[int, memoryview]], weights: list[int]
     ) -> dict[int, memoryview]:
         sizes = {part: len(self.layout.parts[part]) for part in parts}
         return {part: self._codec.fold([held[part] for held in sources], weights, sizes[part]) for part in parts}
@@ -150,7 +150,7 @@ class Exchange:
     def _wants(self, sender: PeerId, header: _Header) -> bool:
         return header.round == self._round and self._expects(sender, header.round, root_of(header.digests))
 
-    async def _done(self, sender: PeerId, raw: bytes, buffers: list[bytearray]) -> bytes:
+    async def _done(self, sender: PeerId, raw: bytes, buffers: list[memoryview]) -> bytes:
         header = _header.decode(raw)
         why = await asyncio.to_thread(self._fault, header, buffers)
         if why is not None:
@@ -163,7 +163,7 @@ class Exchange:
         self._received(sender, root, header.parts)
         return b""
 
-    def _fault(self, header: _Header, buffers: list[bytearray]) -> str | None:
+    def _fault(self, header: _Header, buffers: list[memoryview]) -> str | None:
         for part, buffer in zip(header.parts, buffers, strict=True):
             if blake3(buffer).digest() != header.digests[part]:
                 return f"part {part} is not what its digest promised"

@@ -16,7 +16,7 @@ from tests.net.fleet import Fleet, Member, fleet
 from tests.net.lab import lab, why_not
 
 
-def measure(turns: int = 5, num_bytes: int = 64 * 2**20) -> dict[str, Any]:
+def measure(turns: int = 5, num_bytes: int = 256 * 2**20) -> dict[str, Any]:
     """Rates in bytes/s and processor seconds a gigabyte, of the median turn, and how long it took the two to meet."""
     with (
         lab({"hub": "public", "ann": "cone", "bob": "cone"}) as net,

@@ -89,7 +89,7 @@ async def take(told: dict[str, Any]) -> None:
             for peer, address in donors.items():
                 await taker.learn(peer, (address,))
 
-            def count(digest: bytes, data: bytes) -> None:
+            def count(digest: bytes, data: memoryview) -> None:
                 nonlocal fetched
                 fetched += len(data)
 

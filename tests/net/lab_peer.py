@@ -14,7 +14,9 @@ Says one line of JSON once it is there, {peer, addresses, reach, outside, ready_
 
 import argparse
 import asyncio
+import functools
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -42,6 +44,11 @@ MOST_BYTES = 256 * 2**20
 def identity(seed: int) -> Identity:
     """The key of the peer with that number."""
     return Identity.from_seed(bytes([seed]) * 32)
+
+
+@functools.cache
+def _payload(num_bytes: int) -> bytes:
+    return os.urandom(num_bytes)
 
 
 def _cpu_s() -> float:
@@ -102,8 +109,9 @@ async def _meet(place: Place, to: PeerId) -> dict[str, Any]:
 
 async def _give(place: Place, to: PeerId, num_bytes: int, *, relayed: bool) -> dict[str, Any]:
     transport: Transport = place.host if relayed else place.direct
+    payload = _payload(num_bytes)
     since, cpu_s = time.monotonic(), _cpu_s()
-    await bulk.push(transport, to, CHANNEL, b"", [bytes(num_bytes)], kind="upload", timeout_s=10)
+    await bulk.push(transport, to, CHANNEL, b"", [payload], kind="upload", timeout_s=10)
     paths = {pair.peer: pair.path for pair in place.direct.paths()}
     path = await _libp2p_path(place, to) if relayed else paths[to]
     return {"path": path, "seconds": time.monotonic() - since, "cpu_s": _cpu_s() - cpu_s}
@@ -125,7 +133,7 @@ async def _answer(place: Place, asked: dict[str, Any]) -> dict[str, Any]:
     raise ValueError(f"{asked} is nothing that we do")
 
 
-async def _take(sender: PeerId, header: bytes, buffers: list[bytearray]) -> bytes:
+async def _take(sender: PeerId, header: bytes, buffers: list[memoryview]) -> bytes:
     return b""
 
 

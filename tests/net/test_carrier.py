@@ -193,7 +193,7 @@ def known(refused: set[PeerId]) -> Acquaintances:
 
 
 def taking(peer: Peer) -> bulk.Take:
-    async def take(sender: PeerId, header: bytes, buffers: list[bytearray]) -> bytes:
+    async def take(sender: PeerId, header: bytes, buffers: list[memoryview]) -> bytes:
         peer.taken += [bytes(buffer) for buffer in buffers]
         return b"taken"
 
@@ -231,7 +231,7 @@ async def test_both_ways_and_many_at_once_nothing_gets_mixed_up(folder: Folders)
             give(bob, ANN, big[1]),
             bulk.fetch_all(
                 ann.direct, [BOB.peer_id], wanted, kind="state", timeout_s=5,
-                on_blob=lambda digest, blob: fetched.append(blob),
+                on_blob=lambda digest, blob: fetched.append(bytes(blob)),
             ),
         )  # fmt: skip
         assert (bob.taken, ann.taken) == ([big[0]], [big[1]])
@@ -323,7 +323,7 @@ async def test_where_no_connection_comes_about_bytes_go_over_libp2p(folder: Fold
         bob = net.join(BOB.peer_id)
         taken: list[bytes] = []
 
-        async def take(sender: PeerId, header: bytes, buffers: list[bytearray]) -> bytes:
+        async def take(sender: PeerId, header: bytes, buffers: list[memoryview]) -> bytes:
             taken.extend(map(bytes, buffers))
             return b"taken"
 

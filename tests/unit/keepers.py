@@ -82,7 +82,7 @@ class Asking:
             data = self.holder.lookup(digest)
             if data is None or len(data) != size:
                 raise Unavailable("1 of 1 blobs can't be had: no donor is left")
-            await asyncio.to_thread(on_blob, digest, bytes(data))
+            await asyncio.to_thread(on_blob, digest, memoryview(data))
 
 
 async def nobody(wanted: Mapping[bytes, int], on_blob: OnBlob) -> None:

@@ -8,6 +8,7 @@ from array import array
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import pytest
 from blake3 import blake3
@@ -36,6 +37,8 @@ from dugnad.dht.bulk import (
 from dugnad.dht.identity import PeerId
 from dugnad.dht.transport import Stream, TransportError, Unreachable
 from tests.unit.memory_transport import BUFFER_BYTES, Fault, MemoryTransport, Net, network
+
+Heard = TypeVar("Heard")
 
 ME, ANN, BOB, EVE = (PeerId(name) for name in ("me", "ann", "bob", "eve"))
 CHANNEL = "test/push/1"
@@ -106,7 +109,7 @@ class Taker:
         self.asked.append((sender, header, sizes))
         return self.refuses
 
-    async def take(self, sender: PeerId, header: bytes, payloads: list[bytearray]) -> bytes:
+    async def take(self, sender: PeerId, header: bytes, payloads: list[memoryview]) -> bytes:
         await self.open.wait()
         self.taken.append((sender, header, [bytes(payload) for payload in payloads]))
         return b"thanks"
@@ -154,8 +157,8 @@ async def serve_stranger(net: Net, peer: PeerId, channel: str, said: bytes, *, t
 
 
 async def hear_stranger(
-    channel: str, said: bytes, ask: Callable[[MemoryTransport], Coroutine[None, None, bytes]], *, then_ends: bool = True
-) -> bytes:
+    channel: str, said: bytes, ask: Callable[[MemoryTransport], Coroutine[None, None, Heard]], *, then_ends: bool = True
+) -> Heard:
     """What `ask` makes out of these bytes of `EVE`; its error, if it has one, as it is."""
     async with network() as net:
         await serve_stranger(net, EVE, channel, said, then_ends=then_ends)
@@ -177,7 +180,7 @@ def push_to_stranger(said: bytes, *, then_ends: bool = True) -> Coroutine[None, 
 
 def fetch_from_stranger(
     digest: bytes, size: int, said: bytes, *, then_ends: bool = True
-) -> Coroutine[None, None, bytes]:
+) -> Coroutine[None, None, memoryview]:
     """The blob that `ME` makes out of this."""
     return hear_stranger(
         BLOB_CHANNEL,
@@ -316,7 +319,7 @@ async def test_why_a_push_is_refused_reaches_the_pusher_and_nothing_but_the_head
 
 
 async def test_who_takes_the_payloads_may_still_refuse_them() -> None:
-    async def take(sender: PeerId, header: bytes, payloads: list[bytearray]) -> bytes:
+    async def take(sender: PeerId, header: bytes, payloads: list[memoryview]) -> bytes:
         raise PushRefused(sender, "part 3 is not what its digest promised")
 
     async with network() as net:
@@ -815,10 +818,14 @@ async def fetch_many(
     """What has come of `wanted` when `fetch_all` ends; it says if something has not, and counts all as "state"."""
     got: dict[bytes, bytes] = {}
     why = ""
+
+    def keep(digest: bytes, blob: memoryview) -> None:
+        got[digest] = bytes(blob)
+
     me = net.join(ME)
     sizes = {digest: len(blob) for digest, blob in wanted.items()}
     try:
-        await fetch_all(me, donors, sizes, kind="state", timeout_s=timeout_s, on_blob=got.__setitem__)
+        await fetch_all(me, donors, sizes, kind="state", timeout_s=timeout_s, on_blob=keep)
     except Unavailable as error:
         why = str(error)
     missing = len(wanted) - len(got)
@@ -984,7 +991,7 @@ async def test_what_a_liar_gave_before_it_was_found_out_is_not_handed_over_a_sec
         asked = await stream.read_exactly(6 + 40)
         await stream.write(b"\1" + (b"x" * 9 if asked[6:38] == first else blobs[1]))
 
-    def take(digest: bytes, blob: bytes) -> None:
+    def take(digest: bytes, blob: memoryview) -> None:
         got.append(digest)
         if digest == third:
             slow.wait(0.2)  # meanwhile more has come

@@ -253,8 +253,8 @@ async def test_without_another_keeper_everything_stays_as_it_is(bob: Checkpoints
 async def test_bytes_that_are_not_what_was_asked_for_are_not_taken(ann: Checkpoints, bob: Checkpoints) -> None:
     async def lie(wanted: Mapping[bytes, int], on_blob: OnBlob) -> None:
         for digest, size in wanted.items():
-            on_blob(digest, bytes(size))
-            on_blob(bytes(32), bytes(size))
+            on_blob(digest, memoryview(bytes(size)))
+            on_blob(bytes(32), memoryview(bytes(size)))
 
     flip(WEIGHTS, -1)(bob.folder / ROUND)
     await assert_refused(bob, lie, "1 chunks did not come")
