@@ -4,6 +4,7 @@ They meet over libp2p, which always works and knows for sure who is who: each na
 Then one dials the other, or both dial at the same moment, or nothing can be done and libp2p carries the bytes too.
 """
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -11,6 +12,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from dugnad.dht.endpoint import Endpoint
+from dugnad.dht.identity import PeerId
 from dugnad.dht.paths import Reach
 from dugnad.dht.ticket import CLAIM_BYTES
 from dugnad.dht.wire import WireError, strictly
@@ -19,6 +21,11 @@ CHANNEL = "dugnad/meet/1"
 CERTIFICATE_BYTES = 1024
 """Of a certificate, in DER; ours have about 350."""
 _CAP_BYTES = 4096
+FAVOUR_S = 10.0
+PLACES_FOR_ONE = 8
+"""How many places we dial in FAVOUR_S because one peer asks us to."""
+PLACES_FOR_ALL = 64
+"""The same, for all peers together."""
 
 _Text = Annotated[str, Meta(max_length=64)]
 """Of an endpoint; `decode` sees to it that it is one."""
@@ -111,6 +118,27 @@ def step(mine: Meet, theirs: Meet, *, first: bool) -> Step:
             return Give(f"{who} behind a router that takes another port for each connection")
     unseen = "you are" if not mine.outside else "it is"
     return Give(f"how {unseen} seen from outside, nobody has said yet")
+
+
+class Favours:
+    """What we dial because others ask us to: too little for anyone to have us knock at a third one's door."""
+
+    def __init__(self) -> None:
+        self._done: deque[tuple[float, PeerId, int]] = deque()
+        """When, for whom, how many places."""
+
+    def grant(self, peer: PeerId, step: Step, *, now: float) -> Step:
+        """The step that `peer` asks of us, or why we do not take it. `now`: seconds of a clock that nobody sets."""
+        num_places = len(step.places) if isinstance(step, Dial) else int(isinstance(step, Punch))
+        while self._done and self._done[0][0] <= now - FAVOUR_S:
+            self._done.popleft()
+        for_one = sum(places for _, whose, places in self._done if whose == peer)
+        for_all = sum(places for _, _, places in self._done)
+        if num_places and (for_one + num_places > PLACES_FOR_ONE or for_all + num_places > PLACES_FOR_ALL):
+            return Give("it asked, or many did, for more connections than we make in so short a time")
+        if num_places:
+            self._done.append((now, peer, num_places))
+        return step
 
 
 def _dial_or_wait(mine: Meet, theirs: Meet, *, first: bool, certain: bool) -> Dial | Wait | None:

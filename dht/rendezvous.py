@@ -19,7 +19,7 @@ from dugnad.dht.certificate import Certificate, fingerprint
 from dugnad.dht.connection import Connection
 from dugnad.dht.endpoint import Endpoint
 from dugnad.dht.identity import Identity, PeerId, nickname
-from dugnad.dht.meeting import Dial, Give, Meet, Punch, Wait
+from dugnad.dht.meeting import Dial, Favours, Give, Meet, Punch, Wait
 from dugnad.dht.paths import Path, Reach
 from dugnad.dht.transport import Meter, StreamHandler, Transport, TransportError
 from dugnad.dht.wire import WireError
@@ -115,6 +115,7 @@ class Rendezvous:
         self._attempts: dict[PeerId, asyncio.Task[None]] = {}
         self._arrivals: dict[PeerId, asyncio.Event] = {}
         self._failures: dict[PeerId, _Failure] = {}
+        self._favours = Favours()
         self._punching: set[PeerId] = set()
         self._views: dict[Connection, Endpoint] = {}
         """Connections from the port on which we listen, and where they lead: they show how that looks from outside."""
@@ -237,7 +238,8 @@ class Rendezvous:
             if connection.age_s > FRESH_S:  # it knows of none: it broke, and only one side has noticed
                 self._spawn(connection.close())
         if peer not in self._attempts:
-            self._attempt(peer, self._act(peer, theirs, meeting.step(mine, theirs, first=False)))
+            step = self._favours.grant(peer, meeting.step(mine, theirs, first=False), now=time.monotonic())
+            self._attempt(peer, self._act(peer, theirs, step))
         return meeting.encode(mine)
 
     async def _act(self, peer: PeerId, theirs: Meet, step: meeting.Step) -> None:

@@ -1,7 +1,7 @@
 """All that the lab shows, as a file for machines and tables for people: `make lab OUT=FILE`.
 
 {pairs: [{a, b, connected, path, seconds}], pairs_with_five_public: the same, run: see `routed_run.measure`,
-bulk: see `tests/bench/bench_carrier.py`}
+bulk: see `tests/bench/bench_carrier.py`}. Ends with status 1 if a pair took another way than the best.
 """
 
 import argparse
@@ -25,19 +25,21 @@ def _pairs(pairs: list[Pair]) -> list[dict[str, Any]]:
     ]
 
 
-def measure() -> dict[str, Any]:
-    """Everything; tells it on the way. Takes some minutes."""
+def measure() -> tuple[dict[str, Any], list[str]]:
+    """Everything, and which pairs are not as they should be; tells it on the way. Takes some minutes."""
     found: dict[str, Any] = {}
+    faults: list[str] = []
     for name, public in (("pairs", 1), ("pairs_with_five_public", 5)):
         pairs = matrix.measure(public)
         print(f"\n{public} public peer{'s' * (public > 1)} to join through\n{matrix.table(pairs)}", flush=True)
         found[name] = _pairs(pairs)
+        faults += matrix.faults(pairs)
     with tempfile.TemporaryDirectory() as folder:
         found["run"] = routed_run.measure(Path(folder))
     print(f"\na run across routers\n{json.dumps(found['run'], indent=2)}", flush=True)
     found["bulk"] = bench_carrier.measure()
     print(f"\nbulk bytes between two behind routers\n{json.dumps(found['bulk'], indent=2)}", flush=True)
-    return found
+    return found, faults
 
 
 def main() -> None:
@@ -49,10 +51,12 @@ def main() -> None:
         sys.exit(f"no lab: {reason}")
     if not os.access(out.absolute().parent, os.W_OK) or out.is_dir():
         sys.exit(f"{out} can't be written: name a file in a folder that is there")
-    found = json.dumps(measure(), indent=2) + "\n"
+    found, faults = measure()
     new = out.with_name(f".{out.name}.new")
-    new.write_text(found)
+    new.write_text(json.dumps(found, indent=2) + "\n")
     new.replace(out)
+    if faults:
+        sys.exit("not by the best way: " + ", ".join(faults))
 
 
 if __name__ == "__main__":

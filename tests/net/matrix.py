@@ -58,6 +58,19 @@ def median_s(pairs: list[Pair]) -> float:
     return statistics.median(pair.seconds for pair in pairs)
 
 
+def best(a: str, b: str) -> str:
+    """The best way between two kinds of hosts."""
+    if "public" in (a, b):
+        return "direct"
+    return "relayed" if "symmetric" in (a, b) else "punched"
+
+
+def faults(pairs: list[Pair]) -> list[str]:
+    """What is not as it should be."""
+    found = [f"{pair.a} - {pair.b}: {pair.path}" for pair in pairs if pair.path != best(pair.a, pair.b)]
+    return found + [f"{pair} was not tried" for pair in PAIRS if pair not in {(one.a, one.b) for one in pairs}]
+
+
 def table(pairs: list[Pair]) -> str:
     """For people: a row for each kind."""
     ways: Mapping[tuple[str, str], Pair] = {(pair.a, pair.b): pair for pair in pairs}

@@ -49,6 +49,11 @@ class End:
     def place(self) -> Endpoint:
         return Endpoint("127.0.0.1", self.carrier.port)
 
+    async def sends(self, peer: PeerId, place: Endpoint) -> None:
+        """Connect to `peer` there, and send it something."""
+        connection = await self.carrier.dial(peer, place, keep_port=False)
+        await connection.open(CHANNEL, kind="upload").write(b"something")
+
 
 @asynccontextmanager
 async def end(who: Identity, certificate: Certificate) -> AsyncIterator[End]:
@@ -99,6 +104,10 @@ async def test_two_who_expect_each_other_are_connected_and_know_how_they_are_see
                 await asyncio.sleep(0)
         (accepted,) = bob.there
         assert (accepted.peer, accepted.seen_as) == (ANN.peer_id, str(bob.place))
+        await ann.sends(BOB.peer_id, bob.place)
+        async with asyncio.timeout(5):
+            while bob.served != [ANN.peer_id]:
+                await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize("fault", ["wrong", "expired", "swapped", "unknown", "another peer"])
@@ -117,7 +126,7 @@ async def test_who_is_not_what_is_expected_gets_no_byte_through(folder: Folders,
             bob.expected[ANN.peer_id] = expected[fault]
         asked = EVE.peer_id if fault == "another peer" else BOB.peer_id
         with pytest.raises(NoConnection):
-            await ann.carrier.dial(asked, bob.place, keep_port=False)
+            await ann.sends(asked, bob.place)
         assert bob.there == []
         assert bob.served == []
 

@@ -3,25 +3,12 @@
 import pytest
 
 from tests.net.lab import why_not
-from tests.net.matrix import PAIRS, Pair, measure, median_s, table
+from tests.net.matrix import PAIRS, Pair, best, faults, measure, median_s, table
 
 pytestmark = [pytest.mark.net, pytest.mark.skipif(why_not() is not None, reason=why_not() or "")]
 
 SLOW_S = 20.0
 """Alone on a machine it takes a third of that; see docs/networks.md."""
-
-
-def best(a: str, b: str) -> str:
-    """The best way between two kinds of hosts."""
-    if "public" in (a, b):
-        return "direct"
-    return "relayed" if "symmetric" in (a, b) else "punched"
-
-
-def faults(pairs: list[Pair]) -> list[str]:
-    """What is not as it should be."""
-    found = [f"{pair.a} - {pair.b}: {pair.path}" for pair in pairs if pair.path != best(pair.a, pair.b)]
-    return found + [f"{pair} was not tried" for pair in PAIRS if pair not in {(one.a, one.b) for one in pairs}]
 
 
 @pytest.mark.timeout(240)

@@ -6,7 +6,8 @@ import pytest
 
 from dugnad.dht import meeting
 from dugnad.dht.endpoint import Endpoint
-from dugnad.dht.meeting import Dial, Give, Meet, Punch, Step, Wait
+from dugnad.dht.identity import PeerId
+from dugnad.dht.meeting import FAVOUR_S, PLACES_FOR_ALL, PLACES_FOR_ONE, Dial, Favours, Give, Meet, Punch, Step, Wait
 from dugnad.dht.paths import Reach
 from dugnad.dht.wire import WireError
 
@@ -122,3 +123,40 @@ def test_what_is_said_survives_the_wire() -> None:
 def test_nonsense_is_refused(raw: bytes) -> None:
     with pytest.raises(WireError):
         meeting.decode(raw)
+
+
+# -- what is done for others
+
+
+DIAL = Dial(tuple(Endpoint("11.0.0.1", port) for port in (4001, 4002)))
+PUNCH = Punch(Endpoint("11.0.0.1", 4002))
+
+
+def granted(favours: Favours, peer: str, step: Step, *, at: float) -> bool:
+    answer = favours.grant(PeerId(peer), step, now=at)
+    assert answer is step or isinstance(answer, Give)
+    return answer is step
+
+
+def test_one_peer_has_us_dial_so_many_places_and_then_has_to_wait() -> None:
+    favours = Favours()
+    assert all(granted(favours, "eve", PUNCH, at=0.0) for _ in range(PLACES_FOR_ONE - 1))
+    assert not granted(favours, "eve", DIAL, at=1.0), "it has one place left, and these are two"
+    assert granted(favours, "eve", PUNCH, at=1.0)
+    assert not granted(favours, "eve", PUNCH, at=FAVOUR_S - 0.01)
+    assert granted(favours, "ann", DIAL, at=FAVOUR_S - 0.01), "that one asked for nothing yet"
+    assert granted(favours, "eve", DIAL, at=FAVOUR_S)
+
+
+def test_any_number_of_names_has_us_dial_no_more_than_that_altogether() -> None:
+    favours = Favours()
+    assert sum(granted(favours, f"eve {k}", DIAL, at=k * 1e-3) for k in range(1000)) == PLACES_FOR_ALL // 2
+    assert not granted(favours, "ann", PUNCH, at=1.0)
+    assert granted(favours, "ann", PUNCH, at=FAVOUR_S + 0.1)
+
+
+@pytest.mark.parametrize("step", [Wait(), Give("for a reason")])
+def test_to_wait_costs_nothing(step: Step) -> None:
+    favours = Favours()
+    assert all(granted(favours, "eve", step, at=0.0) for _ in range(1000))
+    assert granted(favours, "eve", DIAL, at=0.0)
