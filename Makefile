@@ -21,7 +21,7 @@ test: setup ## units and simulations on two cores, then sockets and processes on
 soak: setup ## what takes an hour: 900 seeds of chaos, large swarms, 200 kills of real processes; keeps its output
 	set -o pipefail; ($(SOAK) -n 2 tests/sim && $(SOAK) tests/e2e tests/net) | tee docs/soak.txt
 
-lab: setup ## who reaches whom through which routers, in namespaces (root); OUT=FILE gets it as JSON
+lab: setup ## who reaches whom through which routers, in namespaces: make lab OUT=lab.json, as root
 	$(BIN)/python -m tests.net.lab_report $(or $(OUT),$(error name a file: make lab OUT=lab.json))
 
 lint: setup ## ruff and mypy
