@@ -4,6 +4,8 @@ The chain says for ever who is admitted (`roll`); this says who still is. A ban,
 delegation that ended hold at once for whoever gives seats, so an honest leader leaves those peers out of the round
 under way. Voters object to a block that counts them only once every leader has had the time to hear of it: a leader
 that could not know costs no view.
+
+Leader and voters ask the same questions here, and differ only in `for_s`: for how long the answer must have been so.
 """
 
 from collections import Counter
@@ -13,7 +15,7 @@ from dataclasses import dataclass, replace
 from dugnad.coordinator.messages import ADMISSIONS_BYTES, Block
 from dugnad.coordinator.roll import ALLOW_LIST, OPEN, Admitted, Gate, Roll, RollError
 from dugnad.dht import hello
-from dugnad.dht.decisions import Decisions
+from dugnad.dht.decisions import Decision, Decisions
 from dugnad.dht.delegation import Delegation, ends
 from dugnad.dht.hello import BANNED, NOT_ADMITTED
 from dugnad.dht.identity import PeerId
@@ -105,47 +107,66 @@ class Admission:
 
     def distrusts(self, peer: PeerId, seat: Delegation | None) -> bool:
         """Whether what `peer` says as a leader counts no more: everyone has had the time to hear that it is out."""
-        since = self._clock() - GRACE_S
-        banned = self.decisions.banned(now=since).get(peer)
         known = self._roll().members.get(peer)
         return (
-            (banned is not None and banned.at_s <= since)
-            or (known is not None and ends(known.until) <= since)
-            or (seat is not None and seat.coordinator == peer and seat.over(since))
+            self._decided(peer, "ban", for_s=GRACE_S) is not None
+            or (known is not None and self._is_past(known.until, for_s=GRACE_S))
+            or (seat is not None and seat.coordinator == peer and self._is_past(seat.until, for_s=GRACE_S))
         )
 
     def objects(self, block: Block) -> str | None:
         """Why a voter should not vote for a block that the chain would take, if by now its leader must know better."""
-        since, before = self._clock() - GRACE_S, self._roll()
-        banned = self.decisions.banned(now=since)
+        before = self._roll()
         try:
-            roll = self._gate.after(before, block)
+            self._gate.after(before, block)
         except RollError as error:
             return str(error)
+        admitted = {one.peer: one for one in map(self._gate.read, block.admissions)}
         for entry in block.entries:
-            said, known = banned.get(entry.peer), roll.members.get(entry.peer)
-            if said is not None and said.at_s <= since:
+            if self._decided(entry.peer, "ban", for_s=GRACE_S) is not None:
                 return f"{entry.peer} contributed, and is banned"
-            if known is not None and ends(known.until) <= since:
+            known = before.members.get(entry.peer)
+            if known is not None and entry.peer not in admitted and self._is_past(known.until, for_s=GRACE_S):
                 return f"{entry.peer} contributed, and its membership was over on {day_of(known.until)}"
-        for raw in block.admissions:
-            one = self._gate.read(raw)
-            if ends(one.expires) <= since - self._round_s:
-                return f"{one.peer} was admitted by a ticket that had expired"
+        for one in admitted.values():
+            # the proof was good when the set was frozen, and the round may have taken its time since
+            ended = self._ended(one, for_s=GRACE_S + self._round_s)
+            if ended is not None:
+                return f"{one.peer} was admitted by what was good no more: {ended.reason}"
+        return None
+
+    def _decided(self, subject: str, verdict: str, *, for_s: float = 0.0) -> Decision | None:
+        """The newest decision on `subject`, if it is that one."""
+        now = self._clock()
+        said = self.decisions.on(subject, now=now)
+        # whoever gives a seat takes the organizer's word at once, even of a clock that is ahead
+        holds = said is not None and said.verdict == verdict and min(said.at_s, now) <= now - for_s
+        return said if holds else None
+
+    def _is_past(self, until: int, *, for_s: float = 0.0) -> bool:
+        return ends(until) <= self._clock() - for_s
+
+    def _ended(self, one: Admitted, *, for_s: float = 0.0) -> Refusal | None:
+        """Why that proof, which the chain would take, admits nobody any more."""
+        if self._is_past(one.expires, for_s=for_s):
+            return Refusal(OVER, "expired ticket", f"your invite expired on {day_of(one.expires)}. {_ASK}")
+        if self._is_past(one.until, for_s=for_s):
+            return Refusal(OVER, "membership over", f"your membership ended on {day_of(one.until)}. {_ASK}")
+        if self._decided(one.ticket.hex(), "revoke", for_s=for_s) is not None:
+            return Refusal(NOT_ADMITTED, "ticket revoked", f"your invite was revoked by the organizer. {_ASK}")
         return None
 
     # -- whom to let in
 
     def refuses(self, peer: PeerId, claim: bytes = b"") -> Refusal | None:
         """Why `peer`, who shows this claim, may not take part now, or None; quarantine is not looked at."""
-        now, roll = self._clock(), self._roll()
-        banned = self.decisions.banned(now=now).get(peer)
+        roll, banned = self._roll(), self._decided(peer, "ban")
         if banned is not None:
             return Refusal(BANNED, "banned", hello.banned(banned.reason), banned.reason)
         known = roll.members.get(peer)
         if known is None and not self._gate.needs_proof(peer):
             return None
-        if known is not None and (ends(known.until) > now or self._renews(peer, claim, roll)):
+        if known is not None and (not self._is_past(known.until) or self._renews(peer, claim, roll)):
             return None
         if known is not None:
             return Refusal(OVER, "membership over", f"your membership ended on {day_of(known.until)}. {_ASK}")
@@ -153,8 +174,7 @@ class Admission:
 
     def _refuses_claim(self, peer: PeerId, claim: bytes, roll: Roll) -> Refusal | None:
         if self._gate.kind == ALLOW_LIST:
-            allowed = self.decisions.on(peer, now=self._clock())
-            if allowed is not None and allowed.verdict == "allow":
+            if self._decided(peer, "allow") is not None:
                 return None
             return Refusal(NOT_ADMITTED, "not on the allow-list", hello.not_admitted("", peer))
         if not claim:
@@ -169,14 +189,9 @@ class Admission:
         return self._refuses_ticket(one, roll)
 
     def _refuses_ticket(self, one: Admitted, roll: Roll) -> Refusal | None:
-        now = self._clock()
-        if ends(one.expires) <= now:
-            return Refusal(OVER, "expired ticket", f"your invite expired on {day_of(one.expires)}. {_ASK}")
-        if ends(one.until) <= now:
-            return Refusal(OVER, "membership over", f"your membership ended on {day_of(one.until)}. {_ASK}")
-        said = self.decisions.on(one.ticket.hex(), now=now)
-        if said is not None and said.verdict == "revoke":
-            return Refusal(NOT_ADMITTED, "ticket revoked", f"your invite was revoked by the organizer. {_ASK}")
+        ended = self._ended(one)
+        if ended is not None:
+            return ended
         if roll.refuses(one) is not None:
             taken = (
                 f"all {one.uses} places of your invite are taken" if one.uses > 1 else "your invite was used already"
@@ -211,8 +226,8 @@ class Admission:
             if self.refuses(peer, claim) is not None:
                 continue
             proof = self._proof(peer, claim, roll)
-            if proof is not None:
-                one = self._gate.read(proof)
+            one = None if proof is None else self._gate.read(proof)
+            if proof is not None and one is not None and self._ended(one) is None:
                 left = one.uses - roll.uses.get(one.ticket, 0) - uses[one.ticket] if one.uses else 1
                 if left > 0 and nbytes + len(proof) <= ADMISSIONS_BYTES:
                     uses[one.ticket] += 1

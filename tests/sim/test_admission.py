@@ -243,3 +243,27 @@ def test_a_coordinator_that_renews_its_delegation_in_time_leads_on() -> None:
     assert all(node.follower.view == 0 for node in world.nodes.values())
     assert {commit.block.coordinator.term for commit in world.chain() if commit.block.coordinator} == {1, 2}
     assert world.audit().clean
+
+
+@pytest.mark.parametrize("fault", ["expired", "revoked"])
+def test_a_member_that_shows_a_longer_ticket_which_is_good_no_more_costs_the_others_nothing(fault: str) -> None:
+    world = World(37, RECIPE)
+    world.start_coordinator()
+    world.ticket = world.issue(Terms(until=int(WALL_S + 100_000)))
+    for name in ("p00", "p01", "p02"):
+        world.start_volunteer(name)
+    world.run(60)
+    at = world.rounds()
+    expires = int(WALL_S - 100_000) if fault == "expired" else 0
+    world.ticket = world.issue(Terms(until=int(WALL_S + 200_000), expires=expires))
+    if fault == "revoked":
+        world.decide("revoke", world.ticket.id.hex())
+    world.crash("p01")
+    world.start_volunteer("p01")
+    world.run(360)
+    assert world.rounds() > at + 60, world.reason()
+    assert len(rounds_with(world, PeerId("p01"), at)) > 50, "it goes on by the membership that it has"
+    assert not [raw for commit in world.chain()[at:] for raw in commit.block.admissions]
+    assert all(node.follower.view == 0 for node in world.nodes.values())
+    assert world.refusals == []
+    assert world.audit().clean

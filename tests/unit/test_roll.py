@@ -249,8 +249,8 @@ class Now:
             round_s=100.0,
         )
 
-    def decide(self, verdict: str, subject: str) -> None:
-        said = Decision(subject, verdict, "poison", self.at_s, float("inf"), f"{self.at_s}".encode())
+    def decide(self, verdict: str, subject: str, *, lasts_s: float = float("inf")) -> None:
+        said = Decision(subject, verdict, "poison", self.at_s, self.at_s + lasts_s, f"{self.at_s}".encode())
         assert self.decisions.take(said)
 
     def why(self, peer: str, raw: bytes = b"") -> str:
@@ -307,7 +307,40 @@ def test_voters_object_once_every_leader_must_know_better(ledger: Ledger) -> Non
     now.at_s = NOW + 50 + 100 + GRACE_S - 1
     assert now.admission.objects(block) is None, "its seat may have been given before the ticket expired"
     now.at_s += 1
-    assert "had expired" in str(now.admission.objects(block))
+    assert "c was admitted by what was good no more: expired ticket" in str(now.admission.objects(block))
+
+
+def test_voters_object_to_a_ticket_that_was_revoked_before_the_round_began(ledger: Ledger) -> None:
+    now = Now(ledger)
+    one = a_ticket(uses=3)
+    block = a_round(ledger, "abc", shown("c", one))
+    now.decide("revoke", one.id.hex())
+    now.at_s += 100 + GRACE_S - 1
+    assert now.admission.objects(block) is None
+    now.at_s += 1
+    assert "ticket revoked" in str(now.admission.objects(block))
+
+
+def test_a_ban_that_has_ended_is_no_reason_to_object(ledger: Ledger) -> None:
+    now = Now(ledger)
+    now.decide("ban", "b", lasts_s=GRACE_S + 5)
+    now.at_s += GRACE_S + 4
+    assert now.admission.objects(a_round(ledger, "ab")) is not None
+    now.at_s += 1
+    assert now.why("b") == ""
+    assert now.admission.objects(a_round(ledger, "ab")) is None
+
+
+@pytest.mark.parametrize("fault", ["expired", "revoked"])
+def test_a_member_whose_longer_ticket_is_good_no_more_contributes_without_it(ledger: Ledger, fault: str) -> None:
+    now = Now(ledger)
+    grow(ledger, "abc", shown("c", a_ticket(until=NOW + 50)))
+    longer = a_ticket(until=NOW + 500, expires=NOW - 500 if fault == "expired" else 0)
+    if fault == "revoked":
+        now.decide("revoke", longer.id.hex())
+    assert now.admission.proofs([(PeerId("c"), shown("c", longer))]) == {"c": b""}
+    now.at_s += 50
+    assert now.admission.proofs([(PeerId("c"), shown("c", longer))]) == {}
 
 
 def test_a_claim_is_shown_until_the_chain_has_it(ledger: Ledger) -> None:
