@@ -114,8 +114,11 @@ class Admission:
             or (seat is not None and seat.coordinator == peer and self._is_past(seat.until, for_s=GRACE_S))
         )
 
-    def objects(self, block: Block) -> str | None:
-        """Why a voter should not vote for a block that the chain would take, if by now its leader must know better."""
+    def objects(self, block: Block, *, grace_s: float = GRACE_S) -> str | None:
+        """Why a voter should not vote for a block that the chain would take, if by now its leader must know better.
+
+        grace_s: none for who asks of a block of its own.
+        """
         before = self._roll()
         try:
             self._gate.after(before, block)
@@ -123,14 +126,14 @@ class Admission:
             return str(error)
         admitted = {one.peer: one for one in map(self._gate.read, block.admissions)}
         for entry in block.entries:
-            if self._decided(entry.peer, "ban", for_s=GRACE_S) is not None:
+            if self._decided(entry.peer, "ban", for_s=grace_s) is not None:
                 return f"{entry.peer} contributed, and is banned"
             known = before.members.get(entry.peer)
-            if known is not None and entry.peer not in admitted and self._is_past(known.until, for_s=GRACE_S):
+            if known is not None and entry.peer not in admitted and self._is_past(known.until, for_s=grace_s):
                 return f"{entry.peer} contributed, and its membership was over on {day_of(known.until)}"
         for one in admitted.values():
             # the proof was good when the set was frozen, and the round may have taken its time since
-            ended = self._ended(one, for_s=GRACE_S + self._round_s)
+            ended = self._ended(one, for_s=grace_s + self._round_s)
             if ended is not None:
                 return f"{one.peer} was admitted by what was good no more: {ended.reason}"
         return None

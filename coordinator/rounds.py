@@ -515,7 +515,10 @@ class Leader:
         parts = tuple(work.results[part] for part in range(self._num_parts))
         succession = self._succession()
         members = succession.members(entry.peer for entry in work.freeze.entries) or succession.last_member
-        return self._propose(work, parts, succession, members, now)
+        block = self._block(work, parts, succession, members)
+        if self.follower.admission.objects(block, grace_s=0.0) is not None:
+            return self._attempt(work, now)  # since the freeze someone in it has lost what it came in by
+        return self._put_to_vote(work, block, now)
 
     def _change_committee(self, now: float) -> list[Effect]:
         """Between rounds: a block that changes nothing but the committee, where someone is to go or to come."""
@@ -526,7 +529,7 @@ class Leader:
         if not members:
             return []
         self._round = self._new_round(steps=0)
-        return self._propose(self._round, (), succession, members, now)
+        return self._put_to_vote(self._round, self._block(self._round, (), succession, members), now)
 
     def _succession(self) -> Succession:
         follower = self.follower
@@ -556,13 +559,12 @@ class Leader:
         said = self.membership.report(peer)
         return b"" if said is None else said.claim
 
-    def _propose(
-        self, work: Round, parts: tuple[bytes, ...], succession: Succession, members: Mapping[PeerId, bytes], now: float
-    ) -> list[Effect]:
+    def _block(
+        self, work: Round, parts: tuple[bytes, ...], succession: Succession, members: Mapping[PeerId, bytes]
+    ) -> Block:
         assert self.follower.model is not None
         committee, seat = succession.committee(members), succession.seat(members)
-        block = work.block(self.follower.ledger.head, self.follower.model, parts, committee, seat)
-        return self._put_to_vote(work, block, now)
+        return work.block(self.follower.ledger.head, self.follower.model, parts, committee, seat)
 
     def _propose_again(self, block: Block, now: float) -> list[Effect]:
         """Propose what a lock, or our own prevote of before a restart, binds us to."""

@@ -43,12 +43,14 @@ from dugnad.coordinator.rounds import Leader, Phase
 from dugnad.coordinator.vouched import SHOWN_ROUNDS
 from dugnad.dht.identity import PeerId
 from dugnad.dht.paths import Reach
+from dugnad.dht.ticket import Terms, claim, issue
 from dugnad.dht.wire import Message
 from dugnad.optim.plan import assign_parts
 from tests.unit.chains import (
     CHARTER,
     FOUNDER,
     GENESIS,
+    ORGANIZER,
     RUN,
     FakeSigner,
     a_block,
@@ -112,7 +114,9 @@ class Run:
         recipe = dataclasses.replace(RECIPE, rounds=dataclasses.replace(ROUNDS, min_peers=min_peers))
         self.barred = barred
         ledger = Ledger(charter, signer)
-        admission = Admission(ledger.gate, lambda: ledger.head.roll, quarantined=lambda: self.barred)
+        admission = Admission(
+            ledger.gate, lambda: ledger.head.roll, quarantined=lambda: self.barred, clock=lambda: self.now
+        )
         self.follower = Follower(signer, ledger, PATIENCE, disk_of(me) if disk is None else disk, admission)
         self.follower.restore(commits, (), promises)
         self.known = known
@@ -498,6 +502,44 @@ def test_when_nobody_has_anything_the_round_is_planned_anew_from_the_same_sample
     assert (run.leader.phase, run.leader.plan) == (Phase.IDLE, None)
     assert [plan.seats for plan in said(run.tick(ROUNDS.report_s), Plan)] == [before.seats]
     assert run.plan.order > before.order
+
+
+# -- whom it admits
+
+TICKET = FakeSigner(PeerId("ticket"))
+
+
+def by_ticket(peer: PeerId, **terms: int) -> bytes:
+    ticket = issue(FakeSigner(ORGANIZER), RUN, TICKET.peer_id, Terms(**terms))  # type: ignore[arg-type]
+    return claim(ticket, TICKET, peer)
+
+
+def an_invited_run(*newcomers: PeerId, **terms: int) -> Run:
+    """The second round is planned for a and b, who are members, and for those who show a ticket of these terms."""
+    charter = dataclasses.replace(CHARTER, admission="invited")
+    block = a_block(charter.first_head(), an_entry("a", (0, 10)), an_entry("b", (10, 20)))
+    first = certify(replace(block, admissions=(by_ticket(A), by_ticket(B))), [FOUNDER])
+    run = Run(first, charter=charter)
+    for peer in newcomers:
+        run.reports(peer, claim=by_ticket(peer, **terms))
+    run.reports(A, B)
+    run.reports(A, B, stage=Stage.TRAINING, plan=run.plan)
+    return run
+
+
+def test_what_was_frozen_too_long_ago_is_frozen_anew_before_it_is_proposed() -> None:
+    run = an_invited_run(C, expires=100)
+    assert run.plan.members == (A, B, C)
+    run.gather(A, B, C)
+    assert run.leader.phase is Phase.REDUCE
+    run.deliver(A, B)
+    run.now += 100 + 3600 + 1
+    effects = run.deliver(C)
+    assert (said(effects, Proposal), run.leader.phase) == ([], Phase.GATHER)
+    effects = run.gather(A, B, C)
+    assert [entry.peer for entry in said(effects, Freeze)[0].entries] == [A, B]
+    assert refusals(effects) == ["not admitted"]
+    assert said(run.deliver(*sorted(set(run.plan.owners))), Proposal) != []
 
 
 # -- attempts
