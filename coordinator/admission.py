@@ -167,9 +167,7 @@ class Admission:
         if banned is not None:
             return Refusal(BANNED, "banned", hello.banned(banned.reason), banned.reason)
         known = roll.members.get(peer)
-        if known is None and not self._gate.needs_proof(peer):
-            return None
-        if known is not None and (not self._is_past(known.until) or self._renews(peer, claim, roll)):
+        if self._is_in(peer, roll) or (known is not None and self._renews(peer, claim, roll)):
             return None
         if known is not None:
             return Refusal(OVER, "membership over", f"your membership ended on {day_of(known.until)}. {_ASK}")
@@ -220,8 +218,8 @@ class Admission:
     def proofs(self, claims: Iterable[tuple[PeerId, bytes]]) -> dict[PeerId, bytes]:
         """Who of these, with the claims that they show, may contribute to the next block: {peer: proof}.
 
-        The proof is what the block has to show; empty for who is admitted. In the order in which they come: of more
-        claims to a ticket than it has uses, the first count.
+        The proof is what the block has to show; empty for who is admitted, be it only for now. In the order in which
+        they come: of more claims to a ticket than it has uses, or than a block has room for, the first count.
         """
         roll, out, nbytes = self._roll(), dict[PeerId, bytes](), 0
         uses: Counter[bytes] = Counter()
@@ -229,16 +227,23 @@ class Admission:
             if self.refuses(peer, claim) is not None:
                 continue
             proof = self._proof(peer, claim, roll)
-            one = None if proof is None else self._gate.read(proof)
-            if proof is not None and one is not None and self._ended(one) is None:
-                left = one.uses - roll.uses.get(one.ticket, 0) - uses[one.ticket] if one.uses else 1
-                if left > 0 and nbytes + len(proof) <= ADMISSIONS_BYTES:
+            if proof is not None:
+                one = self._gate.read(proof)
+                has_place = not one.uses or roll.uses.get(one.ticket, 0) + uses[one.ticket] < one.uses
+                has_room = nbytes + len(proof) <= ADMISSIONS_BYTES
+                if has_place and has_room and self._ended(one) is None:
                     uses[one.ticket] += 1
                     nbytes += len(proof)
                     out[peer] = proof
-            elif peer in roll.members or not self._gate.needs_proof(peer):
+                    continue
+            if self._is_in(peer, roll):
                 out[peer] = b""
         return out
+
+    def _is_in(self, peer: PeerId, roll: Roll) -> bool:
+        """Whether `peer` has nothing to prove now."""
+        known = roll.members.get(peer)
+        return not self._gate.needs_proof(peer) if known is None else not self._is_past(known.until)
 
     def _proof(self, peer: PeerId, claim: bytes, roll: Roll) -> bytes | None:
         """What would admit `peer`, or its membership longer, after that roll."""

@@ -492,11 +492,14 @@ class Leader:
         return [*told, *self._tell(work.folding, work.freeze, now)]
 
     def _why_left_out(self, work: Round, peer: PeerId) -> tuple[str, str]:
-        refusal = self.follower.refuses(peer, self._claim(peer))
+        # asked as `proofs` is: to a voter that an epoch made a stranger `Follower.refuses` is kinder
+        refusal = self.follower.admission.refuses(peer, self._claim(peer))
         if refusal is not None:
             return "not admitted", f"it may not take part: {refusal}"
         if peer in work.barred:
             return "barred", "it is proven to lie"
+        if peer in work.whole:
+            return "no room", f"round {work.plan.round} admits others who came first; the next looks at it again"
         return "late", f"not all of its bytes were there when round {work.plan.round} was frozen"
 
     def _reduce(self, now: float) -> list[Effect]:

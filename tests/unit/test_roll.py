@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import pytest
 from msgspec.structs import replace
 
+from dugnad.coordinator import admission
 from dugnad.coordinator.admission import GRACE_S, Admission
 from dugnad.coordinator.audit import audit
 from dugnad.coordinator.ledger import Charter, Ledger, LedgerError
@@ -344,17 +345,29 @@ def test_a_member_whose_longer_ticket_is_good_no_more_contributes_without_it(led
 
 
 def test_a_claim_is_shown_until_the_chain_has_it(ledger: Ledger) -> None:
-    admission = Now(ledger).admission
-    raw = shown("c")
-    assert admission.shows(PeerId("c"), raw) == raw
+    shows, raw = Now(ledger).admission.shows, shown("c")
+    assert shows(PeerId("c"), raw) == raw
     grow(ledger, "abc", raw)
-    assert admission.shows(PeerId("c"), raw) == b""
+    assert shows(PeerId("c"), raw) == b""
 
 
 def test_of_more_claims_than_places_the_first_count(ledger: Ledger) -> None:
-    admission = Now(ledger).admission
-    two = a_ticket(uses=2)
+    now, two = Now(ledger), a_ticket(uses=2)
     claims = [(PeerId(peer), shown(peer, two)) for peer in "cde"]
-    assert admission.proofs([(PeerId("a"), b""), *claims, (PeerId("f"), b"")]) == {
+    assert now.admission.proofs([(PeerId("a"), b""), *claims, (PeerId("f"), b"")]) == {
         "a": b"", "c": claims[0][1], "d": claims[1][1],
     }  # fmt: skip
+
+
+def test_a_member_whose_longer_ticket_found_no_place_is_in_until_its_membership_ends(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, two = Now(ledger), a_ticket(uses=2)
+    ending = a_ticket(until=NOW + 50)
+    grow(ledger, "abcde", *(shown(peer, ending) for peer in "cde"))
+    claims = [(PeerId(peer), shown(peer, two)) for peer in "cde"]
+    assert now.admission.proofs(claims) == {"c": claims[0][1], "d": claims[1][1], "e": b""}
+    monkeypatch.setattr(admission, "ADMISSIONS_BYTES", len(claims[0][1]))
+    assert now.admission.proofs(claims) == {"c": claims[0][1], "d": b"", "e": b""}
+    now.at_s += 50
+    assert now.admission.proofs(claims) == {"c": claims[0][1]}

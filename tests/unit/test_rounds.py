@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from dugnad.configs.recipe import load
-from dugnad.coordinator import ranges
+from dugnad.coordinator import admission, ranges
 from dugnad.coordinator.admission import Admission
 from dugnad.coordinator.awaited import SETTLE_S
 from dugnad.coordinator.effects import Apply, CatchUp, Effect, Keep, LeftOut, Promises, Refused, Remember, Send, Store
@@ -114,10 +114,10 @@ class Run:
         recipe = dataclasses.replace(RECIPE, rounds=dataclasses.replace(ROUNDS, min_peers=min_peers))
         self.barred = barred
         ledger = Ledger(charter, signer)
-        admission = Admission(
+        rules = Admission(
             ledger.gate, lambda: ledger.head.roll, quarantined=lambda: self.barred, clock=lambda: self.now
         )
-        self.follower = Follower(signer, ledger, PATIENCE, disk_of(me) if disk is None else disk, admission)
+        self.follower = Follower(signer, ledger, PATIENCE, disk_of(me) if disk is None else disk, rules)
         self.follower.restore(commits, (), promises)
         self.known = known
         self.leader = Leader(
@@ -540,6 +540,15 @@ def test_what_was_frozen_too_long_ago_is_frozen_anew_before_it_is_proposed() -> 
     assert [entry.peer for entry in said(effects, Freeze)[0].entries] == [A, B]
     assert refusals(effects) == ["not admitted"]
     assert said(run.deliver(*sorted(set(run.plan.owners))), Proposal) != []
+
+
+def test_whom_a_full_block_has_no_room_for_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = an_invited_run(C, D)
+    monkeypatch.setattr(admission, "ADMISSIONS_BYTES", len(by_ticket(C)))
+    effects = run.gather(A, B, C, D)
+    (freeze, *_) = said(effects, Freeze)
+    assert [entry.peer for entry in freeze.entries] == [A, B, C]
+    assert [(left.peer, left.reason) for left in effects if isinstance(left, LeftOut)] == [(D, "no room")]
 
 
 # -- attempts
