@@ -5,7 +5,7 @@ delegation that ended hold at once for whoever gives seats, so an honest leader 
 under way. Voters object to a block that counts them only once every leader has had the time to hear of it: a leader
 that could not know costs no view.
 
-Leader and voters ask the same questions here, and differ only in `for_s`: for how long the answer must have been so.
+Leaders and voters ask the same questions here, and differ only in `for_s`: for how long the answer must have been so.
 """
 
 from collections import Counter
@@ -92,6 +92,10 @@ class Admission:
             out |= {seat.coordinator}
         return frozenset(out)
 
+    def is_banned(self, peer: PeerId) -> bool:
+        """Whether `peer` is banned now."""
+        return self._decided(peer, "ban") is not None
+
     def is_over(self, seat: Delegation) -> bool:
         """Whether that delegation has ended."""
         return seat.over(self._clock())
@@ -114,11 +118,15 @@ class Admission:
             or (seat is not None and seat.coordinator == peer and self._is_past(seat.until, for_s=GRACE_S))
         )
 
-    def objects(self, block: Block, *, grace_s: float = GRACE_S) -> str | None:
-        """Why a voter should not vote for a block that the chain would take, if by now its leader must know better.
+    def objects(self, block: Block, leader: PeerId) -> str | None:
+        """Why a voter should not vote for a block of `leader`, if by now that must know better."""
+        return self._fault_of_work(block, GRACE_S) or self._fault_of_committee(block, leader)
 
-        grace_s: none for who asks of a block of its own.
-        """
+    def outdated(self, block: Block) -> str | None:
+        """Why who made `block` should not propose it any more: what its voters will object to, if they don't yet."""
+        return self._fault_of_work(block, 0.0)
+
+    def _fault_of_work(self, block: Block, grace_s: float) -> str | None:
         before = self._roll()
         try:
             self._gate.after(before, block)
@@ -136,6 +144,23 @@ class Admission:
             ended = self._ended(one, for_s=grace_s + self._round_s)
             if ended is not None:
                 return f"{one.peer} was admitted by what was good no more: {ended.reason}"
+        return None
+
+    def _fault_of_committee(self, block: Block, leader: PeerId) -> str | None:
+        """What shows that `leader` does not choose the next voters as `committee` does.
+
+        Between rounds those stay whose membership is over and who show a claim to a longer one: only leaders see it.
+        """
+        voters, seat = {voter.peer for voter in block.committee}, block.coordinator
+        for peer in sorted(voters):
+            if self._decided(peer, "ban", for_s=GRACE_S) is not None:
+                return f"{peer} is to vote next, and is banned"
+        if seat is not None and self._is_past(seat.until, for_s=GRACE_S):
+            return f"{seat.coordinator} is to be the coordinator, and its delegation was over on {day_of(seat.until)}"
+        stay = {entry.peer for entry in block.entries} | ({seat.coordinator} if seat is not None else set())
+        # a leader that all others leave is the last, whoever it is
+        if block.entries and voters != {leader} and not voters <= stay:
+            return f"{min(voters - stay)} is to vote next, and did not contribute"
         return None
 
     def _decided(self, subject: str, verdict: str, *, for_s: float = 0.0) -> Decision | None:

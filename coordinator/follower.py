@@ -366,7 +366,7 @@ class Follower:
         if self._must is not None and block != self._must:
             return [Refused(sender, "not locked", f"another block than that of the lock which began view {self.view}")]
         # what may be committed already, or has our own vote, is voted for: a committee of one has no other leader
-        objection = None if block == self.bound_to else self.admission.objects(block)
+        objection = None if block == self.bound_to else self.admission.objects(block, sender)
         if objection is not None:  # its leader had the time to know
             return [Refused(sender, "not admitted", objection)]
         if self._proposal is None or self._proposal.view < said.view:

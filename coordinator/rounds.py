@@ -518,8 +518,11 @@ class Leader:
         parts = tuple(work.results[part] for part in range(self._num_parts))
         succession = self._succession()
         members = succession.members(entry.peer for entry in work.freeze.entries) or succession.last_member
+        if not members:
+            self.reason = f"round {work.plan.round}: nobody is left who may vote on the next"
+            return []
         block = self._block(work, parts, succession, members)
-        if self.follower.admission.objects(block, grace_s=0.0) is not None:
+        if self.follower.admission.outdated(block) is not None:
             return self._attempt(work, now)  # since the freeze someone in it has lost what it came in by
         return self._put_to_vote(work, block, now)
 
@@ -544,6 +547,7 @@ class Leader:
             follower.delegation,
             self._barred(),
             self.leaving,
+            self.follower.admission.is_banned(self._signer.peer_id),
         )
 
     def _barred(self) -> frozenset[PeerId]:

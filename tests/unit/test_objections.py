@@ -1,14 +1,18 @@
-"""Honest voters vote for whatever an honest leader makes of any claims, if each step keeps to its time."""
+"""What voters object to; and that an honest leader makes nothing such of any claims, if each step keeps to its time."""
 
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from dugnad.coordinator.admission import GRACE_S
 from dugnad.coordinator.ledger import Ledger
+from dugnad.coordinator.messages import Block
+from dugnad.dht.delegation import Delegation, delegate
 from dugnad.dht.identity import PeerId
-from tests.unit.chains import SIGNER
+from tests.unit.chains import FOUNDER, ORGANIZER, RUN, SEAT, SIGNER, FakeSigner, a_block, committee
 from tests.unit.test_roll import INVITED, NOW, Now, a_round, a_ticket, grow, shown
 
 ROUND_S = 100.0
@@ -47,6 +51,59 @@ class Knowledge:
         return self.now.admission.barred(None, lambda peer: self.claims.get(peer, b""))
 
 
+# -- who is to vote next
+
+
+def a_block_of(ledger: Ledger, *, works: str, votes: str, seat: Delegation | None = SEAT) -> Block:
+    block = a_round(ledger, works) if works else a_block(ledger.head, seat=seat)
+    return replace(block, committee=committee(*votes, seat=seat), coordinator=seat)
+
+
+@pytest.fixture
+def now() -> Now:
+    """In an invited run of a, b and c, in which nobody's time is over."""
+    ledger = Ledger(INVITED, SIGNER)
+    grow(ledger, "abc", *(shown(peer) for peer in "abc"))
+    return Now(ledger)
+
+
+@pytest.mark.parametrize("works", ["a", ""])
+def test_nobody_votes_next_who_was_banned_before_every_leader_heard_of_it(now: Now, works: str) -> None:
+    kept, alone = (a_block_of(now.ledger, works=works, votes=votes, seat=None) for votes in ("ab", "b"))
+    now.decide("ban", "b")
+    now.at_s += GRACE_S - 1
+    assert now.objects(alone, PeerId("b")) is None
+    now.at_s += 1
+    assert now.objects(kept) == now.objects(alone, PeerId("b")) == "b is to vote next, and is banned"
+
+
+def test_nobody_gets_the_coordinators_seat_whose_delegation_is_over(now: Now) -> None:
+    seat = delegate(FakeSigner(ORGANIZER), RUN, FOUNDER, 2, NOW)
+    blocks = [a_block_of(now.ledger, works=works, votes="a", seat=seat) for works in ("a", "")]
+    now.at_s += GRACE_S - 1
+    assert [now.objects(block) for block in blocks] == [None, None]
+    now.at_s += 1
+    assert all("its delegation was over on 2023-11-14" in str(now.objects(block)) for block in blocks)
+
+
+def test_with_a_round_only_those_stay_who_worked_the_coordinator_or_the_last_leader(now: Now) -> None:
+    assert now.objects(a_block_of(now.ledger, works="ab", votes="a")) is None
+    why = "c is to vote next, and did not contribute"
+    assert now.objects(a_block_of(now.ledger, works="ab", votes="abc")) == why
+    alone = a_block_of(now.ledger, works="ab", votes="c", seat=None)
+    assert now.objects(alone, PeerId("c")) is None
+    assert now.objects(alone, FOUNDER) == why
+
+
+def test_between_rounds_whose_membership_is_over_may_stay_for_it_may_show_a_claim(now: Now) -> None:
+    grow(now.ledger, "abd", shown("d", a_ticket(until=NOW)))
+    now.at_s += 1000
+    assert now.objects(a_block_of(now.ledger, works="", votes="ad")) is None
+
+
+# -- any claims
+
+
 @given(st.data())
 def test_no_voter_objects_to_what_an_honest_leader_makes_of_any_claims(data: st.DataObject) -> None:
     tickets = data.draw(st.lists(TICKETS, min_size=3, max_size=3, unique_by=lambda ticket: ticket.id))
@@ -70,8 +127,8 @@ def test_no_voter_objects_to_what_an_honest_leader_makes_of_any_claims(data: st.
         return  # it plans anew
     block = a_round(ledger, "".join(proofs), *(proof for proof in proofs.values() if proof))
     ledger.check(block)
-    if world.now.admission.objects(block, grace_s=0.0) is not None:
+    if world.now.admission.outdated(block) is not None:
         assert proposed_s > frozen_s, "else it would plan anew for ever"
         return
     world.at(proposed_s + data.draw(st.sampled_from([0.0, 1.0, GRACE_S - 1])))
-    assert world.now.admission.objects(block) is None
+    assert world.now.objects(block) is None

@@ -241,6 +241,7 @@ class Now:
 
     def __init__(self, ledger: Ledger) -> None:
         self.at_s = float(NOW)
+        self.ledger = ledger
         self.decisions = Decisions()
         self.admission = Admission(
             ledger.gate,
@@ -253,6 +254,9 @@ class Now:
     def decide(self, verdict: str, subject: str, *, lasts_s: float = float("inf")) -> None:
         said = Decision(subject, verdict, "poison", self.at_s, self.at_s + lasts_s, f"{self.at_s}".encode())
         assert self.decisions.take(said)
+
+    def objects(self, block: Block, leader: PeerId = FOUNDER) -> str | None:
+        return self.admission.objects(block, leader)
 
     def why(self, peer: str, raw: bytes = b"") -> str:
         refusal = self.admission.refuses(PeerId(peer), raw)
@@ -301,14 +305,14 @@ def test_voters_object_once_every_leader_must_know_better(ledger: Ledger) -> Non
     block = a_round(ledger, "abc", shown("c", late))
     now.decide("ban", "b")
     now.at_s += GRACE_S - 1
-    assert now.admission.objects(block) is None
+    assert now.objects(block) is None
     now.at_s += 1
-    assert "b contributed, and is banned" in str(now.admission.objects(block))
+    assert "b contributed, and is banned" in str(now.objects(block))
     now.decide("unban", "b")
     now.at_s = NOW + 50 + 100 + GRACE_S - 1
-    assert now.admission.objects(block) is None, "its seat may have been given before the ticket expired"
+    assert now.objects(block) is None, "its seat may have been given before the ticket expired"
     now.at_s += 1
-    assert "c was admitted by what was good no more: expired ticket" in str(now.admission.objects(block))
+    assert "c was admitted by what was good no more: expired ticket" in str(now.objects(block))
 
 
 def test_voters_object_to_a_ticket_that_was_revoked_before_the_round_began(ledger: Ledger) -> None:
@@ -317,19 +321,19 @@ def test_voters_object_to_a_ticket_that_was_revoked_before_the_round_began(ledge
     block = a_round(ledger, "abc", shown("c", one))
     now.decide("revoke", one.id.hex())
     now.at_s += 100 + GRACE_S - 1
-    assert now.admission.objects(block) is None
+    assert now.objects(block) is None
     now.at_s += 1
-    assert "ticket revoked" in str(now.admission.objects(block))
+    assert "ticket revoked" in str(now.objects(block))
 
 
 def test_a_ban_that_has_ended_is_no_reason_to_object(ledger: Ledger) -> None:
     now = Now(ledger)
     now.decide("ban", "b", lasts_s=GRACE_S + 5)
     now.at_s += GRACE_S + 4
-    assert now.admission.objects(a_round(ledger, "ab")) is not None
+    assert now.objects(a_round(ledger, "ab")) is not None
     now.at_s += 1
     assert now.why("b") == ""
-    assert now.admission.objects(a_round(ledger, "ab")) is None
+    assert now.objects(a_round(ledger, "ab")) is None
 
 
 @pytest.mark.parametrize("fault", ["expired", "revoked"])

@@ -41,6 +41,7 @@ from dugnad.coordinator.patience import Patience
 from dugnad.coordinator.planning import MAX_OWNERS, MAX_VECTORS
 from dugnad.coordinator.rounds import Leader, Phase
 from dugnad.coordinator.vouched import SHOWN_ROUNDS
+from dugnad.dht.decisions import Decision
 from dugnad.dht.identity import PeerId
 from dugnad.dht.paths import Reach
 from dugnad.dht.ticket import Terms, claim, issue
@@ -893,6 +894,10 @@ def test_a_report_from_further_ahead_makes_a_leader_with_an_old_disk_catch_up() 
 # -- who decides in the next round
 
 
+def ban(run: Run, peer: PeerId) -> None:
+    assert run.follower.admission.decisions.take(Decision(peer, "ban", "", run.now, float("inf"), b""))
+
+
 def departures(run: Run, *peers: PeerId) -> Block | None:
     """The block, if any, that the leader proposes between rounds once nobody is awaited any more."""
     run.reports(*peers)
@@ -1016,6 +1021,25 @@ def test_when_all_voters_want_to_go_the_leader_lets_out_the_others_and_stays_to_
     effects = run.leader.leave(now=run.now)
     (proposal,) = said(effects, Proposal)
     assert [voter.peer for voter in proposal.block.committee] == [FOUNDER]
+
+
+def test_a_leader_that_is_banned_does_not_stay_as_the_last() -> None:
+    for before in (True, False):
+        run = a_run()
+        if before:
+            ban(run, FOUNDER)
+        run.gather(A, B, C)
+        run.reports(A, B, C, stage=Stage.REDUCING, plan=run.plan, leaving=True)
+        if not before:
+            ban(run, FOUNDER)
+        assert said(run.deliver(*sorted(set(run.plan.owners))), Proposal) == []
+        assert run.leader.reason == "round 3: nobody is left who may vote on the next"
+        (proposal, *_) = said(run.reports(C, stage=Stage.REDUCING, plan=run.plan), Proposal)
+        assert [voter.peer for voter in proposal.block.committee] == [C]
+    run = Run(*TWO)
+    run.reports(A, B, C, leaving=True)
+    ban(run, FOUNDER)
+    assert said(run.leader.leave(now=run.now), Proposal) == []
 
 
 def test_who_has_just_taken_the_lead_is_deserted_only_once_the_others_could_have_spoken() -> None:
@@ -1256,6 +1280,7 @@ class Leading(RuleBasedStateMachine):
         self.proposals.add(proposal.block.hash)
         assert len(self.proposals) == 1, "one block in a view"
         self.run.follower.ledger.check(proposal.block)
+        assert self.run.follower.admission.objects(proposal.block, FOUNDER) is None, "no honest voter objects to it"
         done = [r for entry in proposal.block.entries for r in entry.ranges]
         everything = ranges.normal((*HEAD.redo, (HEAD.cursor, proposal.block.cursor)))
         assert ranges.disjoint([*done, *proposal.block.redo]), "no sample counts twice"
