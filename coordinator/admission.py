@@ -4,6 +4,8 @@ The chain says for ever who is admitted (`roll`); this says who still is. A ban,
 delegation that ended hold at once for whoever gives seats, so an honest leader leaves those peers out of the round
 under way. Voters object to a block that counts them only once every leader has had the time to hear of it: a leader
 that could not know costs no view.
+
+Leaders and voters ask the same questions here, and differ only in `for_s`: for how long the answer must have been so.
 """
 
 from collections import Counter
@@ -13,7 +15,7 @@ from dataclasses import dataclass, replace
 from dugnad.coordinator.messages import ADMISSIONS_BYTES, Block
 from dugnad.coordinator.roll import ALLOW_LIST, OPEN, Admitted, Gate, Roll, RollError
 from dugnad.dht import hello
-from dugnad.dht.decisions import Decisions
+from dugnad.dht.decisions import Decision, Decisions
 from dugnad.dht.delegation import Delegation, ends
 from dugnad.dht.hello import BANNED, NOT_ADMITTED
 from dugnad.dht.identity import PeerId
@@ -90,6 +92,10 @@ class Admission:
             out |= {seat.coordinator}
         return frozenset(out)
 
+    def is_banned(self, peer: PeerId) -> bool:
+        """Whether `peer` is banned now."""
+        return self._decided(peer, "ban") is not None
+
     def is_over(self, seat: Delegation) -> bool:
         """Whether that delegation has ended."""
         return seat.over(self._clock())
@@ -105,47 +111,88 @@ class Admission:
 
     def distrusts(self, peer: PeerId, seat: Delegation | None) -> bool:
         """Whether what `peer` says as a leader counts no more: everyone has had the time to hear that it is out."""
-        since = self._clock() - GRACE_S
-        banned = self.decisions.banned(now=since).get(peer)
         known = self._roll().members.get(peer)
         return (
-            (banned is not None and banned.at_s <= since)
-            or (known is not None and ends(known.until) <= since)
-            or (seat is not None and seat.coordinator == peer and seat.over(since))
+            self._decided(peer, "ban", for_s=GRACE_S) is not None
+            or (known is not None and self._is_past(known.until, for_s=GRACE_S))
+            or (seat is not None and seat.coordinator == peer and self._is_past(seat.until, for_s=GRACE_S))
         )
 
-    def objects(self, block: Block) -> str | None:
-        """Why a voter should not vote for a block that the chain would take, if by now its leader must know better."""
-        since, before = self._clock() - GRACE_S, self._roll()
-        banned = self.decisions.banned(now=since)
+    def objects(self, block: Block, leader: PeerId) -> str | None:
+        """Why a voter should not vote for a block of `leader`, if by now that must know better."""
+        return self._fault_of_work(block, GRACE_S) or self._fault_of_committee(block, leader)
+
+    def outdated(self, block: Block) -> str | None:
+        """Why who made `block` should not propose it any more: what its voters will object to, if they don't yet."""
+        return self._fault_of_work(block, 0.0)
+
+    def _fault_of_work(self, block: Block, grace_s: float) -> str | None:
+        before = self._roll()
         try:
-            roll = self._gate.after(before, block)
+            self._gate.after(before, block)
         except RollError as error:
             return str(error)
+        admitted = {one.peer: one for one in map(self._gate.read, block.admissions)}
         for entry in block.entries:
-            said, known = banned.get(entry.peer), roll.members.get(entry.peer)
-            if said is not None and said.at_s <= since:
+            if self._decided(entry.peer, "ban", for_s=grace_s) is not None:
                 return f"{entry.peer} contributed, and is banned"
-            if known is not None and ends(known.until) <= since:
+            known = before.members.get(entry.peer)
+            if known is not None and entry.peer not in admitted and self._is_past(known.until, for_s=grace_s):
                 return f"{entry.peer} contributed, and its membership was over on {day_of(known.until)}"
-        for raw in block.admissions:
-            one = self._gate.read(raw)
-            if ends(one.expires) <= since - self._round_s:
-                return f"{one.peer} was admitted by a ticket that had expired"
+        for one in admitted.values():
+            # the proof was good when the set was frozen, and the round may have taken its time since
+            ended = self._ended(one, for_s=grace_s + self._round_s)
+            if ended is not None:
+                return f"{one.peer} was admitted by what was good no more: {ended.reason}"
+        return None
+
+    def _fault_of_committee(self, block: Block, leader: PeerId) -> str | None:
+        """What shows that `leader` does not choose the next voters as `committee` does.
+
+        Between rounds those stay whose membership is over and who show a claim to a longer one: only leaders see it.
+        """
+        voters, seat = {voter.peer for voter in block.committee}, block.coordinator
+        for peer in sorted(voters):
+            if self._decided(peer, "ban", for_s=GRACE_S) is not None:
+                return f"{peer} is to vote next, and is banned"
+        if seat is not None and self._is_past(seat.until, for_s=GRACE_S):
+            return f"{seat.coordinator} is to be the coordinator, and its delegation was over on {day_of(seat.until)}"
+        stay = {entry.peer for entry in block.entries} | ({seat.coordinator} if seat is not None else set())
+        # a leader that all others leave is the last, whoever it is
+        if block.entries and voters != {leader} and not voters <= stay:
+            return f"{min(voters - stay)} is to vote next, and did not contribute"
+        return None
+
+    def _decided(self, subject: str, verdict: str, *, for_s: float = 0.0) -> Decision | None:
+        """The newest decision on `subject`, if it is that one."""
+        now = self._clock()
+        said = self.decisions.on(subject, now=now)
+        # whoever gives a seat takes the organizer's word at once, even of a clock that is ahead
+        holds = said is not None and said.verdict == verdict and min(said.at_s, now) <= now - for_s
+        return said if holds else None
+
+    def _is_past(self, until: int, *, for_s: float = 0.0) -> bool:
+        return ends(until) <= self._clock() - for_s
+
+    def _ended(self, one: Admitted, *, for_s: float = 0.0) -> Refusal | None:
+        """Why that proof, which the chain would take, admits nobody any more."""
+        if self._is_past(one.expires, for_s=for_s):
+            return Refusal(OVER, "expired ticket", f"your invite expired on {day_of(one.expires)}. {_ASK}")
+        if self._is_past(one.until, for_s=for_s):
+            return Refusal(OVER, "membership over", f"your membership ended on {day_of(one.until)}. {_ASK}")
+        if self._decided(one.ticket.hex(), "revoke", for_s=for_s) is not None:
+            return Refusal(NOT_ADMITTED, "ticket revoked", f"your invite was revoked by the organizer. {_ASK}")
         return None
 
     # -- whom to let in
 
     def refuses(self, peer: PeerId, claim: bytes = b"") -> Refusal | None:
         """Why `peer`, who shows this claim, may not take part now, or None; quarantine is not looked at."""
-        now, roll = self._clock(), self._roll()
-        banned = self.decisions.banned(now=now).get(peer)
+        roll, banned = self._roll(), self._decided(peer, "ban")
         if banned is not None:
             return Refusal(BANNED, "banned", hello.banned(banned.reason), banned.reason)
         known = roll.members.get(peer)
-        if known is None and not self._gate.needs_proof(peer):
-            return None
-        if known is not None and (ends(known.until) > now or self._renews(peer, claim, roll)):
+        if self._is_in(peer, roll) or (known is not None and self._renews(peer, claim, roll)):
             return None
         if known is not None:
             return Refusal(OVER, "membership over", f"your membership ended on {day_of(known.until)}. {_ASK}")
@@ -153,8 +200,7 @@ class Admission:
 
     def _refuses_claim(self, peer: PeerId, claim: bytes, roll: Roll) -> Refusal | None:
         if self._gate.kind == ALLOW_LIST:
-            allowed = self.decisions.on(peer, now=self._clock())
-            if allowed is not None and allowed.verdict == "allow":
+            if self._decided(peer, "allow") is not None:
                 return None
             return Refusal(NOT_ADMITTED, "not on the allow-list", hello.not_admitted("", peer))
         if not claim:
@@ -169,14 +215,9 @@ class Admission:
         return self._refuses_ticket(one, roll)
 
     def _refuses_ticket(self, one: Admitted, roll: Roll) -> Refusal | None:
-        now = self._clock()
-        if ends(one.expires) <= now:
-            return Refusal(OVER, "expired ticket", f"your invite expired on {day_of(one.expires)}. {_ASK}")
-        if ends(one.until) <= now:
-            return Refusal(OVER, "membership over", f"your membership ended on {day_of(one.until)}. {_ASK}")
-        said = self.decisions.on(one.ticket.hex(), now=now)
-        if said is not None and said.verdict == "revoke":
-            return Refusal(NOT_ADMITTED, "ticket revoked", f"your invite was revoked by the organizer. {_ASK}")
+        ended = self._ended(one)
+        if ended is not None:
+            return ended
         if roll.refuses(one) is not None:
             taken = (
                 f"all {one.uses} places of your invite are taken" if one.uses > 1 else "your invite was used already"
@@ -202,8 +243,8 @@ class Admission:
     def proofs(self, claims: Iterable[tuple[PeerId, bytes]]) -> dict[PeerId, bytes]:
         """Who of these, with the claims that they show, may contribute to the next block: {peer: proof}.
 
-        The proof is what the block has to show; empty for who is admitted. In the order in which they come: of more
-        claims to a ticket than it has uses, the first count.
+        The proof is what the block has to show; empty for who is admitted, be it only for now. In the order in which
+        they come: of more claims to a ticket than it has uses, or than a block has room for, the first count.
         """
         roll, out, nbytes = self._roll(), dict[PeerId, bytes](), 0
         uses: Counter[bytes] = Counter()
@@ -213,14 +254,21 @@ class Admission:
             proof = self._proof(peer, claim, roll)
             if proof is not None:
                 one = self._gate.read(proof)
-                left = one.uses - roll.uses.get(one.ticket, 0) - uses[one.ticket] if one.uses else 1
-                if left > 0 and nbytes + len(proof) <= ADMISSIONS_BYTES:
+                has_place = not one.uses or roll.uses.get(one.ticket, 0) + uses[one.ticket] < one.uses
+                has_room = nbytes + len(proof) <= ADMISSIONS_BYTES
+                if has_place and has_room and self._ended(one) is None:
                     uses[one.ticket] += 1
                     nbytes += len(proof)
                     out[peer] = proof
-            elif peer in roll.members or not self._gate.needs_proof(peer):
+                    continue
+            if self._is_in(peer, roll):
                 out[peer] = b""
         return out
+
+    def _is_in(self, peer: PeerId, roll: Roll) -> bool:
+        """Whether `peer` has nothing to prove now."""
+        known = roll.members.get(peer)
+        return not self._gate.needs_proof(peer) if known is None else not self._is_past(known.until)
 
     def _proof(self, peer: PeerId, claim: bytes, roll: Roll) -> bytes | None:
         """What would admit `peer`, or its membership longer, after that roll."""

@@ -19,7 +19,8 @@ from dugnad.dht.identity import PeerId
 class Succession:
     """What the choice depends on, at one moment; `barred`: who gets no vote, `leaving`: whether the leader wants to go.
 
-    leader, incarnation: who chooses, as which disk. delegation: the newest that it knows.
+    leader, incarnation: who chooses, as which disk. delegation: the newest that it knows. is_banned: whether the
+    leader is.
     """
 
     ledger: Ledger
@@ -29,10 +30,11 @@ class Succession:
     delegation: Delegation | None
     barred: frozenset[PeerId]
     leaving: bool
+    is_banned: bool
 
     def members(self, stay: Iterable[PeerId]) -> dict[PeerId, bytes]:
         """Who of those that `stay`, and the coordinator, may vote next, {peer: incarnation}; not who leaves."""
-        head, membership, mine = self.ledger.head, self.membership, self.last_member
+        head, membership, mine = self.ledger.head, self.membership, {self.leader: self.incarnation}
         gone = membership.leaving() | self.barred | (mine.keys() if self.leaving else frozenset())
         delegated = self.delegation
         peers = set(stay)
@@ -49,13 +51,17 @@ class Succession:
 
     @property
     def last_member(self) -> dict[PeerId, bytes]:
-        """The leader: when all are leaving, somebody must be left to let the others go, and to go last."""
-        return {self.leader: self.incarnation}
+        """The leader: when all are leaving, somebody must be left to let the others go, and to go last.
+
+        One that is banned is not: the others let each other go. One whose time is over may get more.
+        """
+        return {} if self.is_banned else {self.leader: self.incarnation}
 
     def seat(self, members: Mapping[PeerId, bytes]) -> Delegation | None:
         """Who has the coordinator's seat in a committee of `members`."""
         delegated = self.delegation
-        return delegated if delegated is not None and delegated.coordinator in members else None
+        holds = delegated is not None and delegated.coordinator in members.keys() - self.barred
+        return delegated if holds else None
 
     def committee(self, members: Mapping[PeerId, bytes]) -> tuple[Voter, ...]:
         """The committee of `members`, weighed."""
@@ -75,7 +81,7 @@ class Succession:
             return {}  # if the others come back, they should find the committee that they know
         members = self.members(heard) or self.last_member
         seat = self.seat(members)
-        if members == self._disks and (seat is None or seat.coordinator == head.coordinator):
+        if not members or (members == self._disks and (seat is None or seat.coordinator == head.coordinator)):
             return {}
         # else it would wait for ever for who has died with the disk that the committee knows
         return members if self._can_decide(members) else {}

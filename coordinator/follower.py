@@ -365,8 +365,9 @@ class Follower:
             return [Refused(sender, "invalid block", str(error))]
         if self._must is not None and block != self._must:
             return [Refused(sender, "not locked", f"another block than that of the lock which began view {self.view}")]
-        objection = None if self._must is not None else self.admission.objects(block)
-        if objection is not None:  # its leader had the time to know; what may be committed already is voted for
+        # what may be committed already, or has our own vote, is voted for: a committee of one has no other leader
+        objection = None if block == self.bound_to else self.admission.objects(block, sender)
+        if objection is not None:  # its leader had the time to know
             return [Refused(sender, "not admitted", objection)]
         if self._proposal is None or self._proposal.view < said.view:
             self._proposal = said

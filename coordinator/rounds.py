@@ -492,11 +492,14 @@ class Leader:
         return [*told, *self._tell(work.folding, work.freeze, now)]
 
     def _why_left_out(self, work: Round, peer: PeerId) -> tuple[str, str]:
-        refusal = self.follower.refuses(peer, self._claim(peer))
+        # asked as `proofs` is: to a voter that an epoch made a stranger `Follower.refuses` is kinder
+        refusal = self.follower.admission.refuses(peer, self._claim(peer))
         if refusal is not None:
             return "not admitted", f"it may not take part: {refusal}"
         if peer in work.barred:
             return "barred", "it is proven to lie"
+        if peer in work.whole:
+            return "no room", f"round {work.plan.round} admits others who came first; the next looks at it again"
         return "late", f"not all of its bytes were there when round {work.plan.round} was frozen"
 
     def _reduce(self, now: float) -> list[Effect]:
@@ -515,7 +518,13 @@ class Leader:
         parts = tuple(work.results[part] for part in range(self._num_parts))
         succession = self._succession()
         members = succession.members(entry.peer for entry in work.freeze.entries) or succession.last_member
-        return self._propose(work, parts, succession, members, now)
+        if not members:
+            self.reason = f"round {work.plan.round}: nobody is left who may vote on the next"
+            return []
+        block = self._block(work, parts, succession, members)
+        if self.follower.admission.outdated(block) is not None:
+            return self._attempt(work, now)  # since the freeze someone in it has lost what it came in by
+        return self._put_to_vote(work, block, now)
 
     def _change_committee(self, now: float) -> list[Effect]:
         """Between rounds: a block that changes nothing but the committee, where someone is to go or to come."""
@@ -526,7 +535,7 @@ class Leader:
         if not members:
             return []
         self._round = self._new_round(steps=0)
-        return self._propose(self._round, (), succession, members, now)
+        return self._put_to_vote(self._round, self._block(self._round, (), succession, members), now)
 
     def _succession(self) -> Succession:
         follower = self.follower
@@ -538,6 +547,7 @@ class Leader:
             follower.delegation,
             self._barred(),
             self.leaving,
+            self.follower.admission.is_banned(self._signer.peer_id),
         )
 
     def _barred(self) -> frozenset[PeerId]:
@@ -556,13 +566,12 @@ class Leader:
         said = self.membership.report(peer)
         return b"" if said is None else said.claim
 
-    def _propose(
-        self, work: Round, parts: tuple[bytes, ...], succession: Succession, members: Mapping[PeerId, bytes], now: float
-    ) -> list[Effect]:
+    def _block(
+        self, work: Round, parts: tuple[bytes, ...], succession: Succession, members: Mapping[PeerId, bytes]
+    ) -> Block:
         assert self.follower.model is not None
         committee, seat = succession.committee(members), succession.seat(members)
-        block = work.block(self.follower.ledger.head, self.follower.model, parts, committee, seat)
-        return self._put_to_vote(work, block, now)
+        return work.block(self.follower.ledger.head, self.follower.model, parts, committee, seat)
 
     def _propose_again(self, block: Block, now: float) -> list[Effect]:
         """Propose what a lock, or our own prevote of before a restart, binds us to."""

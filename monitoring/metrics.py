@@ -87,7 +87,7 @@ _BAD_CONTRIBUTION = Label(
     "reason",
     (
         "non-finite", "late", "other samples", "bad contribution", "stale contribution", "no seat", "not admitted",
-        "barred", OTHER,
+        "barred", "no room", OTHER,
     ),
 )  # fmt: skip
 

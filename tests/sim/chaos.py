@@ -272,6 +272,9 @@ def check(seed: int, volunteers: int) -> Chaos:
         found = world.audit()
         if not found.clean:
             world.fail(f"the audit finds {found}")
+        objected = [said for said in world.refusals if said.reason == "not admitted"]
+        if objected:
+            world.fail(f"all leaders are honest, and {objected[0]}")
         if not chaos.finished():
             world.fail(f"all troubles are over, and the run does not come to its end: {world.reason()}")
     except AssertionError as broken:

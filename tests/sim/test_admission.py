@@ -1,10 +1,11 @@
 """Who may take part, in whole runs of virtual time: bans, places, ends of memberships, and those who ignore them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 
 from dugnad.coordinator.admission import GRACE_S, Admission
+from dugnad.coordinator.committee import Succession
 from dugnad.coordinator.messages import Block
 from dugnad.coordinator.patience import Patience
 from dugnad.dht.identity import PeerId
@@ -243,3 +244,71 @@ def test_a_coordinator_that_renews_its_delegation_in_time_leads_on() -> None:
     assert all(node.follower.view == 0 for node in world.nodes.values())
     assert {commit.block.coordinator.term for commit in world.chain() if commit.block.coordinator} == {1, 2}
     assert world.audit().clean
+
+
+@pytest.mark.parametrize("fault", ["expired", "revoked"])
+def test_a_member_that_shows_a_longer_ticket_which_is_good_no_more_costs_the_others_nothing(fault: str) -> None:
+    world = World(37, RECIPE)
+    world.start_coordinator()
+    world.ticket = world.issue(Terms(until=int(WALL_S + 100_000)))
+    for name in ("p00", "p01", "p02"):
+        world.start_volunteer(name)
+    world.run(60)
+    at = world.rounds()
+    expires = int(WALL_S - 100_000) if fault == "expired" else 0
+    world.ticket = world.issue(Terms(until=int(WALL_S + 200_000), expires=expires))
+    if fault == "revoked":
+        world.decide("revoke", world.ticket.id.hex())
+    world.crash("p01")
+    world.start_volunteer("p01")
+    world.run(360)
+    assert world.rounds() > at + 60, world.reason()
+    assert len(rounds_with(world, PeerId("p01"), at)) > 50, "it goes on by the membership that it has"
+    assert not [raw for commit in world.chain()[at:] for raw in commit.block.admissions]
+    assert all(node.follower.view == 0 for node in world.nodes.values())
+    assert world.refusals == []
+    assert world.audit().clean
+
+
+def committees_with(world: World, peer: PeerId, since: int) -> list[int]:
+    """Which blocks after that round name `peer` in the committee."""
+    blocks = [commit.block for commit in world.chain()[since:]]
+    return [block.round for block in blocks if peer in {voter.peer for voter in block.committee}]
+
+
+def test_a_leader_that_keeps_who_is_banned_in_the_committee_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, _ = started(38, 4)
+    honest, disk = Succession.members, world.disks[BANNED].incarnation
+
+    def lax(self: Succession, stay: Iterable[PeerId]) -> dict[PeerId, bytes]:
+        return honest(self, stay) | ({BANNED: disk} if self.leader == COORDINATOR else {})
+
+    monkeypatch.setattr(Succession, "members", lax)
+    world.decide("ban", BANNED)
+    world.run(world.now + GRACE_S)
+    at = world.rounds()
+    world.run(world.now + 120, until=committed(world, at + 3))
+    assert committees_with(world, BANNED, at + 1) == []
+    assert world.rounds() >= at + 3, world.reason()
+
+
+def test_a_coordinator_that_keeps_its_seat_when_its_delegation_ended_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(39, RECIPE)
+    world.start_coordinator(until_s=40.0)
+    for name in ("p00", "p01", "p02"):
+        world.start_volunteer(name)
+    honest, of_coordinator = Admission.barred, world.nodes[COORDINATOR].follower.admission
+
+    def lax(self: Admission, *args: object) -> frozenset[PeerId]:
+        barred = honest(self, *args)  # type: ignore[arg-type]
+        return barred - {COORDINATOR} if self is of_coordinator else barred
+
+    monkeypatch.setattr(Admission, "barred", lax)
+    world.run(40 + GRACE_S)
+    at = world.rounds()
+    assert committees_with(world, COORDINATOR, at - 1) == [at], "others wait for the grace to pass"
+    world.run(world.now + 120, until=committed(world, at + 3))
+    assert committees_with(world, COORDINATOR, at + 1) == []
+    assert world.rounds() >= at + 3, world.reason()

@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from dugnad.coordinator.admission import GRACE_S
 from dugnad.coordinator.effects import (
     Apply,
     CatchUp,
@@ -38,6 +39,7 @@ from dugnad.coordinator.messages import (
 )
 from dugnad.coordinator.patience import Patience
 from dugnad.coordinator.replica import REPLAY_ROUNDS
+from dugnad.dht.decisions import Decision
 from dugnad.dht.identity import PeerId
 from dugnad.dht.wire import Message
 from tests.unit.chains import (
@@ -376,6 +378,16 @@ def test_promises_of_before_a_restart_hold() -> None:
     assert refusals(follower.receive(FOUNDER, twin, now=0.0)) != []
     assert [vote.block for vote in votes(follower.receive(FOUNDER, first, now=0.0))] == [first.block.hash]
     assert [vote.block for vote in votes(follower.receive(FOUNDER, lock, now=0.0))] == [first.block.hash]
+
+
+def test_what_it_voted_for_before_a_restart_it_votes_for_though_someone_in_it_was_banned_since() -> None:
+    asked = proposal(2)
+    for promises, voted in ((Promises(0, 2, 0, asked), True), (None, False)):
+        follower = a_follower(promises=promises)
+        follower.admission.decisions.take(Decision(ANN, "ban", "", -GRACE_S, float("inf"), b""))
+        follower.holds(asked.block.parts, now=0.0)
+        effects = follower.receive(FOUNDER, asked, now=0.0)
+        assert (bool(votes(effects)), refusals(effects)) == (voted, [] if voted else ["not admitted"])
 
 
 def test_who_pledged_a_view_before_a_restart_votes_in_none_before_it_and_says_its_pledge_again() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import pytest
 from msgspec.structs import replace
 
+from dugnad.coordinator import admission
 from dugnad.coordinator.admission import GRACE_S, Admission
 from dugnad.coordinator.audit import audit
 from dugnad.coordinator.ledger import Charter, Ledger, LedgerError
@@ -240,6 +241,7 @@ class Now:
 
     def __init__(self, ledger: Ledger) -> None:
         self.at_s = float(NOW)
+        self.ledger = ledger
         self.decisions = Decisions()
         self.admission = Admission(
             ledger.gate,
@@ -249,9 +251,12 @@ class Now:
             round_s=100.0,
         )
 
-    def decide(self, verdict: str, subject: str) -> None:
-        said = Decision(subject, verdict, "poison", self.at_s, float("inf"), f"{self.at_s}".encode())
+    def decide(self, verdict: str, subject: str, *, lasts_s: float = float("inf")) -> None:
+        said = Decision(subject, verdict, "poison", self.at_s, self.at_s + lasts_s, f"{self.at_s}".encode())
         assert self.decisions.take(said)
+
+    def objects(self, block: Block, leader: PeerId = FOUNDER) -> str | None:
+        return self.admission.objects(block, leader)
 
     def why(self, peer: str, raw: bytes = b"") -> str:
         refusal = self.admission.refuses(PeerId(peer), raw)
@@ -300,28 +305,73 @@ def test_voters_object_once_every_leader_must_know_better(ledger: Ledger) -> Non
     block = a_round(ledger, "abc", shown("c", late))
     now.decide("ban", "b")
     now.at_s += GRACE_S - 1
-    assert now.admission.objects(block) is None
+    assert now.objects(block) is None
     now.at_s += 1
-    assert "b contributed, and is banned" in str(now.admission.objects(block))
+    assert "b contributed, and is banned" in str(now.objects(block))
     now.decide("unban", "b")
     now.at_s = NOW + 50 + 100 + GRACE_S - 1
-    assert now.admission.objects(block) is None, "its seat may have been given before the ticket expired"
+    assert now.objects(block) is None, "its seat may have been given before the ticket expired"
     now.at_s += 1
-    assert "had expired" in str(now.admission.objects(block))
+    assert "c was admitted by what was good no more: expired ticket" in str(now.objects(block))
+
+
+def test_voters_object_to_a_ticket_that_was_revoked_before_the_round_began(ledger: Ledger) -> None:
+    now = Now(ledger)
+    one = a_ticket(uses=3)
+    block = a_round(ledger, "abc", shown("c", one))
+    now.decide("revoke", one.id.hex())
+    now.at_s += 100 + GRACE_S - 1
+    assert now.objects(block) is None
+    now.at_s += 1
+    assert "ticket revoked" in str(now.objects(block))
+
+
+def test_a_ban_that_has_ended_is_no_reason_to_object(ledger: Ledger) -> None:
+    now = Now(ledger)
+    now.decide("ban", "b", lasts_s=GRACE_S + 5)
+    now.at_s += GRACE_S + 4
+    assert now.objects(a_round(ledger, "ab")) is not None
+    now.at_s += 1
+    assert now.why("b") == ""
+    assert now.objects(a_round(ledger, "ab")) is None
+
+
+@pytest.mark.parametrize("fault", ["expired", "revoked"])
+def test_a_member_whose_longer_ticket_is_good_no_more_contributes_without_it(ledger: Ledger, fault: str) -> None:
+    now = Now(ledger)
+    grow(ledger, "abc", shown("c", a_ticket(until=NOW + 50)))
+    longer = a_ticket(until=NOW + 500, expires=NOW - 500 if fault == "expired" else 0)
+    if fault == "revoked":
+        now.decide("revoke", longer.id.hex())
+    assert now.admission.proofs([(PeerId("c"), shown("c", longer))]) == {"c": b""}
+    now.at_s += 50
+    assert now.admission.proofs([(PeerId("c"), shown("c", longer))]) == {}
 
 
 def test_a_claim_is_shown_until_the_chain_has_it(ledger: Ledger) -> None:
-    admission = Now(ledger).admission
-    raw = shown("c")
-    assert admission.shows(PeerId("c"), raw) == raw
+    shows, raw = Now(ledger).admission.shows, shown("c")
+    assert shows(PeerId("c"), raw) == raw
     grow(ledger, "abc", raw)
-    assert admission.shows(PeerId("c"), raw) == b""
+    assert shows(PeerId("c"), raw) == b""
 
 
 def test_of_more_claims_than_places_the_first_count(ledger: Ledger) -> None:
-    admission = Now(ledger).admission
-    two = a_ticket(uses=2)
+    now, two = Now(ledger), a_ticket(uses=2)
     claims = [(PeerId(peer), shown(peer, two)) for peer in "cde"]
-    assert admission.proofs([(PeerId("a"), b""), *claims, (PeerId("f"), b"")]) == {
+    assert now.admission.proofs([(PeerId("a"), b""), *claims, (PeerId("f"), b"")]) == {
         "a": b"", "c": claims[0][1], "d": claims[1][1],
     }  # fmt: skip
+
+
+def test_a_member_whose_longer_ticket_found_no_place_is_in_until_its_membership_ends(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, two = Now(ledger), a_ticket(uses=2)
+    ending = a_ticket(until=NOW + 50)
+    grow(ledger, "abcde", *(shown(peer, ending) for peer in "cde"))
+    claims = [(PeerId(peer), shown(peer, two)) for peer in "cde"]
+    assert now.admission.proofs(claims) == {"c": claims[0][1], "d": claims[1][1], "e": b""}
+    monkeypatch.setattr(admission, "ADMISSIONS_BYTES", len(claims[0][1]))
+    assert now.admission.proofs(claims) == {"c": claims[0][1], "d": b"", "e": b""}
+    now.at_s += 50
+    assert now.admission.proofs(claims) == {"c": claims[0][1]}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from dugnad.configs.recipe import load
-from dugnad.coordinator import ranges
+from dugnad.coordinator import admission, ranges
 from dugnad.coordinator.admission import Admission
 from dugnad.coordinator.awaited import SETTLE_S
 from dugnad.coordinator.effects import Apply, CatchUp, Effect, Keep, LeftOut, Promises, Refused, Remember, Send, Store
@@ -41,14 +41,17 @@ from dugnad.coordinator.patience import Patience
 from dugnad.coordinator.planning import MAX_OWNERS, MAX_VECTORS
 from dugnad.coordinator.rounds import Leader, Phase
 from dugnad.coordinator.vouched import SHOWN_ROUNDS
+from dugnad.dht.decisions import Decision
 from dugnad.dht.identity import PeerId
 from dugnad.dht.paths import Reach
+from dugnad.dht.ticket import Terms, claim, issue
 from dugnad.dht.wire import Message
 from dugnad.optim.plan import assign_parts
 from tests.unit.chains import (
     CHARTER,
     FOUNDER,
     GENESIS,
+    ORGANIZER,
     RUN,
     FakeSigner,
     a_block,
@@ -112,8 +115,10 @@ class Run:
         recipe = dataclasses.replace(RECIPE, rounds=dataclasses.replace(ROUNDS, min_peers=min_peers))
         self.barred = barred
         ledger = Ledger(charter, signer)
-        admission = Admission(ledger.gate, lambda: ledger.head.roll, quarantined=lambda: self.barred)
-        self.follower = Follower(signer, ledger, PATIENCE, disk_of(me) if disk is None else disk, admission)
+        rules = Admission(
+            ledger.gate, lambda: ledger.head.roll, quarantined=lambda: self.barred, clock=lambda: self.now
+        )
+        self.follower = Follower(signer, ledger, PATIENCE, disk_of(me) if disk is None else disk, rules)
         self.follower.restore(commits, (), promises)
         self.known = known
         self.leader = Leader(
@@ -500,6 +505,53 @@ def test_when_nobody_has_anything_the_round_is_planned_anew_from_the_same_sample
     assert run.plan.order > before.order
 
 
+# -- whom it admits
+
+TICKET = FakeSigner(PeerId("ticket"))
+
+
+def by_ticket(peer: PeerId, **terms: int) -> bytes:
+    ticket = issue(FakeSigner(ORGANIZER), RUN, TICKET.peer_id, Terms(**terms))  # type: ignore[arg-type]
+    return claim(ticket, TICKET, peer)
+
+
+def an_invited_run(*newcomers: PeerId, **terms: int) -> Run:
+    """The second round is planned for a and b, who are members, and for those who show a ticket of these terms."""
+    charter = dataclasses.replace(CHARTER, admission="invited")
+    block = a_block(charter.first_head(), an_entry("a", (0, 10)), an_entry("b", (10, 20)))
+    first = certify(replace(block, admissions=(by_ticket(A), by_ticket(B))), [FOUNDER])
+    run = Run(first, charter=charter)
+    for peer in newcomers:
+        run.reports(peer, claim=by_ticket(peer, **terms))
+    run.reports(A, B)
+    run.reports(A, B, stage=Stage.TRAINING, plan=run.plan)
+    return run
+
+
+def test_what_was_frozen_too_long_ago_is_frozen_anew_before_it_is_proposed() -> None:
+    run = an_invited_run(C, expires=100)
+    assert run.plan.members == (A, B, C)
+    run.gather(A, B, C)
+    assert run.leader.phase is Phase.REDUCE
+    run.deliver(A, B)
+    run.now += 100 + 3600 + 1
+    effects = run.deliver(C)
+    assert (said(effects, Proposal), run.leader.phase) == ([], Phase.GATHER)
+    effects = run.gather(A, B, C)
+    assert [entry.peer for entry in said(effects, Freeze)[0].entries] == [A, B]
+    assert refusals(effects) == ["not admitted"]
+    assert said(run.deliver(*sorted(set(run.plan.owners))), Proposal) != []
+
+
+def test_whom_a_full_block_has_no_room_for_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = an_invited_run(C, D)
+    monkeypatch.setattr(admission, "ADMISSIONS_BYTES", len(by_ticket(C)))
+    effects = run.gather(A, B, C, D)
+    (freeze, *_) = said(effects, Freeze)
+    assert [entry.peer for entry in freeze.entries] == [A, B, C]
+    assert [(left.peer, left.reason) for left in effects if isinstance(left, LeftOut)] == [(D, "no room")]
+
+
 # -- attempts
 
 
@@ -842,6 +894,10 @@ def test_a_report_from_further_ahead_makes_a_leader_with_an_old_disk_catch_up() 
 # -- who decides in the next round
 
 
+def ban(run: Run, peer: PeerId) -> None:
+    assert run.follower.admission.decisions.take(Decision(peer, "ban", "", run.now, float("inf"), b""))
+
+
 def departures(run: Run, *peers: PeerId) -> Block | None:
     """The block, if any, that the leader proposes between rounds once nobody is awaited any more."""
     run.reports(*peers)
@@ -965,6 +1021,25 @@ def test_when_all_voters_want_to_go_the_leader_lets_out_the_others_and_stays_to_
     effects = run.leader.leave(now=run.now)
     (proposal,) = said(effects, Proposal)
     assert [voter.peer for voter in proposal.block.committee] == [FOUNDER]
+
+
+def test_a_leader_that_is_banned_does_not_stay_as_the_last() -> None:
+    for before in (True, False):
+        run = a_run()
+        if before:
+            ban(run, FOUNDER)
+        run.gather(A, B, C)
+        run.reports(A, B, C, stage=Stage.REDUCING, plan=run.plan, leaving=True)
+        if not before:
+            ban(run, FOUNDER)
+        assert said(run.deliver(*sorted(set(run.plan.owners))), Proposal) == []
+        assert run.leader.reason == "round 3: nobody is left who may vote on the next"
+        (proposal, *_) = said(run.reports(C, stage=Stage.REDUCING, plan=run.plan), Proposal)
+        assert [voter.peer for voter in proposal.block.committee] == [C]
+    run = Run(*TWO)
+    run.reports(A, B, C, leaving=True)
+    ban(run, FOUNDER)
+    assert said(run.leader.leave(now=run.now), Proposal) == []
 
 
 def test_who_has_just_taken_the_lead_is_deserted_only_once_the_others_could_have_spoken() -> None:
@@ -1205,6 +1280,7 @@ class Leading(RuleBasedStateMachine):
         self.proposals.add(proposal.block.hash)
         assert len(self.proposals) == 1, "one block in a view"
         self.run.follower.ledger.check(proposal.block)
+        assert self.run.follower.admission.objects(proposal.block, FOUNDER) is None, "no honest voter objects to it"
         done = [r for entry in proposal.block.entries for r in entry.ranges]
         everything = ranges.normal((*HEAD.redo, (HEAD.cursor, proposal.block.cursor)))
         assert ranges.disjoint([*done, *proposal.block.redo]), "no sample counts twice"
