@@ -153,7 +153,7 @@ class Admission:
 
     def _refuses_claim(self, peer: PeerId, claim: bytes, roll: Roll) -> Refusal | None:
         if self._gate.kind == ALLOW_LIST:
-            allowed = self.decisions.on(peer, now=self._clock())
+            allowed = self.decisions.on("allow", peer, now=self._clock())
             if allowed is not None and allowed.verdict == "allow":
                 return None
             return Refusal(NOT_ADMITTED, "not on the allow-list", hello.not_admitted("", peer))
@@ -174,7 +174,7 @@ class Admission:
             return Refusal(OVER, "expired ticket", f"your invite expired on {day_of(one.expires)}. {_ASK}")
         if ends(one.until) <= now:
             return Refusal(OVER, "membership over", f"your membership ended on {day_of(one.until)}. {_ASK}")
-        said = self.decisions.on(one.ticket.hex(), now=now)
+        said = self.decisions.on("revoke", one.ticket.hex(), now=now)
         if said is not None and said.verdict == "revoke":
             return Refusal(NOT_ADMITTED, "ticket revoked", f"your invite was revoked by the organizer. {_ASK}")
         if roll.refuses(one) is not None:
@@ -227,7 +227,7 @@ class Admission:
         if not self._gate.needs_proof(peer):
             return None
         if self._gate.kind == ALLOW_LIST:
-            said = self.decisions.on(peer, now=self._clock())
+            said = self.decisions.on("allow", peer, now=self._clock())
             raw = said.raw if said is not None and said.verdict == "allow" else b""
         else:
             raw = claim

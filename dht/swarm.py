@@ -223,7 +223,7 @@ class Swarm:
 
     def accuse(self, sort: str, one: bytes, other: bytes) -> bool:
         """Spread the proof that two signed things are, if they are one and news; whether they are."""
-        return self._verdicts.accuse(sort, one, other)
+        return self._verdicts.accuse(sort, one, other, now=self.now())
 
     @property
     def decisions(self) -> Decisions:
@@ -394,7 +394,7 @@ class Swarm:
             self._refused(error.reason)
             return b""
         self._answer_with(peer, effects)
-        self._verdicts.take(effect.entry for effect in effects if isinstance(effect, Changed))
+        self._verdicts.take((effect.entry for effect in effects if isinstance(effect, Changed)), now=self.now())
         return b""
 
     def _answer_with(self, peer: PeerId, effects: list[Effect]) -> None:
@@ -437,7 +437,7 @@ class Swarm:
     def _take(self, raw: bytes) -> None:
         with contextlib.suppress(WireError):
             entry = self._parse(raw, self.now())
-            self._verdicts.take(self.records.learn(entry) if isinstance(entry, Record) else ())
+            self._verdicts.take(self.records.learn(entry) if isinstance(entry, Record) else (), now=self.now())
 
 
 def _decode_mine(raw: bytes) -> list[bytes]:

@@ -470,7 +470,7 @@ async def test_a_decision_by_whatever_way_it_comes_holds_and_is_known_after_a_re
         assert made.decide(decision("unban", after_s=said.at_s)) is None
         assert not made.decisions.banned(now=made.now())
         assert made.decide(said.raw) == "there is a newer decision on that, or no room for another"
-        spread = [one.raw for one in made.records.items("decision", now=made.now())]
+        spread = [one.raw for one in made.records.items("ban", now=made.now())]
     assert len(spread) == 1
 
 
