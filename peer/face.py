@@ -119,8 +119,8 @@ class Face:
         return "this role is only starting" if self.swarm is None else self.swarm.decide(raw)
 
     def decisions(self) -> list[dict[str, object]]:
-        """What the organizer has decided, oldest first."""
-        known = [] if self.swarm is None else self.swarm.decisions.all()
+        """What the organizer has decided, as far as it counts, oldest first."""
+        known = [] if self.swarm is None else self.swarm.decisions.holding(now=self.swarm.now())
         return [
             {"subject": said.subject, "verdict": said.verdict, "reason": said.reason, "at_s": said.at_s}
             for said in known
