@@ -61,8 +61,7 @@ class Verdicts:
             with contextlib.suppress(WireError):
                 record = records.parse_of_any_time(raw, self._run)
                 self.check(record)
-                # what was said of ourselves the others tell us anew: they may have heard better since
-                if record.kind in REGISTERS and record.key != self._me:
+                if record.kind in REGISTERS:
                     self._known.merge(record)
         self._take_up_decisions()
 

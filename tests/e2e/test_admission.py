@@ -76,3 +76,26 @@ def test_who_is_banned_by_its_nickname_is_out_within_a_round_and_unbanned_is_bac
     coordinator.kill()
     resumed = start("coordinator", "launch", "--resume", coordinator.directory)
     resumed.until(lambda said: bool(said["leads"]), "leading again by the delegation that it was left with")
+
+
+def test_a_banned_coordinator_tells_the_others_and_stays_out_until_it_is_unbanned(start: Start, tmp_path: Path) -> None:
+    coordinator = start("coordinator", "launch", alone(tmp_path))
+    volunteers = [start(f"volunteer-{k}", "join", coordinator.invite()) for k in range(2)]
+    me = coordinator.until(lambda said: counts(said) == 3, "both volunteers")["peer"]
+    banned = "dugnad: E403 the organizer has banned your key (moved). Only the organizer can take that back."
+    ran("ban", me, "--reason", "moved", "--dir", coordinator.directory)
+    assert refused(coordinator) == banned
+    for one in volunteers:
+        at = one.until(lambda said: me not in said["committee"], "a committee without it")["round"]
+        one.until(at_round(at + 2), "rounds without it")
+    resumed = start("coordinator", "launch", "--resume", coordinator.directory)
+    assert refused(resumed) == banned
+    ran("unban", me, "--dir", coordinator.directory, "--through", volunteers[1].directory)
+    resumed = start("coordinator", "launch", "--resume", coordinator.directory)
+    resumed.until(lambda said: bool(said["leads"]), "leading again")
+    ran("ban", me, "--reason", "moved", "--dir", coordinator.directory)
+    assert refused(resumed) == banned
+    for one in volunteers:
+        one.kill()
+    resumed = start("coordinator", "launch", "--resume", coordinator.directory)
+    assert refused(resumed) == banned, "it finds nobody, and remembers"
