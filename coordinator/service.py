@@ -127,8 +127,8 @@ class Coordinator(Shell):
     async def farewell(self) -> None:
         """Let others vouch for the last model, and members of a finished run see that it is finished."""
         newest = self.state.newest
-        if newest is None:
-            return  # dismissed before it had one
+        if newest is None or self.machine.dismissed is not None:
+            return  # nothing to vouch for, or nobody who would
         round_, model = newest
         deadline = self.now() + GOODBYE_S
         while (
