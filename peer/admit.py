@@ -202,7 +202,7 @@ def _peer(who: str, said: dict[str, Any], known: list[dict[str, Any]]) -> tuple[
         public_key_of(PeerId(who))
         return who, f"{nickname(PeerId(who))} ({who})"
     known_peers = {said["peer"], said["coordinator"]["peer"], *said["committee"]}
-    known_peers |= {peer["peer"] for peer in said["peers"]}
+    known_peers |= {peer["peer"] for peer in (*said["peers"], *said.get("paths", ()))}
     known_peers |= {one["subject"] for one in known if one["verdict"] != "revoke"}
     found = sorted(peer for peer in known_peers if nickname(PeerId(peer)) == who)
     if len(found) == 1:

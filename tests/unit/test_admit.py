@@ -112,6 +112,7 @@ class Living:
     def __init__(self, folder: Folder, patch: pytest.MonkeyPatch, peers: list[PeerId]) -> None:
         self.folder, self.peers, self.refuses = folder, peers, None
         self.admission = "invited"
+        self.paths: list[PeerId] = []
         self.taken: list[records.Record] = []
         self.run = b""
         with contextlib.closing(Chain(folder.chain, read_only=True)) as chain:
@@ -127,6 +128,7 @@ class Living:
         return {
             "run": self.run.hex(), "peer": ANN, "coordinator": {"peer": ANN}, "committee": [ANN],
             "admission": self.admission, "peers": [{"peer": peer} for peer in self.peers], "clock_offset_s": 100.0,
+            "paths": [{"peer": peer} for peer in self.paths],
         }  # fmt: skip
 
     def answer(self, path: str, body: bytes | None) -> Any:
@@ -175,6 +177,13 @@ def test_who_is_meant_must_be_clear(folder: Folder, monkeypatch: pytest.MonkeyPa
     assert EVE in several.stderr
     nobody = run(cli.app, ["ban", "red-fox", "--dir", str(folder.path)])
     assert "nobody here is called red-fox" in nobody.stderr
+
+
+def test_whoever_dugnad_peers_shows_can_be_named(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    living = Living(folder, monkeypatch, [])
+    living.paths = [EVE]
+    said = CliRunner().invoke(cli.app, ["ban", nickname(EVE), "--dir", str(folder.path)])
+    assert said.stdout == f"banned {nickname(EVE)} ({EVE}): out from the next round on\n", said.stderr
 
 
 def test_an_invite_that_got_about_is_revoked_by_its_text(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
