@@ -164,9 +164,9 @@ class Admission:
         return None
 
     def _decided(self, subject: str, verdict: str, *, for_s: float = 0.0) -> Decision | None:
-        """The newest decision on `subject`, if it is that one."""
+        """What was decided last about `subject`, if it is that."""
         now = self._clock()
-        said = self.decisions.on(subject, now=now)
+        said = self.decisions.on(verdict, subject, now=now)
         # whoever gives a seat takes the organizer's word at once, even of a clock that is ahead
         holds = said is not None and said.verdict == verdict and min(said.at_s, now) <= now - for_s
         return said if holds else None
@@ -275,7 +275,7 @@ class Admission:
         if not self._gate.needs_proof(peer):
             return None
         if self._gate.kind == ALLOW_LIST:
-            said = self.decisions.on(peer, now=self._clock())
+            said = self.decisions.on("allow", peer, now=self._clock())
             raw = said.raw if said is not None and said.verdict == "allow" else b""
         else:
             raw = claim

@@ -124,6 +124,8 @@ class _Members:
         if charter.admission == ALLOW_LIST:
             record = parse_of_any_time(raw, charter.run, verify=verify)
             decisions.check(record, charter.organizer, verify)
+            if record.kind != "allow":
+                raise ValueError(f"a {record.kind} record lets nobody in")
             self._until[PeerId(record.key)] = float("inf")
             return
         said = parse_claim(raw, charter.run, charter.organizer, verify)

@@ -3,6 +3,7 @@
     a block names its delegation  -> it has the coordinator's seat: the first to lead every round
     it was away, or is new        -> it reports like any member, shows its delegation, and the next block names it
     a later term is shown to it   -> it yields: another coordinator was started with the run key
+    it is banned                  -> it helps to vote itself out, and goes
 
 It is a convenience: whatever it does, the voters' next leader does while it is away.
 """
@@ -19,6 +20,9 @@ from dugnad.dht.hello import BANNED
 from dugnad.dht.identity import PeerId
 from dugnad.dht.paths import Abilities
 from dugnad.dht.wire import Message
+
+BANNED_S = 10.0
+"""For how long a banned coordinator waits until the others have voted it out."""
 
 
 class Keeper:
@@ -42,6 +46,8 @@ class Keeper:
         self._delegation = delegation
         self.abilities = Abilities()
         """Kept by the shell: they change with the routers on the way."""
+        self.dismissed: str | None = None
+        """Why the organizer wants this coordinator to go, if so; one that yields to another may stay and watch."""
         self._report_s = report_s
         self._leave_s = leave_s
         self._leave_by = float("inf")
@@ -72,12 +78,6 @@ class Keeper:
             named = self.follower.ledger.head.coordinator == self._me
             return "another peer leads this round" if named else "back; a block must name it before it leads"
         return self.leader.reason
-
-    @property
-    def dismissed(self) -> str | None:
-        """Why the organizer wants this coordinator to go, if so; one that yields to another may stay and watch."""
-        refusal = self.follower.refuses(self._me)
-        return str(refusal) if refusal is not None and refusal.code == BANNED else None
 
     @property
     def yields(self) -> bool:
@@ -152,6 +152,10 @@ class Keeper:
         if now >= self._resync_at:
             self._resync_at = float("inf")
             again.append(Resync(self._no_model))
+        refusal = self.follower.refuses(self._me)
+        if self.dismissed is None and refusal is not None and refusal.code == BANNED:
+            self.dismissed, self._leave_by = str(refusal), now + BANNED_S
+            again += self.leader.leave(now=now)
         return self._settle([*again, *self.leader.tick(now=now)], now)
 
     def wake_at(self) -> float:

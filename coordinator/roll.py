@@ -19,7 +19,7 @@ from dugnad.dht.ticket import CLAIM_BYTES, VOLUNTEER, Claim, parse_claim
 from dugnad.dht.wire import Verify, WireError
 
 assert CLAIM_BYTES <= ADMISSION_BYTES
-assert records.KINDS[decisions.DECISION].cap_bytes <= ADMISSION_BYTES
+assert records.KINDS["allow"].cap_bytes <= ADMISSION_BYTES
 
 OPEN, INVITED, ALLOW_LIST = "open", "invited", "allow-list"
 """Whom a run admits: anyone, whoever has a ticket, or whom the organizer allowed."""

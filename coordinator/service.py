@@ -29,8 +29,12 @@ BEHIND_ROUNDS = 4
 """When more rounds than these wait to be measured, some are left out: checkpoints, which wait as well, matter more."""
 
 
+class Dismissed(Exception):
+    """The organizer has put this coordinator out; the message is for the user."""
+
+
 class Coordinator(Shell):
-    """Keeps one run from `directory` until its steps are done or `stop` is called.
+    """Keeps one run from `directory` until its steps are done or `stop` is called; `serve` raises Dismissed.
 
     mandate: the run's key, by which it delegates to itself as long as it is there; or, where that key is kept offline,
     the delegation that it was left with.
@@ -66,6 +70,12 @@ class Coordinator(Shell):
 
     # -- the role's part of the shell
 
+    async def serve(self) -> None:
+        """Take part until there is nothing more to do. Raises Dismissed if that is because we are banned."""
+        await super().serve()
+        if self.machine.dismissed is not None:
+            raise Dismissed(self.machine.dismissed)
+
     async def begin(self) -> None:
         """Renew the delegation long before it ends."""
         self.spawn(self._keep_delegated())
@@ -82,7 +92,7 @@ class Coordinator(Shell):
             self._yielded = True
             log.warning(self.machine.reason)
         over = (self.leader.finished and self.follower.ledger.head.round > 0) or self.machine.may_go(now=self.now())
-        if (over and self.follower.at_head) or self.machine.dismissed is not None:
+        if over and (self.follower.at_head or self.machine.dismissed is not None):
             self.finish()
 
     def on_applied(self, commit: Commit, model: Model, cost: Cost) -> None:
@@ -117,8 +127,8 @@ class Coordinator(Shell):
     async def farewell(self) -> None:
         """Let others vouch for the last model, and members of a finished run see that it is finished."""
         newest = self.state.newest
-        if newest is None:
-            return  # dismissed before it had one
+        if newest is None or self.machine.dismissed is not None:
+            return  # nothing to vouch for, or nobody who would
         round_, model = newest
         deadline = self.now() + GOODBYE_S
         while (

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from dugnad.dht.evidence import Evidence, contradict, of_records
 from dugnad.dht.identity import PeerId
-from dugnad.dht.records import KINDS, MAX_AHEAD_S, Record, slot_of
+from dugnad.dht.records import KINDS, MAX_AHEAD_S, DecisionBody, Record, slot_of
 
 Entry = Record | Evidence
 
@@ -22,7 +22,9 @@ MIN_BUCKETS, MAX_BUCKETS = 256, 4096
 BUCKET_HASH_BYTES = 8
 MAX_EVIDENCE = 1024
 MAX_DECISIONS = 8192
-"""How many peers and tickets the organizer may have decided about."""
+"""How many decisions of the organizer itself stand: of more, the newest."""
+MAX_DELEGATED = 1024
+"""How many decisions of its delegates stand beside those, whose keys are more easily stolen."""
 _LEAF_SHIFT = 16 - 12  # a leaf is one of 4096 buckets: the first 12 bits of a slot
 _RECORDS_PER_BUCKET = 4
 _WORD = 2**64 - 1
@@ -32,8 +34,12 @@ _MAX_PAST = 100_000
 class RecordMap:
     """The newest record of each owner, kind and key; at most max_owners x the keys of all kinds, and max_evidence.
 
-    Kinds whose keys are not listed count by themselves: max_decisions of them altogether.
     A full map takes no further owners, until `prune` makes room: the order of arrival matters in that case only.
+    Decisions count by themselves: max_decisions of the organizer's own and max_delegated of others, and of more those
+    with the greatest (seq, hash). A record that replaces another is greater than it, so what is among the greatest of
+    all is so in every map that it ever meets: maps with different ones take over from each other until all hold the
+    same, whatever the order. What has expired leaves with the next `prune`, here or there first; what it had pushed
+    out comes back, if anyone still has it.
     """
 
     def __init__(
@@ -42,9 +48,11 @@ class RecordMap:
         max_owners: int = 10_000,
         max_evidence: int = MAX_EVIDENCE,
         max_decisions: int = MAX_DECISIONS,
+        max_delegated: int = MAX_DELEGATED,
     ) -> None:
-        self._max_owners, self._max_evidence, self._max_decisions = max_owners, max_evidence, max_decisions
-        self._decisions: dict[bytes, PeerId] = {}  # the slots of those kinds, and whose they are
+        self._max_owners, self._max_evidence = max_owners, max_evidence
+        self._max_decisions = {False: max_decisions, True: max_delegated}
+        self._decisions: dict[bool, dict[bytes, Record]] = {False: {}, True: {}}  # of delegates or not, by their slots
         self._by_slot: dict[bytes, tuple[int, Entry]] = {}  # with the number of its change; in that order
         self._slot_of_tag: dict[bytes, bytes] = {}
         self._slots_of: Counter[PeerId] = Counter()
@@ -79,17 +87,18 @@ class RecordMap:
         if isinstance(entry, Evidence):
             self._evidence[entry.owner] = entry
             listed = (slot_of(kind, entry.owner, key) for kind, rules in KINDS.items() for key in rules.keys or ())
-            for slot in (*listed, *[slot for slot, owner in self._decisions.items() if owner == entry.owner]):
+            for slot in (*listed, *[one.slot for one in self.decisions() if one.owner == entry.owner]):
                 self._drop(slot)
         self._drop(entry.slot)
         self.changes += 1
         self._by_slot[entry.slot] = self.changes, entry  # at the end, as the newest
         self._slot_of_tag[entry.tag] = entry.slot
         if isinstance(entry, Record):
-            if _is_listed(entry):
-                self._slots_of[entry.owner] += 1
+            if isinstance(entry.body, DecisionBody):
+                self._make_room(entry)
+                self._alike(entry)[entry.slot] = entry
             else:
-                self._decisions[entry.slot] = entry.owner
+                self._slots_of[entry.owner] += 1
         self._count(entry, 1)
         return True
 
@@ -112,6 +121,10 @@ class RecordMap:
         """All records of a kind that hold at `now`, in the order of owners and keys."""
         found = (entry for entry in self._living(now) if isinstance(entry, Record) and entry.kind == kind)
         return sorted(found, key=lambda record: (record.owner, record.key))
+
+    def decisions(self) -> list[Record]:
+        """All decisions that stand, expired or not."""
+        return [one for some in self._decisions.values() for one in some.values()]
 
     def seq_of(self, kind: str, owner: PeerId, key: str = "") -> int:
         """The highest seq seen, expired or not; 0 if none. The owner's next record takes one more."""
@@ -167,13 +180,15 @@ class RecordMap:
     def prune(self, *, now: float) -> None:
         """Forget what expired longer ago than a record of its kind can last; what has expired leaves the bucket hashes.
 
-        By then every earlier record of the same slot has expired as well, so none can come back to readers.
+        By then every earlier record of the same slot has expired as well, so none can come back to readers. Decisions
+        go as soon as they have expired: they are as if never said.
         """
         self._past_before, self._past = self._past, set()
         for slot, (_, entry) in list(self._by_slot.items()):
             if isinstance(entry, Evidence):
                 continue
-            if now > entry.expires_ms / 1000 + KINDS[entry.kind].max_lifetime_s + MAX_AHEAD_S:
+            lasts_s = 0.0 if isinstance(entry.body, DecisionBody) else KINDS[entry.kind].max_lifetime_s
+            if now > entry.expires_ms / 1000 + lasts_s + MAX_AHEAD_S:
                 self._drop(slot)
             elif entry.expired(now) != (slot in self._hidden):  # expired since then, or the clock was set back
                 self._hide(entry) if entry.expired(now) else self._show(entry)
@@ -193,9 +208,10 @@ class RecordMap:
             return len(self._evidence) < self._max_evidence
         held = self._held(entry.slot)
         if isinstance(held, Record):
-            return (entry.seq, entry.hash) > (held.seq, held.hash)
-        if not _is_listed(entry):
-            return len(self._decisions) < self._max_decisions
+            return _rank(entry) > _rank(held)
+        if isinstance(entry.body, DecisionBody):
+            least = self._least_if_full(entry)
+            return least is None or _rank(entry) > _rank(least)
         return entry.owner in self._slots_of or len(self._slots_of) < self._max_owners
 
     def _drop(self, slot: bytes) -> None:
@@ -209,11 +225,29 @@ class RecordMap:
             self._count(entry, -1)
         del self._slot_of_tag[entry.tag]
         self._pass(entry.tag)
-        if self._decisions.pop(slot, None) is not None:
+        if isinstance(entry, Record) and isinstance(entry.body, DecisionBody):
+            del self._alike(entry)[slot]
             return
         self._slots_of[entry.owner] -= 1
         if not self._slots_of[entry.owner]:
             del self._slots_of[entry.owner]
+
+    def _alike(self, decision: Record) -> dict[bytes, Record]:
+        """The decisions with which it shares its room, by their slots."""
+        assert isinstance(decision.body, DecisionBody)
+        return self._decisions[decision.body.delegation is not None]
+
+    def _least_if_full(self, decision: Record) -> Record | None:
+        """Which of those goes if this one comes; None while there is room."""
+        assert isinstance(decision.body, DecisionBody)
+        alike = self._alike(decision)
+        full = len(alike) >= self._max_decisions[decision.body.delegation is not None]
+        return min(alike.values(), key=_rank) if full and alike else None
+
+    def _make_room(self, decision: Record) -> None:
+        least = self._least_if_full(decision)
+        if least is not None:
+            self._drop(least.slot)
 
     def _pass(self, tag: bytes) -> None:
         if tag not in self._slot_of_tag and len(self._past) < _MAX_PAST:
@@ -234,6 +268,5 @@ class RecordMap:
         self._sums[leaf] = (self._sums[leaf] + sign * int.from_bytes(entry.tag[:8])) & _WORD
 
 
-def _is_listed(record: Record) -> bool:
-    """Whether the keys that an owner may have are known, so that its owners bound the records of that kind."""
-    return KINDS[record.kind].keys is not None
+def _rank(record: Record) -> tuple[int, bytes]:
+    return record.seq, record.hash

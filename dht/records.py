@@ -88,8 +88,8 @@ class DecisionBody(Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     """What was decided about the peer, or the ticket (its id in hex), that is the record's key."""
 
     verdict: Literal["allow", "ban", "unban", "revoke"]
-    """allow: on the list of an allow-list run. ban: out. unban: as if nothing had been said. revoke: no more members
-    by that ticket."""
+    """allow: on the list of an allow-list run. ban: out. unban: as if it had never been banned. revoke: no more
+    members by that ticket."""
     reason: Annotated[str, Meta(max_length=200)]
     delegation: Delegation | None
     """By what the record's owner may decide; None for the organizer itself."""
@@ -119,11 +119,14 @@ class RecordKind:
         object.__setattr__(self, "decoder", msgspec.msgpack.Decoder(self.body))
 
 
+REGISTERS = ("allow", "ban", "revoke")
+"""The kinds of decisions, of which none touches another: who is on the list, who is banned, which tickets are over."""
+# decisions must not lapse; and an organizer that decides on two machines within one millisecond is no liar
+_DECISION = RecordKind(DecisionBody, cap_bytes=1536, max_lifetime_s=DECISION_S, keys=None, convicts=False)
 KINDS = {
     "member": RecordKind(MemberBody, cap_bytes=6144, max_lifetime_s=1800.0),
     "progress": RecordKind(ProgressBody, cap_bytes=1536, max_lifetime_s=1800.0),
-    # decisions must not lapse; and an organizer that decides on two machines within one millisecond is no liar
-    "decision": RecordKind(DecisionBody, cap_bytes=1536, max_lifetime_s=DECISION_S, keys=None, convicts=False),
+    **dict.fromkeys(REGISTERS, _DECISION),
 }
 MEMBER_KINDS = tuple(name for name, kind in KINDS.items() if kind.keys is not None)
 """What every member says of itself, again and again."""

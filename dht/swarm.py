@@ -21,11 +21,11 @@ from dugnad.dht import records
 from dugnad.dht.crdt import Entry, RecordMap
 from dugnad.dht.decisions import Decisions
 from dugnad.dht.evidence import Proofs, is_evidence
-from dugnad.dht.gossip import GOSSIP_KINDS, Changed, Effect, Gossip, Send, refresh_s
+from dugnad.dht.gossip import GOSSIP_KINDS, Changed, Effect, Gossip, Push, Send, refresh_s
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId, nickname
 from dugnad.dht.paths import Reach
-from dugnad.dht.records import KINDS, MEMBER_KINDS, MemberBody, ProgressBody, Record
+from dugnad.dht.records import KINDS, MEMBER_KINDS, REGISTERS, MemberBody, ProgressBody, Record
 from dugnad.dht.sequence import Sequence
 from dugnad.dht.timekeeping import Timekeeper
 from dugnad.dht.transport import Direction, TransportError
@@ -37,7 +37,9 @@ log = logging.getLogger(__name__)
 
 CHANNEL = "dugnad/gossip/1"
 MINE_CHANNEL = "dugnad/mine/1"
-"""Where one asks for the records of oneself that another holds: an empty question, a msgpack array of raw records."""
+"""Where one asks what another holds of oneself: an empty question, a msgpack array of raw records. They are what one
+said, and what was decided about one: while one was away, that may have changed.
+"""
 CODEC = Codec(GOSSIP_KINDS)
 MINE_BYTES = len(KINDS) * (records.MAX_RECORD_BYTES + 8) + 8
 ASK_AGAIN_S = 1.0
@@ -50,6 +52,8 @@ LIFETIME_PERIODS = 3
 PROGRESS_LIFETIME_S = 30.0
 MOST_ASKED = 8
 """How many are asked what they hold of us."""
+MOST_TOLD = 16
+"""How many are told at once of a decision that someone brings."""
 ANSWER_S = 3.0
 MOVED_S = 0.5
 """For how long our addresses are left to settle once they changed, before we say it: a relay gone, another found."""
@@ -135,6 +139,8 @@ class Swarm:
         self._running: set[asyncio.Task[None]] = set()
         self._answering: dict[PeerId, list[Send]] = {}
         """What is still to be sent to each peer that is being answered: one message at a time."""
+        self._handing_on: set[asyncio.Task[None]] = set()
+        """Decisions that someone brought, on their way to others."""
         self._over = False
         """Whether we are leaving: from then on gossip that arrives is ignored."""
 
@@ -166,15 +172,18 @@ class Swarm:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._handing_on:
+            await asyncio.wait(self._handing_on, timeout=ANSWER_S)
         self._over = True
         for task in self._running:
             task.cancel()
         await self._tasks.__aexit__(kind, error, trace)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = self._tasks.create_task(work)
         task.add_done_callback(self._ended)  # right behind the task group's own, which takes no more after a failure
         self._running.add(task)
+        return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
@@ -223,7 +232,7 @@ class Swarm:
 
     def accuse(self, sort: str, one: bytes, other: bytes) -> bool:
         """Spread the proof that two signed things are, if they are one and news; whether they are."""
-        return self._verdicts.accuse(sort, one, other)
+        return self._verdicts.accuse(sort, one, other, now=self.now())
 
     @property
     def decisions(self) -> Decisions:
@@ -232,7 +241,17 @@ class Swarm:
 
     def decide(self, raw: bytes) -> str | None:
         """Spread a decision that someone brings; why it is refused, or None if it holds from now on."""
-        return self._verdicts.decide(raw, now=self.now())
+        refused = self._verdicts.decide(raw, now=self.now())
+        if refused is None and not self._over:
+            self._hand_on(raw)
+        return refused
+
+    def _hand_on(self, raw: bytes) -> None:
+        """Tell some others at once, and before we leave: it may be we who are put out. Gossip tells the rest."""
+        for peer in self._rng.sample(self._known, min(len(self._known), MOST_TOLD)):
+            task = self._spawn(self._send(Send(peer, Push((raw,)))))
+            self._handing_on.add(task)
+            task.add_done_callback(self._handing_on.discard)
 
     def _trusted(self) -> list[PeerId]:
         """Whoever is there and not proven to lie."""
@@ -340,8 +359,10 @@ class Swarm:
         return []
 
     async def _on_mine(self, peer: PeerId, raw: bytes) -> bytes:
-        held = (self.records.get(kind, peer, now=self.now()) for kind in KINDS)
-        return msgspec.msgpack.encode([record.raw for record in held if record is not None])
+        now = self.now()
+        said = [self.records.get(kind, peer, now=now) for kind in MEMBER_KINDS]
+        decided = [self.decisions.on(register, peer, now=now) for register in REGISTERS]
+        return msgspec.msgpack.encode([held.raw for held in (*said, *decided) if held is not None])
 
     async def _keep_watching(self) -> None:
         await self._twin_found.wait()
@@ -394,7 +415,7 @@ class Swarm:
             self._refused(error.reason)
             return b""
         self._answer_with(peer, effects)
-        self._verdicts.take(effect.entry for effect in effects if isinstance(effect, Changed))
+        self._verdicts.take((effect.entry for effect in effects if isinstance(effect, Changed)), now=self.now())
         return b""
 
     def _answer_with(self, peer: PeerId, effects: list[Effect]) -> None:
@@ -437,7 +458,7 @@ class Swarm:
     def _take(self, raw: bytes) -> None:
         with contextlib.suppress(WireError):
             entry = self._parse(raw, self.now())
-            self._verdicts.take(self.records.learn(entry) if isinstance(entry, Record) else ())
+            self._verdicts.take(self.records.learn(entry) if isinstance(entry, Record) else (), now=self.now())
 
 
 def _decode_mine(raw: bytes) -> list[bytes]:

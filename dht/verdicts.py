@@ -12,10 +12,10 @@ import msgspec
 
 from dugnad.dht import decisions, records
 from dugnad.dht.crdt import Entry, RecordMap
-from dugnad.dht.decisions import DECISION, Decision, Decisions
+from dugnad.dht.decisions import Decision, Decisions
 from dugnad.dht.evidence import Evidence, Proofs
 from dugnad.dht.identity import PeerId, nickname, write_private
-from dugnad.dht.records import Record
+from dugnad.dht.records import REGISTERS, Record
 from dugnad.dht.wire import WireError
 
 log = logging.getLogger(__name__)
@@ -61,9 +61,9 @@ class Verdicts:
             with contextlib.suppress(WireError):
                 record = records.parse_of_any_time(raw, self._run)
                 self.check(record)
-                # what was said of ourselves the others tell us anew: they may have heard better since
-                if record.kind == DECISION and record.key != self._me and self._known.merge(record):
-                    self.decisions.take(Decision.of(record))
+                if record.kind in REGISTERS:
+                    self._known.merge(record)
+        self._take_up_decisions()
 
     def parse_evidence(self, raw: bytes) -> Evidence:
         """The evidence in some bytes, if it convicts anyone. Raises WireError."""
@@ -71,48 +71,54 @@ class Verdicts:
 
     def check(self, record: Record) -> None:
         """Raises WireError for a decision that is not the organizer's."""
-        if record.kind == DECISION:
+        if record.kind in REGISTERS:
             if self._organizer is None:
                 raise WireError("not the organizer", "whose decisions count is not known here")
             decisions.check(record, self._organizer)
 
-    def accuse(self, sort: str, one: bytes, other: bytes) -> bool:
+    def accuse(self, sort: str, one: bytes, other: bytes, *, now: float) -> bool:
         """Have the proof that two signed things are spread, if they are one and news; whether they are."""
         evidence = self._proofs.convict(self._run, sort, one, other)
         if evidence is None or not self._known.merge(evidence):
             return False
-        self.take([evidence])
+        self.take([evidence], now=now)
         return True
 
     def decide(self, raw: bytes, *, now: float) -> str | None:
         """Have a decision that someone brings spread; why it is refused, or None if it holds from now on."""
         try:
             record = records.parse(raw, self._run, now=now)
-            if record.kind != DECISION:
+            if record.kind not in REGISTERS:
                 raise WireError("unknown kind", f"a {record.kind} record is no decision")
             self.check(record)
         except WireError as error:
             return str(error)
         if not self._known.merge(record):
             return "there is a newer decision on that, or no room for another"
-        self.take([record])
+        self.take([record], now=now)
         return None
 
-    def take(self, news: Iterable[Entry]) -> None:
+    def take(self, news: Iterable[Entry], *, now: float) -> None:
         """Do what is new in the map calls for: what was decided, and who is convicted, is told once, and kept."""
         news = list(news)
-        said = [Decision.of(one) for one in news if isinstance(one, Record) and one.kind == DECISION]
-        decided = [one for one in said if self.decisions.take(one)]
-        for one in decided:
-            _tell_decision(one)
-        if decided:
-            write_private(self._decisions_file, msgspec.msgpack.encode([one.raw for one in self.decisions.all()]))
+        said = [Decision.of(one) for one in news if isinstance(one, Record) and one.kind in REGISTERS]
         convicting = [entry for entry in news if isinstance(entry, Evidence)]
+        if said or convicting:  # whoever is convicted takes what it decided along
+            self._take_up_decisions()
+        for one in said:
+            if self.decisions.on(one.register, one.subject, now=now) == one:
+                _tell_decision(one)
+        if said:
+            write_private(self._decisions_file, msgspec.msgpack.encode([one.raw for one in self.decisions.all()]))
         for evidence in convicting:
             self._tell_of(evidence)
         if convicting:
             against = (self._known.evidence_against(peer) for peer in self._known.quarantined())
             write_private(self._evidence_file, msgspec.msgpack.encode([one.raw for one in against if one is not None]))
+
+    def _take_up_decisions(self) -> None:
+        """Know what stands in the map: it forgets what expired, and what finds no room."""
+        self.decisions.replace(map(Decision.of, self._known.decisions()))
 
     def _tell_of(self, evidence: Evidence) -> None:
         why = f"it signed two contradicting {evidence.sort}"

@@ -30,6 +30,7 @@ from dugnad.peer.folder import Folder, Role
 
 _ANSWER_S = 5.0
 MAX_ADDRESSES = 16
+_INVITE = "dugnad1:"
 _DURATION = re.compile(r"(\d{1,6})\s*(min|h|d|w)")
 _UNIT_S = {"min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
@@ -120,17 +121,26 @@ class Organizer:
     def decide(self, who: str, verdict: str, reason: str = "") -> tuple[str, str]:
         """Decide about a peer (a key, or a nickname that one peer has), or about the ticket of an invite, for everyone.
 
-        Returns who that is, for people, and whom the run admits. Raises AskError where nobody can be told or it is
-        not clear who is meant.
+        Returns who that is, for people, and what keeps it out all the same, "" if nothing does. Raises AskError where
+        nobody can be told, where it is not clear who is meant, or where that can't be said of it or in this run.
         """
+        of_invite = who.startswith(_INVITE)
+        if verdict == "revoke" and not of_invite:
+            raise ask.AskError(
+                f'"{who}" is no invite: revoke takes the whole text of one, {_INVITE}... To put a peer out: dugnad ban'
+            )
+        if verdict != "revoke" and of_invite:
+            raise ask.AskError(f"that is an invite, and no peer. To let nobody in by it: dugnad revoke {_INVITE}...")
         if self._living() is None:
             raise ask.AskError(
                 f"{self._through.path}: no role is running here that could tell the others. Name the folder of one "
                 "that is with --through DIR: a volunteer's will do."
             )
         said, known = self._status(), self._known()
+        if verdict == "allow" and said["admission"] != ALLOW_LIST:
+            raise ask.AskError(_NO_LIST[said["admission"]].format(key=who))
         run = bytes.fromhex(said["run"])
-        subject, name = self._subject(who, run, said, known)
+        subject, name = _ticket(who, run) if of_invite else _peer(who, said, known)
         after_s = max((one["at_s"] for one in known if one["subject"] == subject), default=0.0)
         try:
             record = decisions.decide(self.key, run, subject, verdict, reason, now=self._now(), after_s=after_s)
@@ -139,29 +149,7 @@ class Organizer:
         refused = self._request("/decision", record.raw)["refused"]
         if refused is not None:
             raise ask.AskError(f"{self._through.path}: the role there refuses it: {refused}")
-        return name, said["admission"]
-
-    def _subject(self, who: str, run: bytes, said: dict[str, Any], known: list[dict[str, Any]]) -> tuple[str, str]:
-        if who.startswith("dugnad1:"):
-            given = parse_invite(who)
-            if given.run != run or given.ticket is None:
-                raise ask.AskError("that invite holds no ticket of this run")
-            ticket = given.ticket.of(run, Identity.from_seed(given.ticket.seed).peer_id).id.hex()
-            return ticket, f"ticket {ticket[:8]}"
-        with contextlib.suppress(ValueError):
-            public_key_of(PeerId(who))
-            return who, f"{nickname(PeerId(who))} ({who})"
-        known_peers = {said["peer"], said["coordinator"]["peer"], *said["committee"]}
-        known_peers |= {peer["peer"] for peer in said["peers"]} | {one["subject"] for one in known}
-        found = sorted(peer for peer in known_peers if nickname(PeerId(peer)) == who)
-        if len(found) == 1:
-            return found[0], f"{who} ({found[0]})"
-        if found:
-            keys = "\n".join(f"     {peer}" for peer in found)
-            raise ask.AskError(f"{len(found)} peers are called {who}; say which by its key:\n{keys}")
-        raise ask.AskError(
-            f"nobody here is called {who}. Name the peer by its key, 12D3KooW...; dugnad status lists who is here."
-        )
+        return name, _still_out(subject, verdict, said["admission"], known)
 
     # -- the role through which we are heard
 
@@ -199,6 +187,44 @@ class Organizer:
             raise ask.AskError(f"{self._through.path}: the {role.role} (pid {role.pid}) says: {error}") from error
 
 
+def _ticket(invite: str, run: bytes) -> tuple[str, str]:
+    """The id of the ticket in an invite, and its name for people. Raises AskError."""
+    given = parse_invite(invite)
+    if given.run != run or given.ticket is None:
+        raise ask.AskError("that invite holds no ticket of this run")
+    ticket = given.ticket.of(run, Identity.from_seed(given.ticket.seed).peer_id).id.hex()
+    return ticket, f"ticket {ticket[:8]}"
+
+
+def _peer(who: str, said: dict[str, Any], known: list[dict[str, Any]]) -> tuple[str, str]:
+    """The key of a peer, and its name for people; `who` is one of the two. Raises AskError."""
+    with contextlib.suppress(ValueError):
+        public_key_of(PeerId(who))
+        return who, f"{nickname(PeerId(who))} ({who})"
+    known_peers = {said["peer"], said["coordinator"]["peer"], *said["committee"]}
+    known_peers |= {peer["peer"] for peer in (*said["peers"], *said.get("paths", ()))}
+    known_peers |= {one["subject"] for one in known if one["verdict"] != "revoke"}
+    found = sorted(peer for peer in known_peers if nickname(PeerId(peer)) == who)
+    if len(found) == 1:
+        return found[0], f"{who} ({found[0]})"
+    if found:
+        keys = "\n".join(f"     {peer}" for peer in found)
+        raise ask.AskError(f"{len(found)} peers are called {who}; say which by its key:\n{keys}")
+    raise ask.AskError(
+        f"nobody here is called {who}. Name the peer by its key, 12D3KooW...; dugnad status lists who is here."
+    )
+
+
+def _still_out(subject: str, verdict: str, admission: str, known: list[dict[str, Any]]) -> str:
+    """Why that peer can't join though this was said of it; "" if it can, by all that was `known` before."""
+    before = {one["verdict"] for one in known if one["subject"] == subject}
+    if verdict == "allow" and "ban" in before:
+        return f"it is banned all the same, until you say: dugnad unban {subject}"
+    if verdict == "unban" and admission == ALLOW_LIST and "allow" not in before:
+        return f"it is not on the allow-list; to put it there: dugnad allow {subject}"
+    return ""
+
+
 def _in_words(terms: Terms) -> str:
     places = "any number of members" if not terms.uses else "1 member" if terms.uses == 1 else f"{terms.uses} members"
     whose = f", for {terms.bound} alone" if terms.bound else ""
@@ -210,4 +236,9 @@ def _in_words(terms: Terms) -> str:
 _NO_TICKETS = {
     OPEN: "this run is open: anyone may join by this invite, for whom it is and until when can't be limited",
     ALLOW_LIST: "this run has an allow-list: whoever joins by this invite needs your word as well: dugnad allow KEY",
+}
+_NO_LIST = {
+    OPEN: "this run has no allow-list: it is open, and anyone may join who is not banned. To lift a ban: dugnad unban",
+    INVITED: "this run has no allow-list: its members come by invitation. An invite for that peer alone: "
+    "dugnad invite --key {key}",
 }

@@ -76,10 +76,8 @@ def allow(
     with told_errors():
         from dugnad.peer.admit import Organizer, key_of
 
-        who, kind = Organizer(directory, through).decide(key_of(key), "allow")
-        print(f"allowed {who}: it can join from now on")
-        if kind != "allow-list":
-            _note(f"this run admits by another rule ({kind}), so that makes no difference to it")
+        name, still_out = Organizer(directory, through).decide(key_of(key), "allow")
+        print(f"allowed {name}: {still_out or 'it can join from now on'}")
 
 
 def ban(
@@ -111,8 +109,8 @@ def unban(
     with told_errors():
         from dugnad.peer.admit import Organizer
 
-        name, _ = Organizer(directory, through).decide(who, "unban")
-        print(f"unbanned {name}: it can join again")
+        name, still_out = Organizer(directory, through).decide(who, "unban")
+        print(f"unbanned {name}: {still_out or 'it can join again'}")
 
 
 def revoke(

@@ -20,6 +20,7 @@ _KNOWN = {
     "dugnad.monitoring.exporter.PortTaken": FAILED,
     "dugnad.coordinator.damage.CheckpointError": FAILED,
     "dugnad.coordinator.chain.ChainError": FAILED,
+    "dugnad.coordinator.service.Dismissed": FAILED,
     "dugnad.coordinator.state.RestoreError": FAILED,
     "dugnad.coordinator.sync.SyncError": FAILED,
     "dugnad.coordinator.ledger.LedgerError": FAILED,

@@ -73,10 +73,11 @@ class Face:
         """What keeps a peer out that says hello, as far as its name alone tells."""
         role = self.role
         refusal = None if role is None else role.follower.refuses(peer)
-        # who comes by invitation shows its claim later
-        if role is None or refusal is None or (refusal.code != BANNED and role.charter.admission != ALLOW_LIST):
+        if role is None or refusal is None:
             return Verdict()
-        return Verdict(refusal.code, refusal.why)
+        # who comes by invitation shows its claim later; and without the chain, we do not know whom it admitted
+        judged = role.charter.admission == ALLOW_LIST and role.follower.model is not None
+        return Verdict(refusal.code, refusal.why) if judged or refusal.code == BANNED else Verdict()
 
     def refuses(self, peer: PeerId, claim: bytes) -> str | None:
         """Why `peer`, who shows this claim, may have no direct connection with us."""
@@ -119,8 +120,8 @@ class Face:
         return "this role is only starting" if self.swarm is None else self.swarm.decide(raw)
 
     def decisions(self) -> list[dict[str, object]]:
-        """What the organizer has decided, oldest first."""
-        known = [] if self.swarm is None else self.swarm.decisions.all()
+        """What the organizer has decided, as far as it counts, oldest first."""
+        known = [] if self.swarm is None else self.swarm.decisions.holding(now=self.swarm.now())
         return [
             {"subject": said.subject, "verdict": said.verdict, "reason": said.reason, "at_s": said.at_s}
             for said in known

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -34,6 +34,7 @@ from dugnad.peer.network import Network
 log = logging.getLogger(__name__)
 
 _REMEMBER_S = 5.0
+_GREET_AGAIN_S = 5.0
 UNKNOWN_UPLINK = 1.0
 """Until uplinks are measured, all count as the same."""
 
@@ -57,7 +58,7 @@ class Way:
     @property
     def invited(self) -> list[PeerId]:
         """The peers that the invite names."""
-        return list(dict.fromkeys(PeerId(address.rpartition("/p2p/")[2]) for address in self.bootstrap))
+        return list(dict.fromkeys(map(_peer_at, self.bootstrap)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +118,9 @@ async def placed(
 ) -> AsyncIterator[Place]:
     """Be a peer of the run, whom others can see and ask; may_wait: also while none of them is there."""
     known = tuple(dict.fromkeys((*way.bootstrap, *folder.remembered())))
+    peers = [peer for peer in dict.fromkeys(map(_peer_at, known)) if peer != folder.identity().peer_id]
     try:
-        async with _connected(role, folder, way, listen, network, known) as place:
+        async with _connected(role, folder, way, listen, network, known, peers) as place:
             yield place
     except BootstrapError as error:
         if not may_wait:
@@ -126,15 +128,26 @@ async def placed(
         log.info("nobody is there yet: %s", error)
     else:
         return
-    async with _connected(role, folder, way, listen, network, ()) as place:
+    async with _connected(role, folder, way, listen, network, (), peers) as place:
         for address in known:
-            await place.host.learn(PeerId(address.rpartition("/p2p/")[2]), (address,))
+            await place.host.learn(_peer_at(address), (address,))
         yield place
+
+
+def _peer_at(address: str) -> PeerId:
+    """Whose multiaddr that is."""
+    return PeerId(address.rpartition("/p2p/")[2])
 
 
 @contextlib.asynccontextmanager
 async def _connected(
-    role: RoleName, folder: Folder, way: Way, listen: str, network: Network, bootstrap: tuple[str, ...]
+    role: RoleName,
+    folder: Folder,
+    way: Way,
+    listen: str,
+    network: Network,
+    bootstrap: tuple[str, ...],
+    known: Sequence[PeerId],
 ) -> AsyncIterator[Place]:
     identity = folder.identity()
     face = Face(Metrics(role, way.run.hex()[:8], nickname=nickname(identity.peer_id)))
@@ -156,7 +169,7 @@ async def _connected(
             owner_of=owner_of,
             ways=Ways(announce=network.announce, extra_ports=(rendezvous.carrier.port,)),
         ) as host,
-        _greeted(host, way, face),
+        _greeted(host, way, face, role, known),
         Swarm(
             host,
             identity,
@@ -199,11 +212,45 @@ def _acquaintances(host: Host, rendezvous: Rendezvous, swarm: Swarm, face: Face)
 
 
 @contextlib.asynccontextmanager
-async def _greeted(host: Host, way: Way, face: Face) -> AsyncIterator[None]:
-    """Say hello, and answer it, before anything else: who does not fit should hear why. Raises TurnedAway."""
+async def _greeted(host: Host, way: Way, face: Face, role: RoleName, known: Sequence[PeerId]) -> AsyncIterator[None]:
+    """Say hello, and answer it, before anything else: who does not fit should hear why. Raises TurnedAway.
+
+    If nobody is there who answers, all who are `known` are asked again and again until somebody does; what they say
+    against us is raised in a group then.
+    """
     await hello.serve(host, way.run, way.name, judge=face.judge, seen=host.seen_at)
-    await hello.greet(host, [peer for peer in way.invited if peer in host.contacts.peers], way.run)
-    yield
+    if not known or await _greet_all(host, way, role, host.contacts.peers):
+        yield
+        return
+    async with asyncio.TaskGroup() as tasks:
+        greeting = tasks.create_task(_keep_greeting(host, way, role, known))
+        yield
+        greeting.cancel()
+
+
+async def _keep_greeting(host: Host, way: Way, role: RoleName, peers: Sequence[PeerId]) -> None:
+    while not await _greet_all(host, way, role, peers):
+        await asyncio.sleep(_GREET_AGAIN_S)
+
+
+async def _greet_all(host: Host, way: Way, role: RoleName, peers: Sequence[PeerId]) -> bool:
+    """Say hello to those, first to whom the invite names; whether anyone answered. Raises TurnedAway."""
+    invited = [peer for peer in way.invited if peer in peers]
+    others = [peer for peer in peers if peer not in invited]
+    return await _greet(host, way, role, invited) or await _greet(host, way, role, others)
+
+
+async def _greet(host: Host, way: Way, role: RoleName, peers: Sequence[PeerId]) -> bool:
+    """Say hello to those; whether anyone answered. Raises TurnedAway."""
+    try:
+        return await hello.greet(host, peers, way.run) is not None
+    except hello.TurnedAway as error:
+        if role == "coordinator" and error.code == hello.NOT_ADMITTED:
+            return True  # nobody admits a coordinator: it shows its delegation to those who lead
+        if error.code == hello.OTHER_RUN and not set(way.invited).intersection(peers):
+            log.info("%s", error)  # one whom we remember, and who is somewhere else by now
+            return False
+        raise
 
 
 def tcp_port(host: Host) -> int:

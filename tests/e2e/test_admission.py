@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dugnad.coordinator.chain import Chain
-from dugnad.dht.identity import PeerId, nickname
+from dugnad.dht.identity import Identity, PeerId, nickname
 from tests.e2e.processes import Running, Start, dugnad, endless
 
 pytestmark = pytest.mark.timeout(240)
@@ -18,6 +18,13 @@ def alone(directory: Path) -> Path:
     """A recipe without an end, whose rounds go on with a single volunteer."""
     recipe = endless(directory)
     recipe.write_text(recipe.read_text().replace("min_peers = 2", "min_peers = 1"))
+    return recipe
+
+
+def listed(directory: Path) -> Path:
+    """The same, for those on the organizer's list."""
+    recipe = alone(directory)
+    recipe.write_text(recipe.read_text().replace('kind = "invited"', 'kind = "allow-list"'))
     return recipe
 
 
@@ -76,3 +83,58 @@ def test_who_is_banned_by_its_nickname_is_out_within_a_round_and_unbanned_is_bac
     coordinator.kill()
     resumed = start("coordinator", "launch", "--resume", coordinator.directory)
     resumed.until(lambda said: bool(said["leads"]), "leading again by the delegation that it was left with")
+
+
+def test_a_banned_coordinator_tells_the_others_and_stays_out_until_it_is_unbanned(start: Start, tmp_path: Path) -> None:
+    coordinator = start("coordinator", "launch", alone(tmp_path))
+    volunteers = [start(f"volunteer-{k}", "join", coordinator.invite()) for k in range(2)]
+    me = coordinator.until(lambda said: counts(said) == 3, "both volunteers")["peer"]
+    banned = "dugnad: E403 the organizer has banned your key (moved). Only the organizer can take that back."
+    ran("ban", me, "--reason", "moved", "--dir", coordinator.directory)
+    assert refused(coordinator) == banned
+    for one in volunteers:
+        at = one.until(lambda said: me not in said["committee"], "a committee without it")["round"]
+        one.until(at_round(at + 2), "rounds without it")
+    resumed = start("coordinator", "launch", "--resume", coordinator.directory)
+    assert refused(resumed) == banned
+    ran("unban", me, "--dir", coordinator.directory, "--through", volunteers[1].directory)
+    resumed = start("coordinator", "launch", "--resume", coordinator.directory)
+    resumed.until(lambda said: bool(said["leads"]), "leading again")
+    ran("ban", me, "--reason", "moved", "--dir", coordinator.directory)
+    assert refused(resumed) == banned
+    for one in volunteers:
+        one.kill()
+    resumed = start("coordinator", "launch", "--resume", coordinator.directory)
+    assert refused(resumed) == banned, "it finds nobody, and remembers"
+
+
+def test_in_an_allow_list_run_whoever_is_on_the_list_takes_part_and_a_new_coordinator_by_run_key_alone(
+    start: Start, tmp_path: Path
+) -> None:
+    coordinator = start("coordinator", "launch", listed(tmp_path))
+    stranger = start("stranger", "join", coordinator.invite())
+    run, elsewhere = coordinator.directory, tmp_path / "elsewhere"
+    early = Identity.load_or_create(tmp_path / "early" / "identity.key").peer_id
+    ran("allow", early, "--dir", run)
+    other = start("early", "join", coordinator.invite())
+    unlisted = refused(stranger)
+    key = Identity.load_or_create(stranger.directory / "identity.key").peer_id
+    assert unlisted == f"dugnad: E401 you are not on the allow-list. Your key: {key} (send it to the organizer)."
+    name = f"{nickname(key)} ({key})"
+    assert ran("allow", key, "--dir", run) == f"allowed {name}: it can join from now on\n"
+    stranger = start("stranger", "join", coordinator.invite())
+    coordinator.until(lambda said: {key, early} <= {*said["committee"]}, "both of the list")
+    assert rounds_with(coordinator, key)
+    ran("ban", key, "--dir", run)
+    assert refused(stranger).startswith("dugnad: E403 the organizer has banned your key.")
+    assert ran("unban", key, "--dir", run) == f"unbanned {name}: it can join again\n"
+    start("stranger", "join", coordinator.invite())
+    coordinator.until(lambda said: counts(said) == 3, "both again")
+    coordinator.kill()
+    elsewhere.mkdir()
+    (run / "run.key").rename(elsewhere / "run.key")
+    invite = ran("invite", "--dir", other.directory).strip()
+    resumed = start("elsewhere", "launch", "--resume", elsewhere, "--invite", invite)
+    resumed.until(lambda said: bool(said["leads"]), "leading in its own name")
+    with contextlib.closing(Chain(elsewhere / "chain.sqlite", read_only=True)) as chain:
+        assert any(commit.block.admissions for commit in chain.commits())

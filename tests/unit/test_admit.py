@@ -14,7 +14,7 @@ from dugnad.configs.recipe import AdmissionSettings, encode, load
 from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.messages import Genesis
 from dugnad.dht import records
-from dugnad.dht.decisions import Decision, check
+from dugnad.dht.decisions import Decision, Decisions, check
 from dugnad.dht.identity import Identity, PeerId, nickname
 from dugnad.dht.invite import Invite, parse_invite
 from dugnad.dht.invite import check as check_invite
@@ -111,6 +111,8 @@ class Living:
 
     def __init__(self, folder: Folder, patch: pytest.MonkeyPatch, peers: list[PeerId]) -> None:
         self.folder, self.peers, self.refuses = folder, peers, None
+        self.admission = "invited"
+        self.paths: list[PeerId] = []
         self.taken: list[records.Record] = []
         self.run = b""
         with contextlib.closing(Chain(folder.chain, read_only=True)) as chain:
@@ -125,12 +127,15 @@ class Living:
     def status(self) -> dict[str, Any]:
         return {
             "run": self.run.hex(), "peer": ANN, "coordinator": {"peer": ANN}, "committee": [ANN],
-            "admission": "invited", "peers": [{"peer": peer} for peer in self.peers], "clock_offset_s": 100.0,
+            "admission": self.admission, "peers": [{"peer": peer} for peer in self.peers], "clock_offset_s": 100.0,
+            "paths": [{"peer": peer} for peer in self.paths],
         }  # fmt: skip
 
     def answer(self, path: str, body: bytes | None) -> Any:
         if path == "/decisions":
-            return [json.loads(msgspec.json.encode(_row(Decision.of(record)))) for record in self.taken]
+            known = Decisions()
+            known.replace(map(Decision.of, self.taken))
+            return [json.loads(msgspec.json.encode(_row(said))) for said in known.holding(now=NOW)]
         assert path == "/decision"
         assert body is not None
         record = records.parse_of_any_time(body, self.run)
@@ -174,6 +179,13 @@ def test_who_is_meant_must_be_clear(folder: Folder, monkeypatch: pytest.MonkeyPa
     assert "nobody here is called red-fox" in nobody.stderr
 
 
+def test_whoever_dugnad_peers_shows_can_be_named(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    living = Living(folder, monkeypatch, [])
+    living.paths = [EVE]
+    said = CliRunner().invoke(cli.app, ["ban", nickname(EVE), "--dir", str(folder.path)])
+    assert said.stdout == f"banned {nickname(EVE)} ({EVE}): out from the next round on\n", said.stderr
+
+
 def test_an_invite_that_got_about_is_revoked_by_its_text(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     said = CliRunner().invoke(cli.app, ["invite", "--dir", str(folder.path), "--uses", "5"])
     invite = parse_invite(said.stdout)
@@ -183,6 +195,56 @@ def test_an_invite_that_got_about_is_revoked_by_its_text(folder: Folder, monkeyp
     assert invite.ticket is not None
     key = Identity.from_seed(invite.ticket.seed).peer_id
     assert living.taken[0].key == invite.ticket.of(invite.run, key).id.hex()
+
+
+@pytest.mark.parametrize(
+    ("command", "of_invite", "advice"),
+    [
+        ("ban", True, "dugnad revoke dugnad1:"),
+        ("unban", True, "dugnad revoke dugnad1:"),
+        ("allow", True, "is no key of a peer"),
+        ("revoke", False, "To put a peer out: dugnad ban"),
+    ],
+)
+def test_a_word_of_the_wrong_sort_of_subject_is_not_signed(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, command: str, of_invite: bool, advice: str
+) -> None:
+    invite = CliRunner().invoke(cli.app, ["invite", "--dir", str(folder.path), "--uses", "5"]).stdout.strip()
+    living = Living(folder, monkeypatch, [EVE])
+    living.admission = "allow-list"
+    said = CliRunner().invoke(cli.app, [command, invite if of_invite else EVE, "--dir", str(folder.path)])
+    assert (said.exit_code, advice in said.stderr) == (1, True), said.stderr
+    assert living.taken == []
+
+
+@pytest.mark.parametrize(
+    ("admission", "advice"),
+    [("invited", f"dugnad invite --key {EVE}"), ("open", "anyone may join who is not banned")],
+)
+def test_nobody_is_put_on_a_list_that_the_run_does_not_have(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, admission: str, advice: str
+) -> None:
+    living = Living(folder, monkeypatch, [EVE])
+    living.admission = admission
+    said = CliRunner().invoke(cli.app, ["allow", EVE, "--dir", str(folder.path)])
+    assert (said.exit_code, advice in said.stderr) == (1, True), said.stderr
+    assert living.taken == []
+
+
+def test_what_is_said_of_list_and_ban_is_what_then_is_so(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    living = Living(folder, monkeypatch, [EVE])
+    living.admission = "allow-list"
+
+    def said(command: str) -> str:
+        done = CliRunner().invoke(cli.app, [command, EVE, "--dir", str(folder.path)])
+        assert done.exit_code == 0, done.output
+        return done.stdout.partition(": ")[2].strip()
+
+    assert said("ban") == "out from the next round on"
+    assert said("unban") == f"it is not on the allow-list; to put it there: dugnad allow {EVE}"
+    assert said("ban") == "out from the next round on"
+    assert said("allow") == f"it is banned all the same, until you say: dugnad unban {EVE}"
+    assert said("unban") == "it can join again"
 
 
 def test_what_the_role_refuses_is_told(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

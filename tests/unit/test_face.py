@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from dugnad.coordinator.admission import Refusal
+from dugnad.dht.hello import Verdict
 from dugnad.dht.identity import PeerId
 from dugnad.monitoring.metrics import Metrics
 from dugnad.peer import report
@@ -81,3 +83,29 @@ def test_the_terminal_says_by_which_ways_others_are_reached_and_again_only_when_
     paths.append({"peer": "dan", "nickname": "dan", "path": "direct", **rates})
     face.look()
     assert caplog.records[-1].getMessage().startswith("Paths to 3 peers: 1 direct, 2 relayed (bob, cid). ")
+
+
+@pytest.mark.parametrize(
+    ("admission", "code", "has_model", "told"),
+    [
+        ("allow-list", "E401", True, "E401"),
+        ("allow-list", "E401", False, ""),
+        ("allow-list", "E403", False, "E403"),
+        ("invited", "E401", True, ""),
+        ("invited", "E102", True, ""),
+        ("invited", "E403", True, "E403"),
+        ("open", "E403", True, "E403"),
+        ("open", None, True, ""),
+    ],
+)
+def test_a_hello_is_judged_by_what_a_name_alone_tells(
+    admission: str, code: str | None, has_model: bool, told: str
+) -> None:
+    refusal = None if code is None else Refusal(code, "in short", "a sentence", "why")
+    follower = SimpleNamespace(refuses=lambda peer: refusal, model=b"m" * 32 if has_model else None)
+    face = Face(Metrics("volunteer", "ab" * 4))
+    assert face.judge(PeerId("eve")) == Verdict(), "before there is a role"
+    role: Any = SimpleNamespace(follower=follower, charter=SimpleNamespace(admission=admission))
+    face.role = role
+    assert face.judge(PeerId("eve")) == Verdict(told, "why" if told else "")
+    assert face.bars(PeerId("eve")) == (told == "E403")

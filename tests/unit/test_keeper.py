@@ -12,7 +12,7 @@ from dugnad.coordinator import ranges
 from dugnad.coordinator.awaited import SETTLE_S
 from dugnad.coordinator.effects import Effect, Refused, Send
 from dugnad.coordinator.follower import FOLLOWING, Follower
-from dugnad.coordinator.keeper import Keeper
+from dugnad.coordinator.keeper import BANNED_S, Keeper
 from dugnad.coordinator.ledger import Ledger
 from dugnad.coordinator.membership import Stage
 from dugnad.coordinator.messages import (
@@ -31,6 +31,7 @@ from dugnad.coordinator.messages import (
 )
 from dugnad.coordinator.patience import Patience
 from dugnad.coordinator.rounds import Leader, Phase
+from dugnad.dht.decisions import Decision
 from dugnad.dht.delegation import Delegation
 from dugnad.dht.identity import PeerId
 from dugnad.dht.paths import Abilities, Reach
@@ -435,3 +436,17 @@ def test_what_keeps_it_from_going_does_so_for_leave_s_at_most() -> None:
     follows.stop(now=1.0)
     assert not follows.may_go(now=LEAVE_S + 0.9)
     assert follows.may_go(now=LEAVE_S + 1.0)
+
+
+def test_a_banned_coordinator_votes_itself_out_and_goes_then_or_after_a_while() -> None:
+    keeper = a_keeper(*ONE)
+    reported(keeper, A, B, C, now=0.0, stage=Stage.SYNCING)
+    keeper.follower.admission.decisions.take(Decision(FOUNDER, "ban", "poison", 0.0, float("inf"), b""))
+    (proposal, *_) = said(keeper.tick(now=1.0), Proposal)
+    assert {voter.peer for voter in proposal.block.committee} == {A, B, C}
+    assert keeper.dismissed == keeper.reason
+    assert keeper.reason.startswith("E403 the organizer has banned your key (poison)")
+    assert not keeper.may_go(now=1.0 + BANNED_S - 0.1)
+    assert keeper.may_go(now=1.0 + BANNED_S)
+    committed(keeper, proposal.block, view=0, now=2.0)
+    assert keeper.may_go(now=2.0)

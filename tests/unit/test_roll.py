@@ -9,8 +9,10 @@ from msgspec.structs import replace
 from dugnad.coordinator import admission
 from dugnad.coordinator.admission import GRACE_S, Admission
 from dugnad.coordinator.audit import audit
+from dugnad.coordinator.follower import Follower
 from dugnad.coordinator.ledger import Charter, Ledger, LedgerError
 from dugnad.coordinator.messages import ADMISSIONS_BYTES, Block, Commit
+from dugnad.coordinator.patience import Patience
 from dugnad.coordinator.roll import Gate
 from dugnad.dht.decisions import Decision, Decisions, decide
 from dugnad.dht.identity import Identity, PeerId, verify
@@ -346,6 +348,28 @@ def test_a_member_whose_longer_ticket_is_good_no_more_contributes_without_it(led
     assert now.admission.proofs([(PeerId("c"), shown("c", longer))]) == {"c": b""}
     now.at_s += 50
     assert now.admission.proofs([(PeerId("c"), shown("c", longer))]) == {}
+
+
+def test_on_an_allow_list_voters_and_the_coordinator_stand_whoever_is_on_it_or_not() -> None:
+    charter = dataclasses.replace(CHARTER, admission="allow-list")
+    ledger = Ledger(charter, SIGNER)
+    now = Now(ledger)
+    follower = Follower(SIGNER, ledger, Patience(1.0, 1.0, 1.0), bytes(8), now.admission)
+
+    def code(peer: str) -> str:
+        refusal = follower.refuses(PeerId(peer))
+        return "" if refusal is None else refusal.code
+
+    assert [code(FOUNDER), code("e"), code("new coordinator")] == ["", "E401", "E401"]
+    follower.receive(PeerId("new coordinator"), delegation(PeerId("new coordinator"), 2), now=0.0)
+    assert code("new coordinator") == "", "its delegation says that it may act for the organizer"
+    now.decide("allow", "e")
+    assert code("e") == ""
+    for verdict, wanted in (("ban", "E403"), ("unban", "")):
+        now.at_s += 1
+        now.decide(verdict, "e")
+        now.decide(verdict, "new coordinator")
+        assert [code("e"), code("new coordinator")] == [wanted, wanted]
 
 
 def test_a_claim_is_shown_until_the_chain_has_it(ledger: Ledger) -> None:

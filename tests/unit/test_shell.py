@@ -23,7 +23,7 @@ from dugnad.coordinator.effects import Promises, Remember, Rewind, Send, Store
 from dugnad.coordinator.membership import Stage
 from dugnad.coordinator.messages import Commits, CommitsRequest, Plan, Proposal, Report, StateOffer, StateRequest
 from dugnad.coordinator.replica import REPLAY_ROUNDS
-from dugnad.coordinator.service import Coordinator
+from dugnad.coordinator.service import Coordinator, Dismissed
 from dugnad.coordinator.shell import CODEC, ROUND_CHANNEL, Shell
 from dugnad.coordinator.state import Model
 from dugnad.coordinator.surroundings import Surroundings
@@ -31,12 +31,14 @@ from dugnad.coordinator.tensorfile import WEIGHTS
 from dugnad.dht import bulk
 from dugnad.dht.blobs import Blobs
 from dugnad.dht.budget import Budget
+from dugnad.dht.decisions import Decision
 from dugnad.dht.delegation import Delegation
 from dugnad.dht.identity import Identity, PeerId
 from dugnad.dht.paths import Reach
 from dugnad.dht.transport import Transport
 from dugnad.dht.wire import Message, open_sealed, seal
 from dugnad.monitoring.metrics import Metrics
+from dugnad.peer.errors import sentence_of
 from dugnad.peer.lifecycle import Work
 from dugnad.peer.session import Session
 from tests.unit.memory_transport import MemoryTransport, network
@@ -772,6 +774,24 @@ ROLES: Mapping[str, Callable[[Transport, Path, Run], tuple[Shell, Callable[[], N
     "volunteer": volunteer,
     "coordinator": coordinator,
 }
+
+
+async def test_a_banned_coordinator_saves_its_model_and_ends_with_the_words_of_the_organizer(tmp_path: Path) -> None:
+    run = Run(ANN, BOB)
+    run.grow(5)
+    run.keep_in(tmp_path)
+    async with network() as net, asyncio.timeout(LONG_S):
+        here = around(net.join(EVE.peer_id), tmp_path, run)
+        said = Decision(EVE.peer_id, "ban", "poison", 0.0, float("inf"), b"")
+        role = Coordinator(here, ORGANIZER, SmallNumerics())
+        running = asyncio.create_task(role.serve())
+        while not role.follower.at_head:
+            await asyncio.sleep(0.001)
+        here.decisions.take(said)
+        with pytest.raises(Dismissed, match=r"^E403 the organizer has banned your key \(poison\)"):
+            await running
+    assert (tmp_path / "checkpoints" / "round-000005").exists()
+    assert sentence_of(ExceptionGroup("", [Dismissed("E403 so")])) == ("E403 so", 1)
 
 
 @pytest.mark.parametrize("kind", ROLES)

@@ -29,7 +29,7 @@ from dugnad.dht.swarm import (
 )
 from dugnad.dht.transport import Unreachable
 from dugnad.dht.twin import KeyInUse
-from dugnad.dht.wire import seal
+from dugnad.dht.wire import open_sealed, seal
 
 ME, OTHER = Identity.from_seed(bytes(32)), Identity.from_seed(bytes([1] * 32))
 RUN = b"r" * 32
@@ -470,7 +470,7 @@ async def test_a_decision_by_whatever_way_it_comes_holds_and_is_known_after_a_re
         assert made.decide(decision("unban", after_s=said.at_s)) is None
         assert not made.decisions.banned(now=made.now())
         assert made.decide(said.raw) == "there is a newer decision on that, or no room for another"
-        spread = [one.raw for one in made.records.items("decision", now=made.now())]
+        spread = [one.raw for one in made.records.items("ban", now=made.now())]
     assert len(spread) == 1
 
 
@@ -490,12 +490,50 @@ async def test_where_the_organizer_is_unknown_nobody_is_heard(swarm: Enter) -> N
         assert "not known here" in str(made.decide(decision()))
 
 
-async def test_what_was_said_of_ourselves_is_heard_anew_after_a_restart(swarm: Enter) -> None:
+async def test_who_was_banned_is_so_after_a_restart_unless_others_have_heard_better(swarm: Enter) -> None:
     async with swarm(QuietHost(), organizer=ORGANIZER.peer_id) as made:
         assert made.decide(decision(on=ME)) is None
-        assert made.decide(decision(on=PEER)) is None
+        (said,) = made.decisions.all()
     async with swarm(QuietHost(), organizer=ORGANIZER.peer_id) as made:
-        assert [said.subject for said in made.decisions.all()] == [PEER.peer_id], "it may have been taken back since"
+        assert made.decisions.banned(now=made.now()).keys() == {ME.peer_id}
+    knowing = HostWhereWeAreKnown(decision("unban", on=ME, after_s=said.at_s))
+    async with swarm(knowing, organizer=ORGANIZER.peer_id) as made:
+        assert not made.decisions.banned(now=made.now()), "before we have said anything"
+
+
+async def test_who_asks_what_we_hold_of_it_hears_what_was_decided_about_it(swarm: Enter) -> None:
+    class AskedHost(QuietHost):
+        mine: Any = None
+
+        async def serve(self, channel: str, handler: Any) -> None:
+            await super().serve(channel, handler)
+            self.mine = handler if channel == MINE_CHANNEL else self.mine
+
+    host = AskedHost()
+    async with swarm(host, organizer=ORGANIZER.peer_id) as made:
+        said = [decision(verdict, on=OTHER) for verdict in ("allow", "ban")]
+        assert [made.decide(raw) for raw in (*said, decision(on=PEER))] == [None, None, None]
+        assert msgspec.msgpack.decode(await host.mine(OTHER.peer_id, b"")) == said
+
+
+async def test_what_someone_brings_is_with_another_before_we_leave(swarm: Enter) -> None:
+    class FarHost(SilentHost):
+        def __init__(self) -> None:
+            super().__init__()
+            self.handed: list[tuple[bytes, ...]] = []
+
+        async def request(self, peer: str, channel: str, payload: bytes, *, timeout_s: float) -> bytes:
+            if channel == CHANNEL and isinstance(message := open_sealed(payload, RUN, CODEC)[1], Push):
+                for _ in range(100):
+                    await asyncio.sleep(0)
+                self.handed.append(message.raws)
+                return b""
+            return await super().request(peer, channel, payload, timeout_s=timeout_s)
+
+    host, raw = FarHost(), decision(on=ME)
+    async with swarm(host, organizer=ORGANIZER.peer_id) as made:
+        assert made.decide(raw) is None
+    assert host.handed == [(raw,)]
 
 
 @pytest.mark.parametrize("num_members", [1, 100, 1000, 10_000])
