@@ -24,6 +24,7 @@ from dugnad.coordinator.roll import ALLOW_LIST, INVITED, OPEN
 from dugnad.dht import decisions
 from dugnad.dht.identity import Identity, PeerId, nickname, public_key_of
 from dugnad.dht.invite import Invite, Pass, encode_invite, parse_invite
+from dugnad.dht.multiaddrs import reaching_out
 from dugnad.dht.ticket import Terms, day_of
 from dugnad.peer import ask
 from dugnad.peer.folder import Folder, Role
@@ -107,9 +108,9 @@ class Organizer:
                 f"{self._through.path}: no run of this run.key is here, and no role of it runs here. Name the folder "
                 "of one that does with --through: a volunteer's will do."
             )
-        own = self._through.address
-        first = [] if own is None else [f"{own}/p2p/{self._through.identity().peer_id}"]
-        addresses = tuple(dict.fromkeys((*first, *self._through.remembered())))[:MAX_ADDRESSES]
+        last = self._through.listened()
+        own = () if last is None else last.addresses
+        addresses = reaching_out((*own, *self._through.remembered()))[:MAX_ADDRESSES]
         if not addresses:
             raise ask.AskError(f"{self._through.path}: it is not known here where any peer is. Start a role first.")
         recipe = decode(genesis.recipe)

@@ -3,7 +3,7 @@
 identity.key   this peer's key          run.key       the organizer's key, where the run was launched or goes on with it
 chain.sqlite   the chain, and promises  blobs/        bytes of recent rounds
 checkpoints/   the model now and then   incoming/     chunks of a model that is on its way here
-peers.json     where others were        address       where a coordinator listens
+peers.json     where others were        network.json  where this role listened, and how invites led to it
 evidence       who is proven to lie     decisions     what the organizer has decided
 role.json      while a process lives here: its pid, and where to ask it
 lock           held while a process lives here
@@ -22,6 +22,7 @@ import platformdirs
 import psutil
 
 from dugnad.dht.identity import Identity, write_private
+from dugnad.peer.network import Listened
 
 RoleName = Literal["coordinator", "volunteer"]
 
@@ -102,17 +103,16 @@ class Folder:
         """Whether the run's key is here."""
         return (self.path / "run.key").exists()
 
-    @property
-    def address(self) -> str | None:
-        """The multiaddr on which the role listened last."""
+    def listened(self) -> Listened | None:
+        """Where the role listened last."""
         try:
-            return (self.path / "address").read_text("ascii").strip()
-        except (OSError, UnicodeDecodeError):
+            return msgspec.json.decode((self.path / "network.json").read_bytes(), type=Listened)
+        except (OSError, msgspec.DecodeError):
             return None
 
-    def keep_address(self, multiaddr: str) -> None:
-        """Listen there again next time, so that invites stay good."""
-        write_private(self.path / "address", multiaddr.encode() + b"\n")
+    def keep_listened(self, where: Listened) -> None:
+        """Listen there again next time, so that invites stay good. Raises OSError."""
+        write_private(self.path / "network.json", msgspec.json.format(msgspec.json.encode(where)))
 
     def remembered(self) -> tuple[str, ...]:
         """Multiaddrs of peers that were there last time."""

@@ -9,7 +9,7 @@ import importlib
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
@@ -28,7 +28,7 @@ from dugnad.dht.ticket import Terms, day_of
 from dugnad.peer import gate
 from dugnad.peer.folder import Folder, FolderError, OtherRun
 from dugnad.peer.network import Network
-from dugnad.peer.place import Place, Way, keep_remembering, placed, tcp_port
+from dugnad.peer.place import Place, Way, keep_remembering, placed
 from dugnad.peer.terminal import live_line
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ async def launch(recipe: Recipe, folder: Folder, network: Network, *, told: Call
         with contextlib.closing(Chain(folder.chain)) as chain:
             incarnation = chain.incarnation()
         genesis = Genesis(encode(recipe), organizer, founder, incarnation, first.digest())
-        async with _coordinator_placed(folder, Way(genesis.run, recipe.name, organizer), network) as place:
+        way = Way(genesis.run, recipe.name, organizer)
+        async with placed("coordinator", folder, way, network, may_wait=True) as place:
             await _coordinate(genesis, numerics, place, folder, folder.organizer(), told)
 
 
@@ -93,7 +94,8 @@ async def resume(folder: Folder, network: Network, *, invite: Invite | None, tol
         else:
             assert genesis is not None
             way = Way(genesis.run, decode(genesis.recipe).name, genesis.organizer)
-        async with _coordinator_placed(folder, way, network) as place:
+        network = network.moved(stays=True)
+        async with placed("coordinator", folder, way, network, may_wait=True) as place:
             if genesis is None and invite is not None:
                 genesis = (await _welcome(place, invite)).genesis
             assert genesis is not None
@@ -123,10 +125,10 @@ async def join(
         kept, organizer = _kept_genesis(folder), peer_id_of(invite.organizer)
         if kept is not None and kept.run != invite.run:
             raise _other_run(folder, kept, invite)
-        back = kept is not None
+        back, network = kept is not None, network.moved(stays=False)
         # torch takes seconds to load, in which the others can be reached already
         loading = asyncio.create_task(asyncio.to_thread(importlib.import_module, "dugnad.peer.session"))
-        async with placed("volunteer", folder, Way.of(invite), network.listen, network, may_wait=back) as place:
+        async with placed("volunteer", folder, Way.of(invite), network, may_wait=back) as place:
             if not back:  # the chain knows who was here before
                 check(invite, place.identity.peer_id, now=place.swarm.now())
             genesis = kept if kept is not None else (await _welcome(place, invite)).genesis
@@ -198,14 +200,6 @@ def _other_run(folder: Folder, kept: Genesis, invite: Invite) -> OtherRun:
         f"this folder belongs to run {kept.run.hex()[:8]}, the invite to run {invite.run.hex()[:8]}. "
         "Give each run a folder of its own with --dir.",
     )
-
-
-@contextlib.asynccontextmanager
-async def _coordinator_placed(folder: Folder, way: Way, network: Network) -> AsyncIterator[Place]:
-    listen = network.listen if network.port or folder.address is None else folder.address
-    async with placed("coordinator", folder, way, listen, network, may_wait=True) as place:
-        folder.keep_address(network.listen_on(tcp_port(place.host)))  # a resumed run keeps its invites good
-        yield place
 
 
 async def _coordinate(

@@ -22,6 +22,7 @@ from dugnad.peer import admit, cli
 from dugnad.peer.admit import Organizer, seconds_of
 from dugnad.peer.ask import AskError
 from dugnad.peer.folder import Folder, Role
+from dugnad.peer.network import Listened, Said
 
 ANN, EVE = (Identity.from_seed(bytes([k]) * 32).peer_id for k in range(1, 3))
 NOW = 1_700_000_000.0
@@ -39,8 +40,13 @@ def launched(folder: Folder, kind: Any = "invited") -> Folder:
     me = folder.identity().peer_id
     with contextlib.closing(Chain(folder.chain)) as chain:
         chain.found(Genesis(encode(recipe), folder.organizer().peer_id, me, bytes(8), bytes(32)))
-    folder.keep_address("/ip4/127.0.0.1/tcp/4001")
+    led_by(folder, f"/ip4/127.0.0.1/tcp/4001/p2p/{me}")
     return folder
+
+
+def led_by(folder: Folder, *addresses: str) -> None:
+    """Keep what invites said of the role there while it ran."""
+    folder.keep_listened(Listened(said=Said(host="0.0.0.0"), port=4001, bulk_port=4002, addresses=addresses))
 
 
 def made(folder: Folder, *options: str) -> Invite:
@@ -73,6 +79,15 @@ def test_a_ticket_is_signed_where_run_key_is_though_nobody_runs(
     assert (ticket.expires, ticket.until) == (NOW + 604_800, NOW + 1_209_600)
     assert invite.addresses == (f"/ip4/127.0.0.1/tcp/4001/p2p/{folder.identity().peer_id}",)
     check_invite(invite, ANN, now=NOW)
+
+
+def test_where_nobody_runs_an_invite_names_what_invites_named_while_someone_did(folder: Folder) -> None:
+    me = folder.identity().peer_id
+    own, other = f"/ip4/203.0.113.7/tcp/4001/p2p/{me}", f"/ip4/198.51.100.9/tcp/4001/p2p/{ANN}"
+    led_by(folder, own)
+    folder.remember([other, f"/ip4/127.0.0.1/tcp/5/p2p/{ANN}"])
+    assert made(folder, "--uses", "2").addresses == (own, other)
+    assert made(folder).addresses == (own, other)
 
 
 def test_each_new_ticket_is_another_and_without_terms_it_is_that_of_the_launch(folder: Folder) -> None:
