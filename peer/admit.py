@@ -21,11 +21,12 @@ import msgspec
 from dugnad.configs.recipe import decode
 from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.roll import ALLOW_LIST, INVITED, OPEN
-from dugnad.dht import decisions
+from dugnad.dht import decisions, records
 from dugnad.dht.identity import Identity, PeerId, nickname, public_key_of
 from dugnad.dht.invite import Invite, Pass, encode_invite, parse_invite
 from dugnad.dht.multiaddrs import reaching_out
 from dugnad.dht.ticket import Terms, day_of
+from dugnad.dht.wire import WireError
 from dugnad.peer import ask
 from dugnad.peer.folder import Folder, Role
 
@@ -73,8 +74,9 @@ class Organizer:
     def invite(self, terms: Mapping[str, Any], *, expires_s: int = 0, until_s: int = 0) -> tuple[str, str]:
         """An invite with a new ticket, and what it is good for, in words.
 
-        expires_s, until_s: from now on; 0 for ever. Without any of these, the invite that the launch printed. Raises
-        AskError where nobody knows where the run is, or where it asks for no ticket.
+        expires_s, until_s: from now on; 0 for ever. Without any of these, the invite that the launch printed, or what
+        came after it if that is revoked. Raises AskError where nobody knows where the run is, or where it asks for no
+        ticket.
         """
         base, kind = self._base()
         asked = bool(terms) or expires_s > 0 or until_s > 0
@@ -90,7 +92,11 @@ class Organizer:
         )
         from dugnad.peer.roles import lasting_ticket
 
-        new = Pass.issue(self.key, base.run, os.urandom(32), given) if asked else lasting_ticket(self.key, base.run)
+        if asked:
+            new = Pass.issue(self.key, base.run, os.urandom(32), given)
+        else:
+            revoked = self._revoked(base.run)
+            new = lasting_ticket(self.key, base.run, lambda ticket: ticket.hex() in revoked)
         return encode_invite(msgspec.structs.replace(base, ticket=new)), _in_words(given)
 
     def _base(self) -> tuple[Invite, str]:
@@ -115,6 +121,18 @@ class Organizer:
             raise ask.AskError(f"{self._through.path}: it is not known here where any peer is. Start a role first.")
         recipe = decode(genesis.recipe)
         return Invite(genesis.run, self.key.public_key, addresses, recipe.name), recipe.admission.kind
+
+    def _revoked(self, run: bytes) -> set[str]:
+        """The ids of the tickets that were revoked: as a living role knows, or as one has kept."""
+        if self._living() is not None:
+            return {one["subject"] for one in self._known() if one["verdict"] == "revoke"}
+        revoked = set()
+        for raw in self._through.decisions():
+            with contextlib.suppress(WireError):
+                record = records.parse_of_any_time(raw, run)
+                decisions.check(record, self.key.peer_id)
+                revoked |= {record.key} if decisions.Decision.of(record).verdict == "revoke" else set()
+        return revoked
 
     # -- decisions
 

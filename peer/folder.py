@@ -127,6 +127,13 @@ class Folder:
         chosen = sorted(set(multiaddrs))[:MAX_REMEMBERED]
         write_private(self.path / "peers.json", msgspec.json.format(msgspec.json.encode(chosen)))
 
+    def decisions(self) -> tuple[bytes, ...]:
+        """The records of what the organizer has decided, as a role here has kept them."""
+        try:
+            return msgspec.msgpack.decode((self.path / "decisions").read_bytes(), type=tuple[bytes, ...])
+        except (OSError, msgspec.DecodeError):
+            return ()
+
     def role(self) -> Role | None:
         """Who lives here, or lived here and did not say goodbye."""
         try:

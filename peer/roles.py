@@ -6,6 +6,7 @@ Ctrl+C (or SIGTERM) once: finish what others count on, then leave. Twice: leave 
 import asyncio
 import contextlib
 import importlib
+import itertools
 import logging
 import signal
 import time
@@ -163,10 +164,17 @@ async def join(
     return role.left_because
 
 
-def lasting_ticket(organizer: Identity, run: bytes) -> Pass:
-    """The ticket in the invite that a launch prints, for any number of members, for good: always the same of a key."""
-    seed = blake3(organizer.sign(b"dugnad/lasting-ticket/1" + run)).digest()
-    return Pass.issue(organizer, run, seed, Terms())
+def lasting_ticket(organizer: Identity, run: bytes, is_revoked: Callable[[bytes], bool]) -> Pass:
+    """The ticket in the invite that a launch prints, for any number of members, for good.
+
+    Always the same of a key, until it is revoked: then the next. is_revoked: of a ticket's id, as far as is known.
+    """
+    for number in itertools.count():
+        seed = blake3(organizer.sign(b"dugnad/lasting-ticket/1" + run + number.to_bytes(4))).digest()
+        given = Pass.issue(organizer, run, seed, Terms())
+        if not is_revoked(given.of(run, Identity.from_seed(seed).peer_id).id):
+            return given
+    raise AssertionError("the numbers do not end")
 
 
 def _left_delegation(folder: Folder) -> Delegation:
@@ -214,10 +222,19 @@ async def _coordinate(
     role = Coordinator(around, mandate, numerics)
     name = numerics.recipe.name
     invited = role.charter.admission == INVITED
-    ticket = lasting_ticket(mandate, genesis.run) if invited and isinstance(mandate, Identity) else None
-    if invited and ticket is None:
+    key = mandate if invited and isinstance(mandate, Identity) else None
+    if invited and key is None:
         place.face.invite_note = lambda: _NO_TICKET
-    place.face.role, place.face.invite = role, lambda: encode_invite(place.invite(genesis, name, ticket))
+
+    def is_revoked(ticket: bytes) -> bool:
+        said = place.swarm.decisions.on(ticket.hex(), now=place.swarm.now())
+        return said is not None and said.verdict == "revoke"
+
+    def made() -> str:
+        ticket = lasting_ticket(key, genesis.run, is_revoked) if key is not None else None
+        return encode_invite(place.invite(genesis, name, ticket))
+
+    place.face.role, place.face.invite = role, made
     with folder.inhabited("coordinator", genesis.run, name, place.url):
         told(place.face.invite(), place.url)
         promise = "finishing the round, then leaving it to the others; Ctrl+C again: now"

@@ -16,7 +16,7 @@ from dugnad.coordinator.messages import Genesis
 from dugnad.dht import records
 from dugnad.dht.decisions import Decision, check
 from dugnad.dht.identity import Identity, PeerId, nickname
-from dugnad.dht.invite import Invite, parse_invite
+from dugnad.dht.invite import Invite, encode_invite, parse_invite
 from dugnad.dht.invite import check as check_invite
 from dugnad.peer import admit, cli
 from dugnad.peer.admit import Organizer, seconds_of
@@ -132,6 +132,9 @@ class Living:
             genesis = chain.genesis()
             assert genesis is not None
             self.run = genesis.run
+        last = folder.listened()
+        assert last is not None
+        self.invite = Invite(self.run, folder.organizer().public_key, last.addresses, "tiny-books")
         role = Role("coordinator", self.run.hex(), "tiny-books", 1, 0.0, "http://here")
         patch.setattr(Organizer, "_living", lambda organizer: role)
         patch.setattr(Organizer, "_status", lambda organizer: self.status())
@@ -141,6 +144,7 @@ class Living:
         return {
             "run": self.run.hex(), "peer": ANN, "coordinator": {"peer": ANN}, "committee": [ANN],
             "admission": "invited", "peers": [{"peer": peer} for peer in self.peers], "clock_offset_s": 100.0,
+            "invite": encode_invite(self.invite),
         }  # fmt: skip
 
     def answer(self, path: str, body: bytes | None) -> Any:
@@ -198,6 +202,29 @@ def test_an_invite_that_got_about_is_revoked_by_its_text(folder: Folder, monkeyp
     assert invite.ticket is not None
     key = Identity.from_seed(invite.ticket.seed).peer_id
     assert living.taken[0].key == invite.ticket.of(invite.run, key).id.hex()
+
+
+def revoke(folder: Folder, text: str) -> None:
+    revoked = CliRunner().invoke(cli.app, ["revoke", text, "--dir", str(folder.path)])
+    assert revoked.exit_code == 0, revoked.output
+
+
+def test_no_invite_is_handed_out_that_was_revoked(folder: Folder) -> None:
+    first = made(folder)
+    assert first.ticket is not None
+    with pytest.MonkeyPatch.context() as patch:
+        living = Living(folder, patch, [])
+        assert made(folder) == first
+        revoke(folder, encode_invite(first))
+        second = made(folder)
+        assert second.ticket is not None
+        assert second.ticket.seed != first.ticket.seed
+        assert (second.ticket.uses, second.ticket.expires) == (0, 0)
+        revoke(folder, encode_invite(made(folder, "--uses", "1")))
+        assert made(folder) == second, "another one's end is not its"
+    kept = [b"nonsense", *(record.raw for record in living.taken)]
+    (folder.path / "decisions").write_bytes(msgspec.msgpack.encode(kept))
+    assert made(folder) == second, "nor is it when nobody runs any more"
 
 
 def test_what_the_role_refuses_is_told(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
