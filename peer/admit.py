@@ -6,12 +6,9 @@ its signature says.
 """
 
 import contextlib
-import json
 import os
 import re
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +27,6 @@ from dugnad.dht.wire import WireError
 from dugnad.peer import ask
 from dugnad.peer.folder import Folder, Role
 
-_ANSWER_S = 5.0
 MAX_ADDRESSES = 16
 _DURATION = re.compile(r"(\d{1,6})\s*(min|h|d|w)")
 _UNIT_S = {"min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -209,13 +205,7 @@ class Organizer:
         return time.time()
 
     def _request(self, path: str, body: bytes | None = None) -> Any:
-        role = self._living()
-        assert role is not None
-        try:
-            with urllib.request.urlopen(f"{role.url}{path}", data=body, timeout=_ANSWER_S) as answer:
-                return json.load(answer)
-        except (urllib.error.URLError, TimeoutError, ValueError) as error:
-            raise ask.AskError(f"{self._through.path}: the {role.role} (pid {role.pid}) says: {error}") from error
+        return ask.answer(self._through, path, body)
 
 
 def _in_words(terms: Terms) -> str:
