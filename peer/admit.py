@@ -99,7 +99,13 @@ class Organizer:
         """An invite that leads to the run, and whom the run admits: as a living role knows, or else our own disk."""
         if self._living() is not None:
             said = self._status()
-            return parse_invite(said["invite"]), said["admission"]
+            base = parse_invite(said["invite"])
+            if base.organizer != self.key.public_key:  # a ticket that this key signs is good for nothing there
+                raise ask.AskError(
+                    f"{self._through.path}: the role there takes part in run {base.run.hex()[:8]}, whose key the "
+                    f"run.key in {self.folder.path} is not. Name the folder of a role of its run with --through."
+                )
+            return base, said["admission"]
         chain = self._through.chain
         genesis = None
         if chain.exists():

@@ -90,6 +90,18 @@ def test_where_nobody_runs_an_invite_names_what_invites_named_while_someone_did(
     assert made(folder).addresses == (own, other)
 
 
+def test_a_role_of_another_run_leads_to_no_invite(
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = launched(Folder(tmp_path / "other"))
+    Living(other, monkeypatch, [])
+    for options in ([], ["--uses", "5"]):
+        command = ["invite", "--dir", str(folder.path), "--through", str(other.path), *options]
+        said = CliRunner().invoke(cli.app, command)
+        assert (said.exit_code, said.stdout) == (1, "")
+        assert f"{other.path}: the role there takes part in run" in said.stderr
+
+
 def test_each_new_ticket_is_another_and_without_terms_it_is_that_of_the_launch(folder: Folder) -> None:
     one, other = made(folder, "--uses", "2").ticket, made(folder, "--uses", "2").ticket
     assert one is not None
