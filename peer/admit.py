@@ -16,7 +16,6 @@ from typing import Any
 import msgspec
 
 from dugnad.configs.recipe import decode
-from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.roll import ALLOW_LIST, INVITED, OPEN
 from dugnad.dht import decisions, records
 from dugnad.dht.identity import Identity, PeerId, nickname, public_key_of
@@ -106,11 +105,7 @@ class Organizer:
                     f"run.key in {self.folder.path} is not. Name the folder of a role of its run with --through."
                 )
             return base, said["admission"]
-        chain = self._through.chain
-        genesis = None
-        if chain.exists():
-            with contextlib.closing(Chain(chain, read_only=True)) as kept:
-                genesis = kept.genesis()
+        genesis = self._through.genesis()
         if genesis is None or genesis.organizer != self.key.peer_id:
             raise ask.AskError(
                 f"{self._through.path}: no run of this run.key is here, and no role of it runs here. Name the folder "

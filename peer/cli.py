@@ -188,7 +188,7 @@ def join(
         from dugnad.peer.network import Network, host_for
         from dugnad.peer.terminal import say
 
-        where = folders.Folder(directory or folders.data_folder() / f"{known.name}-{known.run.hex()[:8]}")
+        where = folders.Folder(directory) if directory else folders.volunteer_folder(known.name, known.run)
         network = Network.of(
             _said(host, port, bulk_port, announce),
             where.listened(),

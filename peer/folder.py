@@ -21,6 +21,8 @@ import msgspec
 import platformdirs
 import psutil
 
+from dugnad.coordinator.chain import Chain
+from dugnad.coordinator.messages import Genesis
 from dugnad.dht.identity import Identity, write_private
 from dugnad.peer.network import Listened
 
@@ -84,6 +86,13 @@ class Folder:
     def chain(self) -> Path:
         """The file of the chain."""
         return self.path / "chain.sqlite"
+
+    def genesis(self) -> Genesis | None:
+        """Of the run in which a role here took part, or None. Raises ChainError."""
+        if not self.chain.exists():
+            return None
+        with contextlib.closing(Chain(self.chain, read_only=True)) as chain:
+            return chain.genesis()
 
     @property
     def key(self) -> Path:
@@ -180,6 +189,11 @@ class Folder:
 def data_folder() -> Path:
     """Where roles live that were given no folder: the user's data directory."""
     return platformdirs.user_data_path("dugnad", appauthor=False)
+
+
+def volunteer_folder(name: str, run: bytes) -> Folder:
+    """Where a volunteer of that run lives that was given no folder."""
+    return Folder(data_folder() / f"{name}-{run.hex()[:8]}")
 
 
 def inhabited_folders() -> list[Folder]:

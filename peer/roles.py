@@ -56,7 +56,7 @@ class Dismissed(Exception):
 async def launch(recipe: Recipe, folder: Folder, network: Network, *, told: Callable[[str, str], None]) -> None:
     """Begin a run as its organizer and coordinator; `told` hears the invite and the exporter's URL."""
     with folder.occupied():
-        if _kept_genesis(folder) is not None:
+        if folder.genesis() is not None:
             raise FolderError(
                 f"{folder.path}: a run was launched here before. Go on with it: dugnad launch --resume {folder.path}. "
                 "For another run, choose another folder with --dir."
@@ -81,7 +81,7 @@ async def resume(folder: Folder, network: Network, *, invite: Invite | None, tol
     Where run.key has been taken offline, by the delegation that the chain holds, for as long as that lasts.
     """
     with folder.occupied():
-        genesis = _kept_genesis(folder)
+        genesis = folder.genesis()
         mandate = folder.organizer() if folder.has_run_key else _left_delegation(folder)
         if genesis is None and invite is None:
             raise FolderError(
@@ -123,7 +123,7 @@ async def join(
     checked: hears what was looked at. told: hears the recipe, our nickname and the exporter's URL.
     """
     with folder.occupied():
-        kept, organizer = _kept_genesis(folder), peer_id_of(invite.organizer)
+        kept, organizer = folder.genesis(), peer_id_of(invite.organizer)
         if kept is not None and kept.run != invite.run:
             raise _other_run(folder, kept, invite)
         back, network = kept is not None, network.moved(stays=False)
@@ -192,14 +192,6 @@ def _left_delegation(folder: Folder) -> Delegation:
         if mine:
             return mine[-1]
     raise FolderError(f"{folder.path}: there is no run.key here: only who has the run's key can coordinate it.")
-
-
-def _kept_genesis(folder: Folder) -> Genesis | None:
-    """What was launched in `folder`; nothing yet if whoever tried was killed after making the file of the chain."""
-    if not folder.chain.exists():
-        return None
-    with contextlib.closing(Chain(folder.chain, read_only=True)) as chain:
-        return chain.genesis()
 
 
 def _other_run(folder: Folder, kept: Genesis, invite: Invite) -> OtherRun:
