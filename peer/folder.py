@@ -12,7 +12,9 @@ log.txt        everything that was said
 
 import contextlib
 import fcntl
+import logging
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -25,6 +27,8 @@ from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.messages import Genesis
 from dugnad.dht.identity import Identity, write_private
 from dugnad.peer.network import Listened
+
+log = logging.getLogger(__name__)
 
 RoleName = Literal["coordinator", "volunteer"]
 
@@ -76,9 +80,10 @@ class Folder:
         self.path = path
 
     def create(self) -> None:
-        """Make the folder, the user's alone, if it is not there. Raises FolderError."""
+        """Make the folder if it is not there, and the user's alone if it is the user's. Raises FolderError."""
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _close_to_others(self.path)
         except OSError as error:
             raise FolderError(f"{self.path}: can't be made: {error.strerror}. Choose another with --dir.") from error
 
@@ -101,11 +106,11 @@ class Folder:
 
     def identity(self) -> Identity:
         """This peer's key, made when first asked for. Raises IdentityError."""
-        return Identity.load_or_create(self.key)
+        return _private_key(self.key)
 
     def organizer(self) -> Identity:
         """The run's key, made when first asked for. Raises IdentityError."""
-        return Identity.load_or_create(self.path / "run.key")
+        return _private_key(self.path / "run.key")
 
     @property
     def has_run_key(self) -> bool:
@@ -184,6 +189,24 @@ class Folder:
         finally:
             with contextlib.suppress(OSError):
                 (self.path / "role.json").unlink()
+
+
+def _private_key(path: Path) -> Identity:
+    """The key in a file that its owner alone may read from now on, made if there is none. Raises IdentityError."""
+    with contextlib.suppress(OSError):  # whoever reads it says what is wrong
+        if _close_to_others(path):
+            log.warning("%s: others on this machine could read this key; from now on its owner alone can", path)
+    return Identity.load_or_create(path)
+
+
+def _close_to_others(path: Path) -> bool:
+    """Take from others what they may do with a file or folder of the user's; whether that was anything."""
+    found = path.stat()
+    # a sticky folder is everyone's, as /tmp is, which belongs to a user too: root
+    if found.st_uid != os.getuid() or not found.st_mode & 0o077 or found.st_mode & stat.S_ISVTX:
+        return False
+    path.chmod(stat.S_IMODE(found.st_mode) & 0o700)
+    return True
 
 
 def data_folder() -> Path:
