@@ -26,6 +26,7 @@ import psutil
 from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.messages import Genesis
 from dugnad.dht.identity import Identity, write_private
+from dugnad.dht.multiaddrs import is_direct, nearness
 from dugnad.peer.network import Listened
 
 log = logging.getLogger(__name__)
@@ -137,8 +138,11 @@ class Folder:
         return tuple(found[:MAX_REMEMBERED])
 
     def remember(self, multiaddrs: Iterable[str]) -> None:
-        """Remember where peers are, for the next start: the invite may name none that is still there."""
-        chosen = sorted(set(multiaddrs))[:MAX_REMEMBERED]
+        """Remember where peers are, for the next start: the invite may name none that is still there.
+
+        Of too many, those that reach farthest. Raises OSError.
+        """
+        chosen = sorted(set(multiaddrs), key=lambda one: (nearness(one), not is_direct(one), one))[:MAX_REMEMBERED]
         write_private(self.path / "peers.json", msgspec.json.format(msgspec.json.encode(chosen)))
 
     def decisions(self) -> tuple[bytes, ...]:

@@ -12,7 +12,7 @@ import pytest
 from dugnad.configs.recipe import load
 from dugnad.dht.invite import Invite
 from dugnad.peer import roles
-from dugnad.peer.folder import Folder, FolderError
+from dugnad.peer.folder import MAX_REMEMBERED, Folder, FolderError
 from dugnad.peer.network import Network
 
 HOLD = """
@@ -67,6 +67,15 @@ def test_what_a_role_keeps_is_its_users_alone(folder: Folder) -> None:
         assert folder.path.stat().st_mode & 0o777 == 0o700
         for name in ("identity.key", "run.key", "peers.json", "role.json"):
             assert (folder.path / name).stat().st_mode & 0o777 == 0o600, name
+
+
+def test_of_too_many_addresses_those_are_remembered_that_reach_farthest(folder: Folder) -> None:
+    folder.create()
+    public = [f"/ip4/8.8.{k}.8/tcp/4001" for k in range(MAX_REMEMBERED - 1)]
+    relayed = f"/ip4/1.1.1.1/tcp/4001/p2p/{folder.identity().peer_id}/p2p-circuit"
+    private = [f"/ip4/10.0.0.{k}/tcp/4001" for k in range(MAX_REMEMBERED)]
+    folder.remember([*private, "/ip4/127.0.0.1/tcp/4001", relayed, *public])
+    assert folder.remembered() == (*sorted(public), relayed)
 
 
 def mode_of(path: Path) -> int:
