@@ -151,7 +151,7 @@ def invite_fault(invite: Invite, folder: Folder, *, now: float) -> str:
     bound = invite.ticket.bound if invite.ticket is not None else PeerId("")
     stranger = bound or Identity.generate().peer_id  # its key may be in another folder
     try:
-        check(invite, folder.identity().peer_id if folder.key.exists() else stranger, now=now)
+        check(invite, Identity.load(folder.key).peer_id if folder.key.exists() else stranger, now=now)
     except InviteError as error:
         return str(error)
     return ""

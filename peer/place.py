@@ -183,8 +183,10 @@ async def _connected(
         face.swarm, face.direct = swarm, Direct(host, rendezvous)
         await _let_measure(host, rendezvous, face)
         place = Place(identity, host, face.direct, rendezvous, swarm, face, budget, exporter.url)
-        ports = {"port": tcp_port(host), "bulk_port": rendezvous.carrier.port}
-        folder.keep_listened(Listened(said=network.said, **ports, addresses=place.shown()))
+        bulk_port = rendezvous.carrier.port
+        folder.keep_listened(
+            Listened(said=network.said, port=tcp_port(host), bulk_port=bulk_port, addresses=place.shown())
+        )
         yield place
 
 

@@ -126,7 +126,8 @@ async def join(
         kept, organizer = folder.genesis(), peer_id_of(invite.organizer)
         if kept is not None and kept.run != invite.run:
             raise _other_run(folder, kept, invite)
-        back, network = kept is not None, network.moved(stays=False)
+        back = kept is not None
+        network = network.moved(stays=False)
         # torch takes seconds to load, in which the others can be reached already
         loading = asyncio.create_task(asyncio.to_thread(importlib.import_module, "dugnad.peer.session"))
         async with placed("volunteer", folder, Way.of(invite), network, may_wait=back) as place:
