@@ -52,10 +52,22 @@ class Identity:
 
         Raises IdentityError for a file that is not 64 hex digits, or that can't be read or written.
         """
+        return cls._read(path) or cls._create(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """The identity kept in `path`. Raises IdentityError as `load_or_create` does, and if there is no such file."""
+        found = cls._read(path)
+        if found is None:
+            raise IdentityError(f"{path}: there is no such file.")
+        return found
+
+    @classmethod
+    def _read(cls, path: Path) -> Self | None:
         try:
             text = path.read_text(encoding="ascii")
         except FileNotFoundError:
-            return cls._create(path)
+            return None
         except (OSError, UnicodeDecodeError) as error:
             raise IdentityError(f"{path}: can't read the identity: {error}") from error
         try:
@@ -68,13 +80,17 @@ class Identity:
 
     @classmethod
     def _create(cls, path: Path) -> Self:
-        key = SigningKey.generate()
+        key = cls.generate()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_private(path, bytes(key).hex().encode() + b"\n")
+            key.keep(path)
         except OSError as error:
             raise IdentityError(f"{path}: can't keep the identity there: {error}") from error
-        return cls(key)
+        return key
+
+    def keep(self, path: Path) -> None:
+        """Write the key to `path`, mode 0600, in place of what is there: whole, or not at all. Raises OSError."""
+        write_private(path, bytes(self._key).hex().encode() + b"\n")
 
     def sign(self, payload: bytes) -> bytes:
         """64 bytes; `payload` begins with a domain tag of its own, so that no signature passes for another."""

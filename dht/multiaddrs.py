@@ -69,6 +69,12 @@ def is_local(address: str) -> bool:
     return nearness(address) == 2
 
 
+def reaching_out(addresses: Iterable[str]) -> tuple[str, ...]:
+    """Those that lead farther than this machine; all, if none does."""
+    known = tuple(dict.fromkeys(addresses))
+    return tuple(address for address in known if not is_local(address)) or known
+
+
 def on_tcp(ip: str, port: int) -> str:
     """The multiaddr of a TCP port."""
     return f"/ip{6 if ':' in ip else 4}/{ip}/tcp/{port}"

@@ -6,12 +6,9 @@ its signature says.
 """
 
 import contextlib
-import json
 import os
 import re
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,16 +16,16 @@ from typing import Any
 import msgspec
 
 from dugnad.configs.recipe import decode
-from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.roll import ALLOW_LIST, INVITED, OPEN
-from dugnad.dht import decisions
+from dugnad.dht import decisions, records
 from dugnad.dht.identity import Identity, PeerId, nickname, public_key_of
 from dugnad.dht.invite import Invite, Pass, encode_invite, parse_invite
+from dugnad.dht.multiaddrs import reaching_out
 from dugnad.dht.ticket import Terms, day_of
+from dugnad.dht.wire import WireError
 from dugnad.peer import ask
 from dugnad.peer.folder import Folder, Role
 
-_ANSWER_S = 5.0
 MAX_ADDRESSES = 16
 _INVITE = "dugnad1:"
 _DURATION = re.compile(r"(\d{1,6})\s*(min|h|d|w)")
@@ -73,8 +70,9 @@ class Organizer:
     def invite(self, terms: Mapping[str, Any], *, expires_s: int = 0, until_s: int = 0) -> tuple[str, str]:
         """An invite with a new ticket, and what it is good for, in words.
 
-        expires_s, until_s: from now on; 0 for ever. Without any of these, the invite that the launch printed. Raises
-        AskError where nobody knows where the run is, or where it asks for no ticket.
+        expires_s, until_s: from now on; 0 for ever. Without any of these, the invite that the launch printed, or what
+        came after it if that is revoked. Raises AskError where nobody knows where the run is, or where it asks for no
+        ticket.
         """
         base, kind = self._base()
         asked = bool(terms) or expires_s > 0 or until_s > 0
@@ -90,31 +88,49 @@ class Organizer:
         )
         from dugnad.peer.roles import lasting_ticket
 
-        new = Pass.issue(self.key, base.run, os.urandom(32), given) if asked else lasting_ticket(self.key, base.run)
+        if asked:
+            new = Pass.issue(self.key, base.run, os.urandom(32), given)
+        else:
+            revoked = self._revoked(base.run)
+            new = lasting_ticket(self.key, base.run, lambda ticket: ticket.hex() in revoked)
         return encode_invite(msgspec.structs.replace(base, ticket=new)), _in_words(given)
 
     def _base(self) -> tuple[Invite, str]:
         """An invite that leads to the run, and whom the run admits: as a living role knows, or else our own disk."""
         if self._living() is not None:
             said = self._status()
-            return parse_invite(said["invite"]), said["admission"]
-        chain = self._through.chain
-        genesis = None
-        if chain.exists():
-            with contextlib.closing(Chain(chain, read_only=True)) as kept:
-                genesis = kept.genesis()
+            base = parse_invite(said["invite"])
+            if base.organizer != self.key.public_key:  # a ticket that this key signs is good for nothing there
+                raise ask.AskError(
+                    f"{self._through.path}: the role there takes part in run {base.run.hex()[:8]}, whose key the "
+                    f"run.key in {self.folder.path} is not. Name the folder of a role of its run with --through."
+                )
+            return base, said["admission"]
+        genesis = self._through.genesis()
         if genesis is None or genesis.organizer != self.key.peer_id:
             raise ask.AskError(
                 f"{self._through.path}: no run of this run.key is here, and no role of it runs here. Name the folder "
                 "of one that does with --through: a volunteer's will do."
             )
-        own = self._through.address
-        first = [] if own is None else [f"{own}/p2p/{self._through.identity().peer_id}"]
-        addresses = tuple(dict.fromkeys((*first, *self._through.remembered())))[:MAX_ADDRESSES]
+        last = self._through.listened()
+        own = () if last is None else last.addresses
+        addresses = reaching_out((*own, *self._through.remembered()))[:MAX_ADDRESSES]
         if not addresses:
             raise ask.AskError(f"{self._through.path}: it is not known here where any peer is. Start a role first.")
         recipe = decode(genesis.recipe)
         return Invite(genesis.run, self.key.public_key, addresses, recipe.name), recipe.admission.kind
+
+    def _revoked(self, run: bytes) -> set[str]:
+        """The ids of the tickets that were revoked: as a living role knows, or as one has kept."""
+        if self._living() is not None:
+            return {one["subject"] for one in self._known() if one["verdict"] == "revoke"}
+        revoked = set()
+        for raw in self._through.decisions():
+            with contextlib.suppress(WireError):
+                record = records.parse_of_any_time(raw, run)
+                decisions.check(record, self.key.peer_id)
+                revoked |= {record.key} if decisions.Decision.of(record).verdict == "revoke" else set()
+        return revoked
 
     # -- decisions
 
@@ -178,13 +194,7 @@ class Organizer:
         return time.time()
 
     def _request(self, path: str, body: bytes | None = None) -> Any:
-        role = self._living()
-        assert role is not None
-        try:
-            with urllib.request.urlopen(f"{role.url}{path}", data=body, timeout=_ANSWER_S) as answer:
-                return json.load(answer)
-        except (urllib.error.URLError, TimeoutError, ValueError) as error:
-            raise ask.AskError(f"{self._through.path}: the {role.role} (pid {role.pid}) says: {error}") from error
+        return ask.answer(self._through, path, body)
 
 
 def _ticket(invite: str, run: bytes) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """Questions from the command line to what lives in a folder, or lies there."""
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -34,15 +35,25 @@ class _Checker:
 def status(directory: Path | None) -> dict[str, Any]:
     """What the role in `directory` says of itself; without one, the only role running from the data directory."""
     folder = Folder(directory) if directory is not None else only_one()
+    said: dict[str, Any] = answer(folder, "/status")
+    return said
+
+
+def answer(folder: Folder, path: str, body: bytes | None = None) -> Any:
+    """What the role that lives in `folder` answers, over its local HTTP. Raises AskError."""
     role = folder.role()
     if role is None or not role.alive:
         raise AskError(f"{folder.path}: no role is running here. Start it with dugnad launch or dugnad join.")
     try:
-        with urllib.request.urlopen(f"{role.url}/status", timeout=_ANSWER_S) as answer:
-            said: dict[str, Any] = json.load(answer)
-    except (urllib.error.URLError, TimeoutError, ValueError) as error:
-        raise AskError(f"{folder.path}: the {role.role} (pid {role.pid}) does not answer: {error}") from error
-    return said
+        with urllib.request.urlopen(f"{role.url}{path}", data=body, timeout=_ANSWER_S) as response:
+            return json.load(response)
+    except (OSError, http.client.HTTPException, ValueError) as error:  # it may be ending in the middle of a word
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the connection
+        why = " ".join(str(error).split())
+        raise AskError(
+            f"{folder.path}: the {role.role} there (pid {role.pid}) gives no answer: {why}. Try again in a moment."
+        ) from error
 
 
 def only_one() -> Folder:

@@ -18,7 +18,7 @@ from dugnad.peer.told import told_errors
 if TYPE_CHECKING:
     from dugnad.configs.recipe import Recipe
     from dugnad.peer.folder import Folder
-    from dugnad.peer.network import Network
+    from dugnad.peer.network import Said
 
 app = typer.Typer(
     name="dugnad",
@@ -35,11 +35,16 @@ app = typer.Typer(
 )
 
 Dir = Annotated[Path | None, typer.Option("--dir", help="Folder for everything this role keeps.", show_default=False)]
-Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")]
+Host = Annotated[
+    str | None,
+    typer.Option(
+        help="Address to listen on; 0.0.0.0 lets other machines in. If never given: 127.0.0.1.", show_default=False
+    ),
+]
 JoinHost = Annotated[
     str | None,
     typer.Option(
-        help="Address to listen on. If not given: all, or only this machine's own if the invite leads no farther.",
+        help="Address to listen on. If never given: all, or only this machine's own if the invite leads no farther.",
         show_default=False,
     ),
 ]
@@ -56,11 +61,15 @@ Announce = Annotated[
     str | None,
     typer.Option(
         metavar="HOST:PORT",
-        help="Where everyone reaches this peer, if you know: as with a router that was told to pass a port on.",
+        help="Where everyone reaches this peer, if you know: as with a router that was told to pass a port on. "
+        '"": nowhere in particular any more.',
         show_default=False,
     ),
 ]
-Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.", min=0, max=65535)]
+Port = Annotated[
+    int | None,
+    typer.Option(help="Port to listen on; 0 takes any free one, which it keeps.", min=0, max=65535, show_default=False),
+]
 MetricsPort = Annotated[int, typer.Option(help="Port for /metrics and /status; 0: any.", min=0, max=65535)]
 GiveMbit = Annotated[float, typer.Option(help="Mbit/s to give at most: to joiners, late peers, as a relay.", min=1)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
@@ -106,8 +115,8 @@ def launch(
         int | None, typer.Option(help="Cut the run to so many rounds.", min=1, show_default=False)
     ] = None,
     directory: Dir = None,
-    host: Host = "127.0.0.1",
-    port: Port = 0,
+    host: Host = None,
+    port: Port = None,
     bulk_port: BulkPort = None,
     announce: Announce = None,
     metrics_port: MetricsPort = 0,
@@ -118,6 +127,8 @@ def launch(
 
     Ctrl+C once: finish the round, write a checkpoint, leave. Twice: leave now. Nothing is lost either way: while no
     coordinator is there the volunteers lead each other, and each of them keeps chain and checkpoints too.
+
+    A run that goes on listens where it did before, so that its invites stay good; options that are given now are kept.
 
     On another machine, with nothing but the run's key in DIR: dugnad launch --resume DIR --invite INVITE, where the
     invite is of a peer that is there (dugnad invite --dir ITS_FOLDER). Chain and model come from the peers.
@@ -132,8 +143,11 @@ def launch(
         from dugnad.dht.invite import parse_invite
         from dugnad.peer import folder as folders
         from dugnad.peer import roles
+        from dugnad.peer.network import Network
 
-        network = _network(host, port, bulk_port, announce, metrics_port, give_mbit)
+        said = _said(host, port, bulk_port, announce)
+        last = None if resume is None else folders.Folder(resume).listened()
+        network = Network.of(said, last, host="127.0.0.1", metrics_port=metrics_port, give_mbit=give_mbit)
         if resume is not None:
             where = folders.Folder(resume)
             known = None if invite is None else parse_invite(invite)
@@ -151,7 +165,7 @@ def join(
     invite: Annotated[str, typer.Argument(help="The invite you were given: dugnad1:...")],
     directory: Dir = None,
     host: JoinHost = None,
-    port: Port = 0,
+    port: Port = None,
     bulk_port: BulkPort = None,
     announce: Announce = None,
     metrics_port: MetricsPort = 0,
@@ -162,6 +176,8 @@ def join(
     """Take part in a run: trains on this machine, averages with the others, until the run ends or you leave.
 
     Ctrl+C once: finish the round, write a checkpoint, leave. Twice: leave now; only this round's work is lost.
+
+    Who comes back listens where it did before; options that are given now are kept.
     """
     with told_errors():
         from dugnad.dht.invite import parse_invite
@@ -169,14 +185,21 @@ def join(
         known = parse_invite(invite)
         from dugnad.peer import folder as folders
         from dugnad.peer import gate
-        from dugnad.peer.network import host_for
+        from dugnad.peer.network import Network, host_for
         from dugnad.peer.terminal import say
 
-        where = folders.Folder(directory or folders.data_folder() / f"{known.name}-{known.run.hex()[:8]}")
-        network = _network(host or host_for(known), port, bulk_port, announce, metrics_port, give_mbit)
+        where = folders.Folder(directory) if directory else folders.volunteer_folder(known.name, known.run)
+        network = Network.of(
+            _said(host, port, bulk_port, announce),
+            where.listened(),
+            host=host_for(known),
+            metrics_port=metrics_port,
+            give_mbit=give_mbit,
+        )
         cores = threads or cli_self.default_threads()
         say(f'dugnad {version("dugnad")}   run "{known.name}" ({known.run.hex()[:8]})')
-        wanted = (("--port", port), ("--bulk-port", network.bulk.port), ("--metrics-port", metrics_port))
+        bulk = network.bulk.port if port or bulk_port else 0
+        wanted = (("--port", port or 0), ("--bulk-port", bulk), ("--metrics-port", metrics_port))
         gate.check_machine(where, network.host, wanted, threads=cores, told=_tell_check)
         from dugnad.peer import roles  # not before: it takes seconds, with torch
 
@@ -322,19 +345,15 @@ def _recipe(name: str, rounds: int | None) -> "Recipe":
     return chosen.cut(rounds)
 
 
-def _network(
-    host: str, port: int, bulk_port: int | None, announce: str | None, metrics_port: int, give_mbit: float
-) -> "Network":
+def _said(host: str | None, port: int | None, bulk_port: int | None, announce: str | None) -> "Said":
     from dugnad.dht.multiaddrs import place_of
-    from dugnad.peer.network import Network
+    from dugnad.peer.network import Said
 
     try:
-        outside = None if announce is None else place_of(announce)
+        outside = place_of(announce) if announce else announce
     except ValueError as error:
         raise UsageError(f"--announce {error}") from error
-    return Network(
-        host=host, port=port, bulk_port=bulk_port, metrics_port=metrics_port, give_mbit=give_mbit, announce=outside
-    )
+    return Said(host=host, port=port, bulk_port=bulk_port, announce=outside)
 
 
 def _tell_invite(where: "Folder") -> Any:

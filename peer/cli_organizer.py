@@ -39,7 +39,7 @@ def invite(
 
     Where run.key is, each with --uses, --expires, --until or --key holds a new ticket, signed here: nobody need be
     running, and whoever is there checks it offline; the chain counts who came by it. Without those, it is the invite
-    that the launch printed.
+    that the launch printed; once that was revoked, another one for any number of members.
 
     Elsewhere, as in a volunteer's folder, it leads to the peer that lives there, for when others are gone; it lets
     people in if the invite by which that peer came still does.

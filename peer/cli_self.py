@@ -53,16 +53,19 @@ def doctor(
         known = None if invite is None else parse_invite(invite)
         from dugnad.peer import doctor as judging
         from dugnad.peer import measure
-        from dugnad.peer.folder import data_folder
+        from dugnad.peer.folder import Folder, data_folder, volunteer_folder
         from dugnad.peer.network import Network, host_for
 
         cores = threads or default_threads()
         where = host or ("127.0.0.1" if known is None else host_for(known))
-        machine = measure.machine(directory or data_folder(), threads=cores, look_for_gpu=True)
+        base = directory or data_folder()
+        folder = Folder(base) if directory or known is None else volunteer_folder(known.name, known.run)
+        machine = measure.machine(base, threads=cores, look_for_gpu=True)
         wanted = (("--port", port), ("--bulk-port", bulk_port or (port and port + 1)), ("--metrics-port", metrics_port))
         ports = measure.ports(where, wanted)
         free, bulk = (0 if one.fault else one.port for one in ports[:2])
-        facts = asyncio.run(measure.everything(known, machine, ports, Network(host=where, port=free, bulk_port=bulk)))
+        network = Network(host=where, port=free, bulk_port=bulk)
+        facts = asyncio.run(measure.everything(known, machine, ports, network, folder))
         found = judging.checks(facts)
         said = judging.as_json(found, facts.network)
         print(json.dumps(said) if as_json else "\n".join(map(str, found)))

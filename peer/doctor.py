@@ -102,6 +102,8 @@ class NetworkFacts:
     """(address, reason) of each that led nowhere."""
     run: str = ""
     """What its members say that it is; "" if none did."""
+    invite_fault: str = ""
+    """Why the invite lets us in no more, or never did, with its code in front."""
     refused: str = ""
     """Why the members turn us away, with its code in front."""
     stranger: bool = True
@@ -144,7 +146,7 @@ def checks(facts: Facts) -> list[Check]:
     if facts.network is None:
         given = "not looked at: give an invite"
         return [*found, *(Check(name, Verdict.OK, given) for name in ("network", "clock"))]
-    return [*found, network(facts.network), clock(facts.network), *_ways(facts.network)]
+    return [*found, invite(facts.network), network(facts.network), clock(facts.network), *_ways(facts.network)]
 
 
 MEASURED = ("reach", "inbound", "path", "rtt_s", "up_mbit", "down_mbit", "clock_error_s")
@@ -219,6 +221,15 @@ def ports(wanted: Iterable[Port]) -> Check:
         fault = faults[0].fault.removeprefix("E202 ")
         return Check("ports", Verdict.FAILURE, found, fault, "E202")
     return Check("ports", Verdict.OK, found)
+
+
+def invite(facts: NetworkFacts) -> Check:
+    """Whether what the invite promises still holds; who was revoked, and how many came, the members know."""
+    if not facts.invite_fault:
+        return Check("invite", Verdict.OK, "readable and not expired")
+    code, _, why = facts.invite_fault.partition(" ")
+    found, _, advice = why.partition(". ")
+    return Check("invite", Verdict.FAILURE, found, advice, code)
 
 
 def network(facts: NetworkFacts) -> Check:

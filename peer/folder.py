@@ -3,7 +3,7 @@
 identity.key   this peer's key          run.key       the organizer's key, where the run was launched or goes on with it
 chain.sqlite   the chain, and promises  blobs/        bytes of recent rounds
 checkpoints/   the model now and then   incoming/     chunks of a model that is on its way here
-peers.json     where others were        address       where a coordinator listens
+peers.json     where others were        network.json  where this role listened, and how invites led to it
 evidence       who is proven to lie     decisions     what the organizer has decided
 role.json      while a process lives here: its pid, and where to ask it
 lock           held while a process lives here
@@ -12,7 +12,9 @@ log.txt        everything that was said
 
 import contextlib
 import fcntl
+import logging
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -21,7 +23,13 @@ import msgspec
 import platformdirs
 import psutil
 
+from dugnad.coordinator.chain import Chain
+from dugnad.coordinator.messages import Genesis
 from dugnad.dht.identity import Identity, write_private
+from dugnad.dht.multiaddrs import is_direct, nearness
+from dugnad.peer.network import Listened
+
+log = logging.getLogger(__name__)
 
 RoleName = Literal["coordinator", "volunteer"]
 
@@ -73,9 +81,10 @@ class Folder:
         self.path = path
 
     def create(self) -> None:
-        """Make the folder, the user's alone, if it is not there. Raises FolderError."""
+        """Make the folder if it is not there, and the user's alone if it is the user's. Raises FolderError."""
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _close_to_others(self.path)
         except OSError as error:
             raise FolderError(f"{self.path}: can't be made: {error.strerror}. Choose another with --dir.") from error
 
@@ -84,6 +93,13 @@ class Folder:
         """The file of the chain."""
         return self.path / "chain.sqlite"
 
+    def genesis(self) -> Genesis | None:
+        """Of the run in which a role here took part, or None. Raises ChainError."""
+        if not self.chain.exists():
+            return None
+        with contextlib.closing(Chain(self.chain, read_only=True)) as chain:
+            return chain.genesis()
+
     @property
     def key(self) -> Path:
         """The file of this peer's key."""
@@ -91,28 +107,27 @@ class Folder:
 
     def identity(self) -> Identity:
         """This peer's key, made when first asked for. Raises IdentityError."""
-        return Identity.load_or_create(self.key)
+        return _private_key(self.key)
 
     def organizer(self) -> Identity:
         """The run's key, made when first asked for. Raises IdentityError."""
-        return Identity.load_or_create(self.path / "run.key")
+        return _private_key(self.path / "run.key")
 
     @property
     def has_run_key(self) -> bool:
         """Whether the run's key is here."""
         return (self.path / "run.key").exists()
 
-    @property
-    def address(self) -> str | None:
-        """The multiaddr on which the role listened last."""
+    def listened(self) -> Listened | None:
+        """Where the role listened last."""
         try:
-            return (self.path / "address").read_text("ascii").strip()
-        except (OSError, UnicodeDecodeError):
+            return msgspec.json.decode((self.path / "network.json").read_bytes(), type=Listened)
+        except (OSError, msgspec.DecodeError):
             return None
 
-    def keep_address(self, multiaddr: str) -> None:
-        """Listen there again next time, so that invites stay good."""
-        write_private(self.path / "address", multiaddr.encode() + b"\n")
+    def keep_listened(self, where: Listened) -> None:
+        """Listen there again next time, so that invites stay good. Raises OSError."""
+        write_private(self.path / "network.json", msgspec.json.format(msgspec.json.encode(where)))
 
     def remembered(self) -> tuple[str, ...]:
         """Multiaddrs of peers that were there last time."""
@@ -123,9 +138,19 @@ class Folder:
         return tuple(found[:MAX_REMEMBERED])
 
     def remember(self, multiaddrs: Iterable[str]) -> None:
-        """Remember where peers are, for the next start: the invite may name none that is still there."""
-        chosen = sorted(set(multiaddrs))[:MAX_REMEMBERED]
+        """Remember where peers are, for the next start: the invite may name none that is still there.
+
+        Of too many, those that reach farthest. Raises OSError.
+        """
+        chosen = sorted(set(multiaddrs), key=lambda one: (nearness(one), not is_direct(one), one))[:MAX_REMEMBERED]
         write_private(self.path / "peers.json", msgspec.json.format(msgspec.json.encode(chosen)))
+
+    def decisions(self) -> tuple[bytes, ...]:
+        """The records of what the organizer has decided, as a role here has kept them."""
+        try:
+            return msgspec.msgpack.decode((self.path / "decisions").read_bytes(), type=tuple[bytes, ...])
+        except (OSError, msgspec.DecodeError):
+            return ()
 
     def role(self) -> Role | None:
         """Who lives here, or lived here and did not say goodbye."""
@@ -170,9 +195,32 @@ class Folder:
                 (self.path / "role.json").unlink()
 
 
+def _private_key(path: Path) -> Identity:
+    """The key in a file that its owner alone may read from now on, made if there is none. Raises IdentityError."""
+    with contextlib.suppress(OSError):  # whoever reads it says what is wrong
+        if _close_to_others(path):
+            log.warning("%s: others on this machine could read this key; from now on its owner alone can", path)
+    return Identity.load_or_create(path)
+
+
+def _close_to_others(path: Path) -> bool:
+    """Take from others what they may do with a file or folder of the user's; whether that was anything."""
+    found = path.stat()
+    # a sticky folder is everyone's, as /tmp is, which belongs to a user too: root
+    if found.st_uid != os.getuid() or not found.st_mode & 0o077 or found.st_mode & stat.S_ISVTX:
+        return False
+    path.chmod(stat.S_IMODE(found.st_mode) & 0o700)
+    return True
+
+
 def data_folder() -> Path:
     """Where roles live that were given no folder: the user's data directory."""
     return platformdirs.user_data_path("dugnad", appauthor=False)
+
+
+def volunteer_folder(name: str, run: bytes) -> Folder:
+    """Where a volunteer of that run lives that was given no folder."""
+    return Folder(data_folder() / f"{name}-{run.hex()[:8]}")
 
 
 def inhabited_folders() -> list[Folder]:

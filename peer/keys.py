@@ -1,9 +1,10 @@
 """This peer's key in a role's folder: made, shown, carried elsewhere; what was there before is kept beside it."""
 
+import itertools
 import time
 from pathlib import Path
 
-from dugnad.dht.identity import Identity, IdentityError, nickname, write_private
+from dugnad.dht.identity import Identity, nickname, write_private
 from dugnad.peer.folder import Folder, FolderError, data_folder
 
 
@@ -27,11 +28,16 @@ def shown(folder: Folder) -> str:
 
 
 def export(folder: Folder, to: Path) -> str:
-    """Copy the key to a file, mode 0600; says what was done. Raises FolderError, IdentityError, OSError."""
+    """Copy the key to a file, mode 0600; says what was done. Raises FolderError, IdentityError."""
     key = _kept(folder)
     if to.exists():
         raise FolderError(f"{to}: this file is there already; name another.")
-    write_private(to, folder.key.read_bytes())
+    try:
+        key.keep(to)
+    except OSError as error:
+        raise FolderError(
+            f"{to}: can't be written: {error.strerror}. Name a file in a folder that is there."
+        ) from error
     return (
         f"{to} holds the key of {nickname(key.peer_id)!r}: who has it is this peer. Use it on one machine at a time: "
         "two peers with one key contradict each other, and both get out of the run."
@@ -40,20 +46,12 @@ def export(folder: Folder, to: Path) -> str:
 
 def renew(folder: Folder, *, force: bool) -> str:
     """Give the folder a new key; says what was done. Raises FolderError, IdentityError, OSError."""
-    with folder.occupied():
-        beside = _put_aside(folder, force)
-        return _said(folder.identity(), beside)
+    return _replace(folder, Identity.generate(), force)
 
 
 def bring(folder: Folder, source: Path, *, force: bool) -> str:
     """Give the folder the key in `source`; says what was done. Raises FolderError, IdentityError, OSError."""
-    if not source.exists():
-        raise IdentityError(f"{source}: there is no such file.")
-    key = Identity.load_or_create(source)
-    with folder.occupied():
-        beside = _put_aside(folder, force)
-        write_private(folder.key, source.read_bytes())
-        return _said(key, beside)
+    return _replace(folder, Identity.load(source), force)
 
 
 def _kept(folder: Folder) -> Identity:
@@ -62,8 +60,17 @@ def _kept(folder: Folder) -> Identity:
     return folder.identity()
 
 
-def _put_aside(folder: Folder, force: bool) -> Path | None:
-    """Move the key out of the way, never away: credit and membership hang on it."""
+def _replace(folder: Folder, key: Identity, force: bool) -> str:
+    """Put `key` in the place of the folder's, if it has one; at no moment is there less than before."""
+    with folder.occupied():
+        beside = _copy_beside(folder, force)
+        key.keep(folder.key)
+    kept = f"\nThe key from before is kept as {beside}." if beside else ""
+    return f"{key.peer_id}\nYou are {nickname(key.peer_id)!r} now.{kept}"
+
+
+def _copy_beside(folder: Folder, force: bool) -> Path | None:
+    """Keep the key beside the one to come: credit and membership hang on it."""
     if not folder.key.exists():
         return None
     if not force:
@@ -71,11 +78,8 @@ def _put_aside(folder: Folder, force: bool) -> Path | None:
             f"{folder.key}: there is a key already, with which this peer earned what it has. To be someone else from "
             "now on, say --force; the old key stays beside the new one."
         )
-    beside = folder.key.with_name(f"{folder.key.name}.{time.strftime('%Y-%m-%d-%H%M%S')}")
-    folder.key.rename(beside)
+    stem = f"{folder.key.name}.{time.strftime('%Y-%m-%d-%H%M%S')}"
+    names = (stem if number == 1 else f"{stem}.{number}" for number in itertools.count(1))
+    beside = next(path for name in names if not (path := folder.key.with_name(name)).exists())
+    write_private(beside, folder.key.read_bytes())
     return beside
-
-
-def _said(key: Identity, beside: Path | None) -> str:
-    kept = f"\nThe key from before is kept as {beside}." if beside else ""
-    return f"{key.peer_id}\nYou are {nickname(key.peer_id)!r} now.{kept}"

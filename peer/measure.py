@@ -21,7 +21,7 @@ from dugnad.dht import hello, timekeeping
 from dugnad.dht.clock import Sample
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId
-from dugnad.dht.invite import Invite
+from dugnad.dht.invite import Invite, InviteError, check
 from dugnad.dht.listening import check_free
 from dugnad.dht.outside import Ways
 from dugnad.dht.paths import Path as Way
@@ -30,6 +30,7 @@ from dugnad.dht.rendezvous import Rendezvous
 from dugnad.dht.transport import BootstrapError, Direction, TransportError
 from dugnad.dht.wire import WireError
 from dugnad.peer.doctor import Facts, Machine, NetworkFacts, Port, Software
+from dugnad.peer.folder import Folder
 from dugnad.peer.needs import Needs, needs_of
 from dugnad.peer.network import Network
 from dugnad.peer.probe import Reached, probe
@@ -116,16 +117,20 @@ def ports(host: str, wanted: Iterable[tuple[str, int]]) -> tuple[Port, ...]:
     return tuple(found)
 
 
-async def everything(invite: Invite | None, machine: Machine, ports: tuple[Port, ...], where: Network) -> Facts:
+async def everything(
+    invite: Invite | None, machine: Machine, ports: tuple[Port, ...], where: Network, folder: Folder
+) -> Facts:
     """All facts, in under 20 s; with an invite by joining as a stranger, whose folder is gone afterwards.
 
-    where: to listen, as in joining.
+    where: to listen, as in joining. folder: of who would join, there or not; only looked at.
     """
     network, recipe, fault = None, None, ""
     with tempfile.TemporaryDirectory(prefix="dugnad-doctor-") as name:
         try:
             if invite is not None:
                 network, recipe = await _look(invite, Path(name), where)
+                now = time.time() - (network.clock_error_s or 0.0)
+                network = replace(network, invite_fault=invite_fault(invite, folder, now=now))
             else:
                 async with _host(Identity.generate(), Path(name), where, ()):
                     pass
@@ -133,6 +138,23 @@ async def everything(invite: Invite | None, machine: Machine, ports: tuple[Port,
             fault = str(error)
     needs = Needs() if recipe is None else await asyncio.to_thread(needs_of, recipe)
     return Facts(software=software(daemon_fault=fault), machine=machine, needs=needs, ports=ports, network=network)
+
+
+def invite_fault(invite: Invite, folder: Folder, *, now: float) -> str:
+    """Why the invite lets whoever lives in `folder` in no more, or never did, with the code; "" if it does.
+
+    now: unix seconds of the run. Raises IdentityError for a key there that can't be read.
+    """
+    genesis = folder.genesis()
+    if genesis is not None and genesis.run == invite.run:  # the chain knows who was here before
+        return ""
+    bound = invite.ticket.bound if invite.ticket is not None else PeerId("")
+    stranger = bound or Identity.generate().peer_id  # its key may be in another folder
+    try:
+        check(invite, Identity.load(folder.key).peer_id if folder.key.exists() else stranger, now=now)
+    except InviteError as error:
+        return str(error)
+    return ""
 
 
 def _host(

@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+import msgspec
+
 from dugnad.coordinator import equivocation
 from dugnad.coordinator.messages import Genesis
 from dugnad.coordinator.surroundings import Surroundings
@@ -18,7 +20,7 @@ from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId, nickname, peer_id_of, public_key_of, verify
 from dugnad.dht.invite import Invite, Pass
 from dugnad.dht.listening import everywhere
-from dugnad.dht.multiaddrs import is_direct, is_local, port_of
+from dugnad.dht.multiaddrs import is_direct, port_of, reaching_out
 from dugnad.dht.outside import Ways
 from dugnad.dht.paths import Abilities
 from dugnad.dht.records import owner_of
@@ -29,7 +31,7 @@ from dugnad.monitoring.exporter import Exporter
 from dugnad.monitoring.metrics import Metrics
 from dugnad.peer.face import Face
 from dugnad.peer.folder import Folder, RoleName
-from dugnad.peer.network import Network
+from dugnad.peer.network import Listened, Network
 
 log = logging.getLogger(__name__)
 
@@ -105,22 +107,25 @@ class Place:
         """Spread the proof that a voter lies."""
         self.swarm.accuse(equivocation.SORT, first, second)
 
+    def shown(self) -> tuple[str, ...]:
+        """The addresses that lead to us from as far away as can be."""
+        return reaching_out(self.host.addresses())
+
     def invite(self, genesis: Genesis, name: str, ticket: Pass | None) -> Invite:
-        """An invite that leads to us, from as far away as can be."""
-        addresses = self.host.addresses()
-        far = tuple(address for address in addresses if not is_local(address))
-        return Invite(genesis.run, public_key_of(genesis.organizer), far or addresses, name, ticket)
+        """An invite that leads to us."""
+        return Invite(genesis.run, public_key_of(genesis.organizer), self.shown(), name, ticket)
 
 
 @contextlib.asynccontextmanager
-async def placed(
-    role: RoleName, folder: Folder, way: Way, listen: str, network: Network, *, may_wait: bool
-) -> AsyncIterator[Place]:
-    """Be a peer of the run, whom others can see and ask; may_wait: also while none of them is there."""
+async def placed(role: RoleName, folder: Folder, way: Way, network: Network, *, may_wait: bool) -> AsyncIterator[Place]:
+    """Be a peer of the run, whom others can see and ask; may_wait: also while none of them is there.
+
+    The folder keeps where that was.
+    """
     known = tuple(dict.fromkeys((*way.bootstrap, *folder.remembered())))
     peers = [peer for peer in dict.fromkeys(map(_peer_at, known)) if peer != folder.identity().peer_id]
     try:
-        async with _connected(role, folder, way, listen, network, known, peers) as place:
+        async with _connected(role, folder, way, network, known, peers) as place:
             yield place
     except BootstrapError as error:
         if not may_wait:
@@ -128,7 +133,7 @@ async def placed(
         log.info("nobody is there yet: %s", error)
     else:
         return
-    async with _connected(role, folder, way, listen, network, (), peers) as place:
+    async with _connected(role, folder, way, network, (), peers) as place:
         for address in known:
             await place.host.learn(_peer_at(address), (address,))
         yield place
@@ -144,7 +149,6 @@ async def _connected(
     role: RoleName,
     folder: Folder,
     way: Way,
-    listen: str,
     network: Network,
     bootstrap: tuple[str, ...],
     known: Sequence[PeerId],
@@ -162,7 +166,7 @@ async def _connected(
         ) as rendezvous,
         Host(
             identity,
-            listen=everywhere(listen),
+            listen=everywhere(network.listen),
             bootstrap=bootstrap,
             meter=metrics.bytes_moved,
             state_dir=folder.path,
@@ -190,7 +194,12 @@ async def _connected(
         await rendezvous.begin(host, _acquaintances(host, rendezvous, swarm, face))
         face.swarm, face.direct = swarm, Direct(host, rendezvous)
         await _let_measure(host, rendezvous, face)
-        yield Place(identity, host, face.direct, rendezvous, swarm, face, budget, exporter.url)
+        place = Place(identity, host, face.direct, rendezvous, swarm, face, budget, exporter.url)
+        bulk_port = rendezvous.carrier.port
+        folder.keep_listened(
+            Listened(said=network.said, port=tcp_port(host), bulk_port=bulk_port, addresses=place.shown())
+        )
+        yield place
 
 
 async def _let_measure(host: Host, rendezvous: Rendezvous, face: Face) -> None:
@@ -262,11 +271,23 @@ def tcp_port(host: Host) -> int:
 
 
 async def keep_remembering(place: Place, folder: Folder) -> None:
-    """Keep where the others are, so that we find them again when the peers of our invite are gone."""
-    before: set[str] = set()
+    """Keep where the others are, so that we find them again when the peers of our invite are gone, and where we are."""
+    before: object = None
+    failing = False
     while True:
         await asyncio.sleep(_REMEMBER_S)
-        addresses = place.swarm.addresses()
-        if addresses and addresses != before:
-            folder.remember(addresses)
-            before = addresses
+        others, ours = place.swarm.addresses(), place.shown()
+        if (others, ours) == before:
+            continue
+        try:
+            if others:
+                folder.remember(others)
+            last = folder.listened()
+            if last is not None and ours:
+                folder.keep_listened(msgspec.structs.replace(last, addresses=ours))
+        except OSError as error:  # a full disk: what stands there from before still helps
+            if not failing:
+                log.warning("%s: addresses can't be kept for the next start: %s", folder.path, error.strerror)
+            failing = True
+        else:
+            before, failing = (others, ours), False

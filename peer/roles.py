@@ -6,10 +6,11 @@ Ctrl+C (or SIGTERM) once: finish what others count on, then leave. Twice: leave 
 import asyncio
 import contextlib
 import importlib
+import itertools
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
@@ -28,7 +29,7 @@ from dugnad.dht.ticket import Terms, day_of
 from dugnad.peer import gate
 from dugnad.peer.folder import Folder, FolderError, OtherRun
 from dugnad.peer.network import Network
-from dugnad.peer.place import Place, Way, keep_remembering, placed, tcp_port
+from dugnad.peer.place import Place, Way, keep_remembering, placed
 from dugnad.peer.terminal import live_line
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Dismissed(Exception):
 async def launch(recipe: Recipe, folder: Folder, network: Network, *, told: Callable[[str, str], None]) -> None:
     """Begin a run as its organizer and coordinator; `told` hears the invite and the exporter's URL."""
     with folder.occupied():
-        if _kept_genesis(folder) is not None:
+        if folder.genesis() is not None:
             raise FolderError(
                 f"{folder.path}: a run was launched here before. Go on with it: dugnad launch --resume {folder.path}. "
                 "For another run, choose another folder with --dir."
@@ -69,7 +70,8 @@ async def launch(recipe: Recipe, folder: Folder, network: Network, *, told: Call
         with contextlib.closing(Chain(folder.chain)) as chain:
             incarnation = chain.incarnation()
         genesis = Genesis(encode(recipe), organizer, founder, incarnation, first.digest())
-        async with _coordinator_placed(folder, Way(genesis.run, recipe.name, organizer), network) as place:
+        way = Way(genesis.run, recipe.name, organizer)
+        async with placed("coordinator", folder, way, network, may_wait=True) as place:
             await _coordinate(genesis, numerics, place, folder, folder.organizer(), told)
 
 
@@ -79,7 +81,7 @@ async def resume(folder: Folder, network: Network, *, invite: Invite | None, tol
     Where run.key has been taken offline, by the delegation that the chain holds, for as long as that lasts.
     """
     with folder.occupied():
-        genesis = _kept_genesis(folder)
+        genesis = folder.genesis()
         mandate = folder.organizer() if folder.has_run_key else _left_delegation(folder)
         if genesis is None and invite is None:
             raise FolderError(
@@ -93,7 +95,8 @@ async def resume(folder: Folder, network: Network, *, invite: Invite | None, tol
         else:
             assert genesis is not None
             way = Way(genesis.run, decode(genesis.recipe).name, genesis.organizer)
-        async with _coordinator_placed(folder, way, network) as place:
+        network = network.moved(stays=True)
+        async with placed("coordinator", folder, way, network, may_wait=True) as place:
             if genesis is None and invite is not None:
                 genesis = (await _welcome(place, invite)).genesis
             assert genesis is not None
@@ -120,13 +123,14 @@ async def join(
     checked: hears what was looked at. told: hears the recipe, our nickname and the exporter's URL.
     """
     with folder.occupied():
-        kept, organizer = _kept_genesis(folder), peer_id_of(invite.organizer)
+        kept, organizer = folder.genesis(), peer_id_of(invite.organizer)
         if kept is not None and kept.run != invite.run:
             raise _other_run(folder, kept, invite)
         back = kept is not None
+        network = network.moved(stays=False)
         # torch takes seconds to load, in which the others can be reached already
         loading = asyncio.create_task(asyncio.to_thread(importlib.import_module, "dugnad.peer.session"))
-        async with placed("volunteer", folder, Way.of(invite), network.listen, network, may_wait=back) as place:
+        async with placed("volunteer", folder, Way.of(invite), network, may_wait=back) as place:
             if not back:  # the chain knows who was here before
                 check(invite, place.identity.peer_id, now=place.swarm.now())
             genesis = kept if kept is not None else (await _welcome(place, invite)).genesis
@@ -161,10 +165,17 @@ async def join(
     return role.left_because
 
 
-def lasting_ticket(organizer: Identity, run: bytes) -> Pass:
-    """The ticket in the invite that a launch prints, for any number of members, for good: always the same of a key."""
-    seed = blake3(organizer.sign(b"dugnad/lasting-ticket/1" + run)).digest()
-    return Pass.issue(organizer, run, seed, Terms())
+def lasting_ticket(organizer: Identity, run: bytes, is_revoked: Callable[[bytes], bool]) -> Pass:
+    """The ticket in the invite that a launch prints, for any number of members, for good.
+
+    Always the same of a key, until it is revoked: then the next. is_revoked: of a ticket's id, as far as is known.
+    """
+    for number in itertools.count():
+        seed = blake3(organizer.sign(b"dugnad/lasting-ticket/1" + run + number.to_bytes(4))).digest()
+        given = Pass.issue(organizer, run, seed, Terms())
+        if not is_revoked(given.of(run, Identity.from_seed(seed).peer_id).id):
+            return given
+    raise AssertionError("the numbers do not end")
 
 
 def _left_delegation(folder: Folder) -> Delegation:
@@ -184,28 +195,12 @@ def _left_delegation(folder: Folder) -> Delegation:
     raise FolderError(f"{folder.path}: there is no run.key here: only who has the run's key can coordinate it.")
 
 
-def _kept_genesis(folder: Folder) -> Genesis | None:
-    """What was launched in `folder`; nothing yet if whoever tried was killed after making the file of the chain."""
-    if not folder.chain.exists():
-        return None
-    with contextlib.closing(Chain(folder.chain, read_only=True)) as chain:
-        return chain.genesis()
-
-
 def _other_run(folder: Folder, kept: Genesis, invite: Invite) -> OtherRun:
     return OtherRun(
         folder.path,
         f"this folder belongs to run {kept.run.hex()[:8]}, the invite to run {invite.run.hex()[:8]}. "
         "Give each run a folder of its own with --dir.",
     )
-
-
-@contextlib.asynccontextmanager
-async def _coordinator_placed(folder: Folder, way: Way, network: Network) -> AsyncIterator[Place]:
-    listen = network.listen if network.port or folder.address is None else folder.address
-    async with placed("coordinator", folder, way, listen, network, may_wait=True) as place:
-        folder.keep_address(network.listen_on(tcp_port(place.host)))  # a resumed run keeps its invites good
-        yield place
 
 
 async def _coordinate(
@@ -220,10 +215,18 @@ async def _coordinate(
     role = Coordinator(around, mandate, numerics)
     name = numerics.recipe.name
     invited = role.charter.admission == INVITED
-    ticket = lasting_ticket(mandate, genesis.run) if invited and isinstance(mandate, Identity) else None
-    if invited and ticket is None:
+    key = mandate if invited and isinstance(mandate, Identity) else None
+    if invited and key is None:
         place.face.invite_note = lambda: _NO_TICKET
-    place.face.role, place.face.invite = role, lambda: encode_invite(place.invite(genesis, name, ticket))
+
+    def is_revoked(ticket: bytes) -> bool:
+        return place.swarm.decisions.on("revoke", ticket.hex(), now=place.swarm.now()) is not None
+
+    def made() -> str:
+        ticket = lasting_ticket(key, genesis.run, is_revoked) if key is not None else None
+        return encode_invite(place.invite(genesis, name, ticket))
+
+    place.face.role, place.face.invite = role, made
     with folder.inhabited("coordinator", genesis.run, name, place.url):
         told(place.face.invite(), place.url)
         promise = "finishing the round, then leaving it to the others; Ctrl+C again: now"

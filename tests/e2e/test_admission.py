@@ -9,6 +9,7 @@ import pytest
 
 from dugnad.coordinator.chain import Chain
 from dugnad.dht.identity import Identity, PeerId, nickname
+from dugnad.dht.invite import parse_invite
 from tests.e2e.processes import Running, Start, dugnad, endless
 
 pytestmark = pytest.mark.timeout(240)
@@ -52,6 +53,37 @@ def refused(running: Running) -> str:
     """The last words of a role that may not take part."""
     assert running.ended() == 1, running.text()
     return running.text().strip().splitlines()[-1]
+
+
+def test_a_run_that_is_resumed_is_where_its_invites_say_and_a_revoked_one_is_not_printed_again(
+    start: Start, tmp_path: Path
+) -> None:
+    def stands(running: Running) -> tuple[tuple[str, ...], int]:
+        said = running.until(lambda said: True, "a word")
+        return parse_invite(said["invite"]).addresses, said["bulk_port"]
+
+    coordinator = start("coordinator", "launch", alone(tmp_path), "--host", "0.0.0.0")
+    first, stood = coordinator.invite(), stands(coordinator)
+    volunteer = start("volunteer", "join", first)
+    stood_too = stands(volunteer)
+    volunteer.until(lambda said: counts(said) == 2, "being a member")
+    coordinator.kill()
+    volunteer.kill()
+    resumed = start("coordinator", "launch", "--resume", coordinator.directory)
+    assert stands(resumed) == stood
+    ran("revoke", first, "--dir", coordinator.directory)
+    second = ran("invite", "--dir", coordinator.directory).strip()
+    assert second != first
+    resumed.kill()
+    offline = ran("invite", "--dir", coordinator.directory, "--uses", "2").strip()
+    assert parse_invite(offline).addresses[: len(stood[0])] == stood[0]
+    lasting = ran("invite", "--dir", coordinator.directory).strip()
+    assert parse_invite(lasting).ticket == parse_invite(second).ticket
+    again = start("coordinator", "launch", "--resume", coordinator.directory)
+    assert stands(again) == stood
+    assert again.until(lambda said: True, "a word")["invite"] == second
+    assert stands(start("volunteer", "join", first)) == stood_too
+    start("other", "join", offline).until(lambda said: counts(said) == 3, "a member by an invite that nobody saw made")
 
 
 def test_who_is_banned_by_its_nickname_is_out_within_a_round_and_unbanned_is_back(start: Start, tmp_path: Path) -> None:

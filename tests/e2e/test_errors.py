@@ -32,6 +32,7 @@ from dugnad.dht.wire import PROTOCOL, seal
 from dugnad.peer import doctor, measure
 from dugnad.peer.doctor import Check
 from dugnad.peer.doctor import Verdict as Grade
+from dugnad.peer.folder import Folder
 from dugnad.peer.network import Network
 from tests.e2e.processes import QUICK, Running, dugnad, endless
 from tests.net.hosts import ignore, owner_of
@@ -153,7 +154,7 @@ async def provoke(stage: Stage) -> Told:
 async def looked_at(invite: str, folder: Path) -> list[Check]:
     """What the doctor finds of an invite; in this process, which spares the time of starting one."""
     machine = measure.machine(folder, threads=1, look_for_gpu=False)
-    return doctor.checks(await measure.everything(parse_invite(invite), machine, (), Network()))
+    return doctor.checks(await measure.everything(parse_invite(invite), machine, (), Network(), Folder(folder)))
 
 
 @contextlib.asynccontextmanager

@@ -148,7 +148,7 @@ async def _serve(options: argparse.Namespace) -> None:
     way = WayIn(RUN, "lab", identity(0).peer_id, tuple(options.bootstrap))
     network = Network(host=options.listen, port=options.port, give_mbit=options.give_mbit)
     first = not options.bootstrap
-    async with placed("volunteer", folder, way, network.listen, network, may_wait=first) as place:
+    async with placed("volunteer", folder, way, network, may_wait=first) as place:
         await place.host.serve(WORD, _word)
         await bulk.serve_push(place.direct, CHANNEL, lambda *_: None, _take, header_cap=64, total_cap=MOST_BYTES)
         print(json.dumps(_state(place)), flush=True)

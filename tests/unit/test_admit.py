@@ -16,12 +16,13 @@ from dugnad.coordinator.messages import Genesis
 from dugnad.dht import records
 from dugnad.dht.decisions import Decision, Decisions, check
 from dugnad.dht.identity import Identity, PeerId, nickname
-from dugnad.dht.invite import Invite, parse_invite
+from dugnad.dht.invite import Invite, encode_invite, parse_invite
 from dugnad.dht.invite import check as check_invite
 from dugnad.peer import admit, cli
 from dugnad.peer.admit import Organizer, seconds_of
 from dugnad.peer.ask import AskError
 from dugnad.peer.folder import Folder, Role
+from dugnad.peer.network import Listened, Said
 
 ANN, EVE = (Identity.from_seed(bytes([k]) * 32).peer_id for k in range(1, 3))
 NOW = 1_700_000_000.0
@@ -39,8 +40,13 @@ def launched(folder: Folder, kind: Any = "invited") -> Folder:
     me = folder.identity().peer_id
     with contextlib.closing(Chain(folder.chain)) as chain:
         chain.found(Genesis(encode(recipe), folder.organizer().peer_id, me, bytes(8), bytes(32)))
-    folder.keep_address("/ip4/127.0.0.1/tcp/4001")
+    led_by(folder, f"/ip4/127.0.0.1/tcp/4001/p2p/{me}")
     return folder
+
+
+def led_by(folder: Folder, *addresses: str) -> None:
+    """Keep what invites said of the role there while it ran."""
+    folder.keep_listened(Listened(said=Said(host="0.0.0.0"), port=4001, bulk_port=4002, addresses=addresses))
 
 
 def made(folder: Folder, *options: str) -> Invite:
@@ -73,6 +79,27 @@ def test_a_ticket_is_signed_where_run_key_is_though_nobody_runs(
     assert (ticket.expires, ticket.until) == (NOW + 604_800, NOW + 1_209_600)
     assert invite.addresses == (f"/ip4/127.0.0.1/tcp/4001/p2p/{folder.identity().peer_id}",)
     check_invite(invite, ANN, now=NOW)
+
+
+def test_where_nobody_runs_an_invite_names_what_invites_named_while_someone_did(folder: Folder) -> None:
+    me = folder.identity().peer_id
+    own, other = f"/ip4/203.0.113.7/tcp/4001/p2p/{me}", f"/ip4/198.51.100.9/tcp/4001/p2p/{ANN}"
+    led_by(folder, own)
+    folder.remember([other, f"/ip4/127.0.0.1/tcp/5/p2p/{ANN}"])
+    assert made(folder, "--uses", "2").addresses == (own, other)
+    assert made(folder).addresses == (own, other)
+
+
+def test_a_role_of_another_run_leads_to_no_invite(
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = launched(Folder(tmp_path / "other"))
+    Living(other, monkeypatch, [])
+    for options in ([], ["--uses", "5"]):
+        command = ["invite", "--dir", str(folder.path), "--through", str(other.path), *options]
+        said = CliRunner().invoke(cli.app, command)
+        assert (said.exit_code, said.stdout) == (1, "")
+        assert f"{other.path}: the role there takes part in run" in said.stderr
 
 
 def test_each_new_ticket_is_another_and_without_terms_it_is_that_of_the_launch(folder: Folder) -> None:
@@ -119,6 +146,9 @@ class Living:
             genesis = chain.genesis()
             assert genesis is not None
             self.run = genesis.run
+        last = folder.listened()
+        assert last is not None
+        self.invite = Invite(self.run, folder.organizer().public_key, last.addresses, "tiny-books")
         role = Role("coordinator", self.run.hex(), "tiny-books", 1, 0.0, "http://here")
         patch.setattr(Organizer, "_living", lambda organizer: role)
         patch.setattr(Organizer, "_status", lambda organizer: self.status())
@@ -129,6 +159,7 @@ class Living:
             "run": self.run.hex(), "peer": ANN, "coordinator": {"peer": ANN}, "committee": [ANN],
             "admission": self.admission, "peers": [{"peer": peer} for peer in self.peers], "clock_offset_s": 100.0,
             "paths": [{"peer": peer} for peer in self.paths],
+            "invite": encode_invite(self.invite),
         }  # fmt: skip
 
     def answer(self, path: str, body: bytes | None) -> Any:
@@ -245,6 +276,29 @@ def test_what_is_said_of_list_and_ban_is_what_then_is_so(folder: Folder, monkeyp
     assert said("ban") == "out from the next round on"
     assert said("allow") == f"it is banned all the same, until you say: dugnad unban {EVE}"
     assert said("unban") == "it can join again"
+
+
+def revoke(folder: Folder, text: str) -> None:
+    revoked = CliRunner().invoke(cli.app, ["revoke", text, "--dir", str(folder.path)])
+    assert revoked.exit_code == 0, revoked.output
+
+
+def test_no_invite_is_handed_out_that_was_revoked(folder: Folder) -> None:
+    first = made(folder)
+    assert first.ticket is not None
+    with pytest.MonkeyPatch.context() as patch:
+        living = Living(folder, patch, [])
+        assert made(folder) == first
+        revoke(folder, encode_invite(first))
+        second = made(folder)
+        assert second.ticket is not None
+        assert second.ticket.seed != first.ticket.seed
+        assert (second.ticket.uses, second.ticket.expires) == (0, 0)
+        revoke(folder, encode_invite(made(folder, "--uses", "1")))
+        assert made(folder) == second, "another one's end is not its"
+    kept = [b"nonsense", *(record.raw for record in living.taken)]
+    (folder.path / "decisions").write_bytes(msgspec.msgpack.encode(kept))
+    assert made(folder) == second, "nor is it when nobody runs any more"
 
 
 def test_what_the_role_refuses_is_told(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,18 @@
 
 import os
 import shutil
+import socket
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from dugnad.coordinator.chain import Chain, ChainError
-from dugnad.peer import ask, report
+from dugnad.peer import ask, cli, report
+from dugnad.peer.folder import Folder
 from tests.unit.chains import GENESIS, honest_chain
 
 COMMITS = honest_chain()
@@ -84,6 +88,42 @@ def test_what_is_no_chain_is_told_in_a_sentence(tmp_path: Path) -> None:
     for wrong in (path, tmp_path / "nothing.sqlite"):
         with pytest.raises(ChainError, match="can't be read here"):
             read(wrong)
+
+
+class Server(threading.Thread):
+    """Answers one who asks with some bytes, and hangs up."""
+
+    def __init__(self, answer: bytes) -> None:
+        super().__init__()
+        self._answer = answer
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self.start()
+
+    def run(self) -> None:
+        with self._socket, self._socket.accept()[0] as asking:
+            asking.recv(65536)
+            asking.sendall(self._answer)
+
+
+HALF = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"
+
+
+@pytest.mark.parametrize(
+    "answered", [b"", HALF, b"HTTP/1.1 500 Oh\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\nhello", b"\xff\n"]
+)
+@pytest.mark.parametrize("command", [["status"], ["why"], ["peers"], ["invite"], ["ban", "grey-finch"]])
+def test_a_role_that_ends_while_it_is_asked_is_told_in_a_sentence(
+    tmp_path: Path, command: list[str], answered: bytes
+) -> None:
+    folder, server = Folder(tmp_path / "role"), Server(answered)
+    folder.create()
+    folder.organizer()
+    with folder.inhabited("coordinator", b"run", "quick", server.url):
+        said = CliRunner().invoke(cli.app, [*command, "--dir", str(folder.path)])
+    server.join()
+    assert (said.exit_code, said.stderr.count("\n")) == (1, 1), said.output
+    assert f"dugnad: {folder.path}: the coordinator there (pid {os.getpid()}) gives no answer: " in said.stderr
 
 
 def test_the_status_says_the_validation_loss_in_the_unit_of_the_demo() -> None:

@@ -1,6 +1,8 @@
 """The doctor's verdicts over measured facts: one table, and what people and programs read."""
 
+import contextlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,12 +10,19 @@ from typing import Any
 import pytest
 
 from dugnad.configs.recipe import load
+from dugnad.coordinator.chain import Chain
+from dugnad.coordinator.messages import Genesis
+from dugnad.dht.identity import Identity
+from dugnad.dht.invite import Invite, Pass
 from dugnad.dht.paths import Path as Way
 from dugnad.dht.paths import Reach
+from dugnad.dht.ticket import Terms
 from dugnad.peer import doctor, measure
 from dugnad.peer.doctor import Check, CheckFailed, Facts, Machine, NetworkFacts, Port, Software, Verdict
 from dugnad.peer.errors import sentence_of
+from dugnad.peer.folder import Folder
 from dugnad.peer.needs import FOLDER_BYTES, PROCESS_BYTES, Needs, needs_of
+from dugnad.peer.network import Network as Where
 
 OK, WARNING, FAILURE = Verdict.OK, Verdict.WARNING, Verdict.FAILURE
 SOFTWARE = Software(dugnad="0.1.0", python="3.11.7", torch="2.13.0", hivemind="1.1.12", daemon_fault="")
@@ -111,6 +120,15 @@ CASES: list[tuple[str, Facts, Verdict, str, str, str]] = [
         "--port 4001",
         "/ip4/0.0.0.0/tcp/4001: another program listens there",
         "E202",
+    ),
+    ("invite", facts(), OK, "readable and not expired", "", ""),
+    (
+        "invite",
+        with_network(invite_fault="E102 invite expired on 2025-11-20. Ask the organizer for a new one."),
+        FAILURE,
+        "invite expired on 2025-11-20",
+        "Ask the organizer for a new one.",
+        "E102",
     ),
     ("network", facts(network=None), OK, "not looked at: give an invite", "", ""),
     ("network", facts(), OK, '3 of 3 known addresses answer: "tiny"', "", ""),
@@ -301,6 +319,69 @@ def test_a_containers_limit_counts(tmp_path: Path, files: dict[str, str], free: 
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert measure._free_in_cgroup(tmp_path) == free
+
+
+ORGANIZER, ANN = (Identity.from_seed(bytes([k]) * 32) for k in (1, 2))
+GENESIS = Genesis(b"{}", ORGANIZER.peer_id, ORGANIZER.peer_id, bytes(8), bytes(32))
+EXPIRED = "E102 invite expired on 2025-11-20. Ask the organizer for a new one."
+EXPIRES = 1_763_596_800
+
+
+def invite_by(signer: Identity = ORGANIZER, **terms: Any) -> Invite:
+    ticket = Pass.issue(signer, GENESIS.run, b"t" * 32, Terms(**terms))
+    address = f"/ip4/127.0.0.1/tcp/1/p2p/{ORGANIZER.peer_id}"
+    return Invite(GENESIS.run, ORGANIZER.public_key, (address,), "tiny", ticket)
+
+
+def stranger(folder: Folder) -> None:
+    """There is no such folder yet."""
+
+
+def member(folder: Folder) -> None:
+    folder.create()
+    with contextlib.closing(Chain(folder.chain)) as chain:
+        chain.found(GENESIS)
+
+
+def someone(folder: Folder) -> None:
+    folder.identity()
+
+
+@pytest.mark.parametrize(
+    ("invite", "who", "now", "fault"),
+    [
+        (invite_by(), stranger, EXPIRES, ""),
+        (invite_by(expires=EXPIRES), stranger, EXPIRES - 1, ""),
+        (invite_by(expires=EXPIRES), stranger, EXPIRES, EXPIRED),
+        (invite_by(expires=EXPIRES), member, EXPIRES, ""),
+        (invite_by(ANN), stranger, 0, "E401 altered ticket"),
+        (invite_by(bound=ANN.peer_id), stranger, 0, ""),
+        (invite_by(bound=ANN.peer_id), someone, 0, "E401 ticket bound to another key"),
+    ],
+)
+def test_the_doctor_tells_an_invite_that_lets_us_in_no_more_as_joining_would(
+    tmp_path: Path, invite: Invite, who: Callable[[Folder], None], now: int, fault: str
+) -> None:
+    folder = Folder(tmp_path / "role")
+    who(folder)
+    said = measure.invite_fault(invite, folder, now=now)
+    assert said.startswith(fault)
+    assert bool(said) == bool(fault)
+    assert folder.key.exists() == (who is someone), "looking makes no key"
+
+
+@pytest.mark.parametrize(("clock_error_s", "verdict"), [(None, FAILURE), (3600.0, OK)])
+async def test_an_invite_is_expired_by_the_clock_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock_error_s: float | None, verdict: Verdict
+) -> None:
+    async def look(*_: object) -> tuple[NetworkFacts, None]:
+        return replace(NETWORK, clock_error_s=clock_error_s), None
+
+    monkeypatch.setattr(measure, "_look", look)
+    monkeypatch.setattr("dugnad.peer.measure.time.time", lambda: EXPIRES + 60.0)
+    invite = invite_by(expires=EXPIRES)
+    looked = await measure.everything(invite, MACHINE, (), Where(), Folder(tmp_path / "role"))
+    assert found("invite", looked).verdict is verdict
 
 
 def test_this_machine_can_be_measured(tmp_path: Path) -> None:

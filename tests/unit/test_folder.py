@@ -1,5 +1,6 @@
 """A folder is lived in by one process at a time, from its first moment to its last."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Coroutine
@@ -11,7 +12,7 @@ import pytest
 from dugnad.configs.recipe import load
 from dugnad.dht.invite import Invite
 from dugnad.peer import roles
-from dugnad.peer.folder import Folder, FolderError
+from dugnad.peer.folder import MAX_REMEMBERED, Folder, FolderError
 from dugnad.peer.network import Network
 
 HOLD = """
@@ -66,6 +67,51 @@ def test_what_a_role_keeps_is_its_users_alone(folder: Folder) -> None:
         assert folder.path.stat().st_mode & 0o777 == 0o700
         for name in ("identity.key", "run.key", "peers.json", "role.json"):
             assert (folder.path / name).stat().st_mode & 0o777 == 0o600, name
+
+
+def test_of_too_many_addresses_those_are_remembered_that_reach_farthest(folder: Folder) -> None:
+    folder.create()
+    public = [f"/ip4/8.8.{k}.8/tcp/4001" for k in range(MAX_REMEMBERED - 1)]
+    relayed = f"/ip4/1.1.1.1/tcp/4001/p2p/{folder.identity().peer_id}/p2p-circuit"
+    private = [f"/ip4/10.0.0.{k}/tcp/4001" for k in range(MAX_REMEMBERED)]
+    folder.remember([*private, "/ip4/127.0.0.1/tcp/4001", relayed, *public])
+    assert folder.remembered() == (*sorted(public), relayed)
+
+
+def mode_of(path: Path) -> int:
+    return path.stat().st_mode & 0o7777
+
+
+def test_a_folder_that_was_open_to_others_is_its_users_alone_once_a_role_lives_there(folder: Folder) -> None:
+    folder.path.mkdir()
+    for path in (folder.path, folder.path.parent):
+        path.chmod(0o755)
+    with folder.occupied():
+        assert mode_of(folder.path) == 0o700
+        assert mode_of(folder.path.parent) == 0o755
+
+
+@pytest.mark.parametrize(("mode", "owner"), [(0o1777, os.getuid()), (0o755, os.getuid() + 1)])
+def test_a_folder_that_is_everyones_or_another_users_is_left_as_it_is(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, mode: int, owner: int
+) -> None:
+    folder.path.mkdir()
+    folder.path.chmod(mode)
+    monkeypatch.setattr(os, "getuid", lambda: owner)
+    folder.create()
+    assert mode_of(folder.path) == mode
+
+
+def test_a_key_that_others_could_read_is_told_once_and_closed(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    keys = {folder.identity().peer_id, folder.organizer().peer_id}
+    for name in ("identity.key", "run.key"):
+        (folder.path / name).chmod(0o644)
+    for _ in range(2):
+        assert {folder.identity().peer_id, folder.organizer().peer_id} == keys
+    assert [mode_of(folder.path / name) for name in ("identity.key", "run.key")] == [0o600, 0o600]
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        str(folder.path / name) for name in ("identity.key", "run.key")
+    ]
 
 
 BEGIN: dict[str, Callable[[Folder], Coroutine[Any, Any, object]]] = {

@@ -1,11 +1,13 @@
 """A role's key: made, shown, carried elsewhere, and never lost."""
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from dugnad.dht.identity import IdentityError
+from dugnad.dht import identity
+from dugnad.dht.identity import IdentityError, write_private
 from dugnad.peer import keys
 from dugnad.peer.folder import Folder, FolderError
 
@@ -66,6 +68,48 @@ def test_what_is_no_key_replaces_none(folder: Folder, tmp_path: Path) -> None:
     assert folder.key.read_bytes() == old
     assert kept(folder) == []
     assert not (tmp_path / "missing").exists()
+
+
+def test_a_key_brought_to_where_it_is_stays(folder: Folder) -> None:
+    keys.renew(folder, force=False)
+    old = folder.key.read_bytes()
+    assert keys.bring(folder, folder.key, force=True).startswith(folder.identity().peer_id)
+    assert [path.read_bytes() for path in (folder.key, *kept(folder))] == [old, old]
+
+
+def test_however_soon_a_key_follows_another_none_is_lost(folder: Folder) -> None:
+    seen = []
+    for _ in range(4):
+        keys.renew(folder, force=True)
+        seen.append(folder.key.read_bytes())
+    assert sorted(path.read_bytes() for path in kept(folder)) == sorted(seen[:3])
+
+
+@pytest.mark.parametrize("num_writes", [0, 1])
+def test_on_a_full_disk_the_key_stays_what_it_was(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, num_writes: int
+) -> None:
+    keys.renew(folder, force=False)
+    old, left = folder.key.read_bytes(), num_writes
+
+    def write(path: Path, data: bytes) -> None:
+        nonlocal left
+        if left == 0:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        left -= 1
+        write_private(path, data)
+
+    monkeypatch.setattr(keys, "write_private", write)
+    monkeypatch.setattr(identity, "write_private", write)
+    with pytest.raises(OSError, match="No space left"):
+        keys.renew(folder, force=True)
+    assert folder.key.read_bytes() == old
+
+
+def test_a_key_goes_to_no_folder_that_is_not_there(folder: Folder, tmp_path: Path) -> None:
+    keys.renew(folder, force=False)
+    with pytest.raises(FolderError, match=r"can't be written: No such file or directory\. Name a file"):
+        keys.export(folder, tmp_path / "nowhere" / "key")
 
 
 def renewed(folder: Folder, file: Path) -> str:

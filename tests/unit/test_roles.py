@@ -183,10 +183,10 @@ async def in_memory(net: Net) -> AsyncIterator[None]:
     with pytest.MonkeyPatch.context() as patch:
 
         @contextlib.asynccontextmanager
-        async def placed(*_: object) -> AsyncIterator[Any]:
+        async def placed(*_: object, may_wait: bool) -> AsyncIterator[Any]:
             yield place(net, {})
 
-        patch.setattr(roles, "_coordinator_placed", placed)
+        patch.setattr(roles, "placed", placed)
         yield
 
 
