@@ -36,7 +36,7 @@ LARGE_PIECE_BYTES = 2**20
 """What is moved at once where the piece before moved in no time; PIECE_BYTES where it did not."""
 AT_ONCE_S = 0.5
 _LOOKS = 10
-"""How often it is looked, within the silence limit, whether a large piece gets on."""
+"""How often it is looked, within the silence limit, whether a piece gets on."""
 MAX_BUFFERS = 8192
 KIND_CHARACTERS = 16
 SILENCE_S = 5.0
@@ -391,19 +391,16 @@ async def _in_pieces(
     start, longest = 0, PIECE_BYTES
     while start < size:
         piece, since = slice(start, min(size, start + longest)), now()
-        if longest == PIECE_BYTES:
-            await _moving(move(piece), peer, timeout_s)
-        else:
-            await _moving_on(stream, move(piece), peer, timeout_s)
+        await _moving_on(stream, move(piece), peer, timeout_s)
         start, longest = piece.stop, LARGE_PIECE_BYTES if now() - since < AT_ONCE_S else PIECE_BYTES
 
 
 async def _moving_on(stream: Stream, work: Awaitable[None], peer: PeerId, timeout_s: float) -> None:
-    """As `_moving`, of a piece so large that it is no sign of a stall if it takes long: bytes must move meanwhile."""
+    """As `_moving`, of a piece that may take long: bytes must move meanwhile."""
     task, now = asyncio.ensure_future(work), asyncio.get_running_loop().time
     moved_bytes, moved_at = stream.moved_bytes, now()
     try:
-        while not (await asyncio.wait([task], timeout=timeout_s / _LOOKS))[0]:
+        while not (await asyncio.wait([task], timeout=min(timeout_s / _LOOKS, moved_at + timeout_s - now())))[0]:
             if stream.moved_bytes != moved_bytes:
                 moved_bytes, moved_at = stream.moved_bytes, now()
             elif now() >= moved_at + timeout_s:

@@ -15,7 +15,7 @@ from dugnad.dht.mux import Mux
 from dugnad.dht.paths import Path
 from dugnad.dht.transport import Meter, StreamHandler, TransportError, Unreachable
 from dugnad.dht.wire import WireError
-from dugnad.dht.wires import Frame, Wires
+from dugnad.dht.wires import FRAME_COST_BYTES, Frame, Wires
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +46,8 @@ class DirectStream:
 
     @property
     def unread_bytes(self) -> int:
-        """What has come and was not read yet."""
-        return sum(map(len, self._arrived))
+        """What has come and was not read yet takes so much memory."""
+        return sum(len(piece) + FRAME_COST_BYTES for piece in self._arrived)
 
     async def read_exactly(self, num_bytes: int) -> bytes:
         """The next `num_bytes` bytes. Raises Unreachable if the stream ends first."""
@@ -69,7 +69,7 @@ class DirectStream:
             else:
                 self._connection._wires.reuse(piece)
             filled += count
-            self._connection._consumed(self._number, count)
+            self._connection._consumed(self._number, count, last=count == len(piece))
             self._meter("received", self.kind, count)
 
     async def write(self, data: bytes | memoryview) -> None:
@@ -83,7 +83,7 @@ class DirectStream:
                 self._moved.clear()
                 await self._moved.wait()
                 continue
-            piece, view = view[: min(credit, mux.FRAME_BYTES)], view[min(credit, mux.FRAME_BYTES) :]
+            piece, view = view[:credit], view[credit:]
             await self._connection._send_data(self._number, piece)
             self._meter("sent", self.kind, len(piece))
 
@@ -161,7 +161,6 @@ class Connection:
         self._serving: set[asyncio.Task[None]] = set()
         self._tokens = itertools.count()
         self._pings: dict[bytes, float] = {}
-        self._heard_at = time.monotonic()
         self._why = ""
         self._settled = asyncio.Event()
         self._gone_bytes = 0
@@ -185,11 +184,11 @@ class Connection:
 
     async def taken(self) -> None:
         """Wait until the other side has shown that it takes us: told how it sees us. Raises EOFError if it will not."""
-        while self.seen_as is None:
-            if not self.alive:
-                raise EOFError(self._why)
+        while self.seen_as is None and self.alive:
             self._settled.clear()
             await self._settled.wait()
+        if not self.alive:  # it may have told, and hung up at once
+            raise EOFError(self._why)
 
     def tell_seen(self, address: str) -> None:
         """Tell the other side under which address we see it."""
@@ -215,21 +214,23 @@ class Connection:
 
     async def _send_data(self, stream: int, piece: memoryview) -> None:
         sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._wire.send(self.mux.data(stream, len(piece)), piece, sent=sent)
+        payloads = [piece[start : start + mux.FRAME_BYTES] for start in range(0, len(piece), mux.FRAME_BYTES)]
+        self._wire.send_data([(self.mux.data(stream, len(payload)), payload) for payload in payloads], sent)
         await sent
 
-    def _consumed(self, stream: int, num_bytes: int) -> None:
+    def _consumed(self, stream: int, num_bytes: int, *, last: bool) -> None:
+        """So much of a frame was read; last: the rest of it."""
         credit = self.mux.consumed(stream, num_bytes)
         if credit:
             self._wire.send(credit)
-        self._let_in(num_bytes)
+        self._let_in(num_bytes + (FRAME_COST_BYTES if last else 0))
 
     def _close(self, number: int) -> None:
         closing, stream = self.mux.close(number), self._streams.pop(number, None)
         if stream is None:
             return
         if closing and self.alive:
-            self._wire.send(closing)
+            self._wire.send_after_data(closing)
         self._let_in(stream.unread_bytes)
 
     def _let_in(self, num_bytes: int) -> None:
@@ -242,7 +243,6 @@ class Connection:
     # -- what comes
 
     def _on_frames(self, frames: list[Frame]) -> None:
-        self._heard_at = time.monotonic()
         for kind, number, payload in frames:
             if not self.alive:
                 return
@@ -250,12 +250,12 @@ class Connection:
                 events = self.mux.receive(kind, number, payload)
                 for event in events:
                     self._do(event)
-                kept = kind is mux.Kind.DATA and bool(events) and number in self._streams
-                self._let_in(mux.HEADER.size + (0 if kept else len(payload)))
+                if not (kind is mux.Kind.DATA and events and number in self._streams):
+                    self._let_in(FRAME_COST_BYTES + len(payload))  # else once it is read
             except WireError as error:
                 log.debug("%s sent nonsense: %s", nickname(self.peer), error)
                 self._die(str(error))
-                self._wire.close()
+                self._wire.abort()
 
     def _do(self, event: mux.Event) -> None:
         match event:
@@ -297,14 +297,17 @@ class Connection:
             await stream.close()
 
     async def _keep_pinging(self) -> None:
+        heard_bytes, heard_at = 0, time.monotonic()
         while self.alive:
             token = next(self._tokens).to_bytes(8)
             self._pings = {token: time.monotonic()}
             self._wire.send(mux.ping(token))
             await asyncio.sleep(PING_S if self.rtt_s is not None else 1.0)
-            if time.monotonic() - self._heard_at > SILENCE_S:
+            if self._wire.received_bytes != heard_bytes:  # of a frame that takes long, too
+                heard_bytes, heard_at = self._wire.received_bytes, time.monotonic()
+            elif time.monotonic() - heard_at > SILENCE_S:
                 self._die(f"silent for {SILENCE_S:.0f} s")
-                self._wire.close()
+                self._wire.abort()
 
     def _on_end(self, why: str) -> None:
         self._die(why or "it was closed")

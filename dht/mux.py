@@ -2,7 +2,7 @@
 
     frame   u8 kind, u32 stream, u32 length, payload                                              big-endian
     OPEN    payload: the channel           begins a stream; the dialler's are odd, the other side's even
-    DATA    at most FRAME_BYTES            spends the sender's credit
+    DATA    1 to FRAME_BYTES bytes         spends the sender's credit
     CREDIT  payload: u32 bytes             the receiver has taken so many: as many more may come
     CLOSE                                  no more will come of this side, and nothing more is read here
     PING    payload: 8 bytes               answered by PONG with the same
@@ -17,10 +17,11 @@ import struct
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from dugnad.dht.endpoint import Endpoint
 from dugnad.dht.wire import WireError
 
 HEADER = struct.Struct(">BII")
-FRAME_BYTES = 1024 * 1024
+FRAME_BYTES = 256 * 1024
 WINDOW_BYTES = 4 * 2**20
 """320 Mbit/s at a round trip of 100 ms."""
 MAX_STREAMS = 32
@@ -211,7 +212,7 @@ class Mux:
             case Kind.PONG:
                 return [Ponged(bytes(payload))]
             case Kind.SEEN:
-                return [SeenAs(_text(payload))]
+                return [SeenAs(_place(payload))]
         raise AssertionError(kind)
 
     def _opened(self, stream: int, payload: bytes) -> list[Event]:
@@ -227,6 +228,8 @@ class Mux:
         side = self._streams.get(stream)
         if side is None:
             return []  # it was under way when we closed
+        if not payload:
+            raise WireError("malformed", "a DATA frame without data")
         if len(payload) > side.expected_bytes:
             raise WireError("too many", f"{len(payload)} bytes on stream {stream}, {side.expected_bytes} were granted")
         side.expected_bytes -= len(payload)
@@ -244,6 +247,15 @@ class Mux:
 
     def _is_ours(self, stream: int) -> bool:
         return bool(stream % 2) == self.dialler
+
+
+def _place(payload: memoryview) -> str:
+    text = _text(payload)
+    try:
+        Endpoint.parse(text)
+    except ValueError as error:
+        raise WireError("malformed", f"a place that is none: {error}") from error
+    return text
 
 
 def _text(payload: memoryview) -> str:

@@ -10,9 +10,11 @@ import logging
 import selectors
 import socket
 import ssl
+import struct
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dugnad.dht.mux import FRAME_BYTES, HEADER, Kind, check_header
@@ -24,18 +26,31 @@ TURN_BYTES = 2**20
 """How much one connection may read before others have their turn."""
 UNREAD_BYTES = 8 * 2**20
 """How much of a connection may lie here, not read by anyone: then no more is taken from its socket."""
+FRAME_COST_BYTES = 512
+"""What a frame takes here besides its payload, more or less: many small ones must not fill the memory either."""
+MAX_QUEUED = 2048
+"""Frames that wait to be sent: more come together only where the other side asks, and does not take the answers."""
+CLOSE_S = 5.0
+"""How long a connection that is closed may take to send what was to be sent."""
 
 POOL = 64
 """Buffers that are kept to be used again: fresh memory for each frame would cost more than its decryption."""
-_SMALL_BYTES = 4096
+_AT_ONCE_BYTES = 32 * 1024
+"""What is handed to OpenSSL in one piece: it tells of no byte before all of them are gone."""
 _ENOUGH_BYTES = 192 * 1024
+_ENOUGH_S = 0.02
+"""What comes in this time is waited for, up to _ENOUGH_BYTES: so that on a slow line bytes are seen to move."""
+_UNSENT_BYTES = 64 * 1024
+"""What the kernel takes ahead of the line: else it takes megabytes, and then nothing for as long as those need."""
 _IN_OPENSSL_BYTES = 17 * 1024
 """A record that is not whole yet lies there, and no longer in the socket."""
 
 Frame = tuple[Kind, int, memoryview]
 OnFrames = Callable[[list[Frame]], None]
 OnEnd = Callable[[str], None]
-Buffer = bytes | memoryview
+Data = Sequence[tuple[bytes, memoryview]]
+"""Frames: the header of each, and its payload."""
+Sent = asyncio.Future[None]
 
 
 class Wire:
@@ -50,10 +65,14 @@ class Wire:
         self._frames = frames
         self._ended = ended
         self._closing = False
-        self.moved_bytes = 0
-        """Both ways; counted by the thread."""
+        self.received_bytes = self.sent_bytes = 0
+        """Counted by the thread as they move, and not only where a frame is whole."""
         # of the thread alone:
-        self._outgoing: deque[tuple[memoryview, asyncio.Future[None] | None]] = deque()
+        self._urgent: deque[bytes] = deque()
+        self._queued: deque[tuple[tuple[bytes | memoryview, ...], Sent | None]] = deque()
+        self._begun: deque[memoryview] = deque()
+        """What is left of the frame that is on its way."""
+        self._begun_sent: Sent | None = None
         self._header = bytearray(HEADER.size)
         self._payload: memoryview | None = None
         self._kind, self._stream, self._filled = Kind.PING, 0, 0
@@ -61,32 +80,55 @@ class Wire:
         self._over = False
         self._reads = self._interest = 0
         self._enough = 1
+        self._patient_since, self._patient_from = time.monotonic(), 0
 
-    def send(self, *buffers: Buffer, sent: "asyncio.Future[None] | None" = None) -> None:
-        """Send all of `buffers`; `sent` is done once the last byte has left, or the connection is over."""
-        views = [memoryview(buffer).cast("B") for buffer in buffers]
-        self._wires._do(lambda: self._queue(views, sent))
+    def send(self, frame: bytes) -> None:
+        """Send a frame ahead of all data that is not on its way yet: credit and pings must not wait for megabytes."""
+        self._wires._do(lambda: self._queue(urgent=frame))
+
+    def send_data(self, data: Data, sent: Sent) -> None:
+        """Send frames of data; `sent` is done once the last byte has left, or the connection is over."""
+        self._wires._do(lambda: self._queue(data, sent))
+
+    def send_after_data(self, frame: bytes) -> None:
+        """Send a frame after all data."""
+        self._wires._do(lambda: self._queue([(frame, memoryview(b""))]))
 
     def taken(self, num_bytes: int) -> None:
         """So much of what has come was looked at: as much more may be read."""
         self._wires._do(lambda: self._took(num_bytes))
 
+    @property
+    def moved_bytes(self) -> int:
+        """Both ways."""
+        return self.received_bytes + self.sent_bytes
+
     def close(self) -> None:
-        """End the connection after what was to be sent."""
+        """End the connection after what was to be sent, or in CLOSE_S."""
         if not self._closing:
             self._closing = True
             self._wires._do(self._finish)
+            asyncio.get_running_loop().call_later(CLOSE_S, self.abort)
+
+    def abort(self) -> None:
+        """End the connection now; its port is free at once."""
+        self._closing = True
+        self._wires._do(self._cut)
 
     # -- in the thread
 
-    def _queue(self, views: list[memoryview], sent: "asyncio.Future[None] | None") -> None:
+    def _queue(self, data: Data = (), sent: Sent | None = None, *, urgent: bytes = b"") -> None:
         if self._over:
             self._wires._tell(_resolve, [sent])
             return
-        for view in views[:-1]:
-            self._outgoing.append((view, None))
-        self._outgoing.append((views[-1], sent))
-        self._turn(read=False)
+        if urgent:
+            self._urgent.append(urgent)
+        for frame in data:
+            self._queued.append((frame, sent if frame is data[-1] else None))
+        if len(self._urgent) + len(self._queued) > MAX_QUEUED:
+            self._end("it does not take what it is sent")
+        else:
+            self._turn(read=False)
 
     def _took(self, num_bytes: int) -> None:
         held_up = self._unread >= UNREAD_BYTES
@@ -95,7 +137,14 @@ class Wire:
             self._turn()
 
     def _finish(self) -> None:
-        if not self._outgoing:
+        if not self._has_outgoing:
+            self._end("")
+
+    def _cut(self) -> None:
+        if not self._over:
+            # else what can't be delivered any more keeps the socket, and with it our port, for minutes
+            with contextlib.suppress(OSError):
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self._end("")
 
     def _turn(self, *, read: bool = True) -> None:
@@ -111,7 +160,7 @@ class Wire:
             log.exception("a direct connection failed")
             self._end(f"internal error: {error}")
             return
-        if self._closing and not self._outgoing:
+        if self._closing and not self._has_outgoing:
             self._end("")
             return
         wants = writes | self._reads
@@ -121,18 +170,20 @@ class Wire:
 
     def _write(self) -> int:
         """Returns what to wait for: EVENT_WRITE while something could not be sent."""
-        done: list[asyncio.Future[None] | None] = []
+        done: list[Sent | None] = []
         try:
-            while self._outgoing:
-                view, sent = self._outgoing[0]
-                count = self._sock.send(view)  # said again with the same bytes after a want: OpenSSL insists on it
-                self.moved_bytes += count
+            while self._begun or self._begin():
+                view = self._begun[0]
+                # said again with the same bytes after a want: OpenSSL insists on it
+                count = self._sock.send(view[:_AT_ONCE_BYTES])
+                self.sent_bytes += count
                 if count < len(view):
-                    self._outgoing[0] = (view[count:], sent)
+                    self._begun[0] = view[count:]
                     continue
-                self._outgoing.popleft()
-                if sent is not None:
-                    done.append(sent)
+                self._begun.popleft()
+                if not self._begun and self._begun_sent is not None:
+                    done.append(self._begun_sent)
+                    self._begun_sent = None
         except ssl.SSLWantWriteError:
             return selectors.EVENT_WRITE
         except ssl.SSLWantReadError:
@@ -141,6 +192,20 @@ class Wire:
             if done:
                 self._wires._tell(_resolve, done)
         return 0
+
+    @property
+    def _has_outgoing(self) -> bool:
+        return bool(self._begun or self._urgent or self._queued)
+
+    def _begin(self) -> bool:
+        """Take the next frame in hand; whether there is one."""
+        frame: tuple[bytes | memoryview, ...] = ()
+        if self._urgent:
+            frame = (self._urgent.popleft(),)
+        elif self._queued:
+            frame, self._begun_sent = self._queued.popleft()
+        self._begun.extend(memoryview(part).cast("B") for part in frame if part)
+        return bool(frame)
 
     def _read(self) -> int:
         """Returns what to wait for: EVENT_READ, as long as the loop keeps up."""
@@ -171,7 +236,7 @@ class Wire:
             if length:
                 return count
         frames.append((self._kind, self._stream, self._payload))
-        self._unread += len(self._payload) + HEADER.size
+        self._unread += len(self._payload) + FRAME_COST_BYTES
         self._payload = None
         return count
 
@@ -186,14 +251,17 @@ class Wire:
                     raise ConnectionResetError("the other side closed the connection")
                 self._filled += count
         finally:
-            self.moved_bytes += self._filled - before
+            self.received_bytes += self._filled - before
         self._filled = 0
         return size
 
     def _be_patient(self) -> None:
         """Be woken once much of the frame has come: waking for each packet costs more than decrypting it."""
-        missing = len(self._payload) - self._filled if self._payload is not None else 0
-        enough = max(1, min(missing - _IN_OPENSSL_BYTES, _ENOUGH_BYTES))
+        now, missing = time.monotonic(), len(self._payload) - self._filled if self._payload is not None else 0
+        came, took_s = self.received_bytes - self._patient_from, now - self._patient_since
+        self._patient_since, self._patient_from = now, self.received_bytes
+        soon = int(came / took_s * _ENOUGH_S) if took_s > 0 else _ENOUGH_BYTES
+        enough = max(1, min(missing - _IN_OPENSSL_BYTES, _ENOUGH_BYTES, soon))
         if enough != self._enough:
             self._enough = enough
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, enough)
@@ -205,8 +273,9 @@ class Wire:
         self._wires._forget(self._sock)
         with contextlib.suppress(OSError):
             self._sock.close()
-        waiting = [sent for _, sent in self._outgoing if sent is not None]
-        self._outgoing.clear()
+        waiting = [self._begun_sent, *(sent for _, sent in self._queued)]
+        for queue in (self._begun, self._urgent, self._queued):
+            queue.clear()
         self._wires._tell(_resolve, waiting)
         self._wires._tell(self._ended, why)
 
@@ -242,6 +311,8 @@ class Wires:
     def add(self, sock: ssl.SSLSocket, frames: OnFrames, ended: OnEnd) -> Wire:
         """Serve a socket whose handshake is done; it is closed by us."""
         sock.setblocking(False)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
         wire = Wire(self, sock, frames, ended)
         self._do(lambda: self._begin(wire))
         return wire
@@ -253,13 +324,13 @@ class Wires:
             self._spare.append(buffer)
 
     def _buffer(self, num_bytes: int) -> memoryview:
-        if num_bytes < _SMALL_BYTES:
-            return memoryview(bytearray(num_bytes))
+        if num_bytes < FRAME_BYTES:
+            return memoryview(bytearray(num_bytes))  # no larger than what was sent: that is what is counted
         try:
             buffer = self._spare.pop()
         except IndexError:
             buffer = bytearray(FRAME_BYTES)
-        return memoryview(buffer)[:num_bytes]
+        return memoryview(buffer)
 
     def _do(self, command: Callable[[], None]) -> None:
         self._commands.append(command)
@@ -314,7 +385,7 @@ class Wires:
             self._loop.call_soon_threadsafe(listener, what)
 
 
-def _resolve(futures: "list[asyncio.Future[None] | None]") -> None:
+def _resolve(futures: list[Sent | None]) -> None:
     for future in futures:
         if future is not None and not future.done():
             future.set_result(None)
