@@ -105,9 +105,24 @@ def test_a_header_is_checked_before_anything_is_allocated(raw: bytes, reason: st
         (Kind.OPEN, 3, b"x"),
         (Kind.CREDIT, 5, b"\0\0\0\1"),
         (Kind.CREDIT, 5, b"\0"),
+        (Kind.DATA, 5, b""),
         (Kind.SEEN, 0, b"\x1b[2J"),
+        (Kind.SEEN, 0, b"garbage"),
+        (Kind.SEEN, 0, b"11.0.0.7:70000"),
     ],
-    ids=["zero", "ours", "no text", "line break", "old", "unearned credit", "half a credit", "escape"],
+    ids=[
+        "zero",
+        "ours",
+        "no text",
+        "line break",
+        "old",
+        "unearned credit",
+        "half a credit",
+        "no data",
+        "escape",
+        "no place",
+        "no port",
+    ],
 )
 def test_what_no_honest_side_sends_is_refused(kind: Kind, stream: int, payload: bytes) -> None:
     bob = Mux(dialler=False)
