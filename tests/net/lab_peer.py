@@ -111,7 +111,7 @@ async def _give(place: Place, to: PeerId, num_bytes: int, *, relayed: bool) -> d
     transport: Transport = place.host if relayed else place.direct
     payload = _payload(num_bytes)
     since, cpu_s = time.monotonic(), _cpu_s()
-    await bulk.push(transport, to, CHANNEL, b"", [payload], kind="upload", timeout_s=10)
+    await bulk.push(transport, to, CHANNEL, b"", [payload], kind="upload", timeout_s=bulk.SILENCE_S)
     paths = {pair.peer: pair.path for pair in place.direct.paths()}
     path = await _libp2p_path(place, to) if relayed else paths[to]
     return {"path": path, "seconds": time.monotonic() - since, "cpu_s": _cpu_s() - cpu_s}

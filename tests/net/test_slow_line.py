@@ -13,9 +13,9 @@ pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=why_not() or ""),
 ]
 
-UP_MBIT = 1.5
+UP_MBIT = 1.0
 NUM_BYTES = 3 * 2**19
-"""Eight seconds; who moves no byte for five is given up."""
+"""Twelve seconds; who moves no byte for five is given up."""
 
 
 def test_a_volunteer_with_a_slow_uplink_gives_directly(tmp_path: Path) -> None:
