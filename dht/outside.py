@@ -319,7 +319,7 @@ async def _ip_behind(address: str) -> str | None:
     """The IP address that a multiaddr leads to; of a name, what it stands for now."""
     if (ip := ip_of(address)) is not None:
         return str(ip)
-    with contextlib.suppress(OSError, TimeoutError):
+    with contextlib.suppress(OSError, TimeoutError, ValueError):  # the last of a name that can't be
         async with asyncio.timeout(RESOLVE_S):
             found = await asyncio.get_running_loop().getaddrinfo(host_of(address), None, type=socket.SOCK_STREAM)
             return str(found[0][4][0])
