@@ -146,7 +146,7 @@ class Host:
             await self.serve(reachability.CHANNEL, DialBack(self._seen_at).answer)
             await stack.enter_async_context(self._directory)
             await self._directory.join(self.contacts.peers, serves=not self._outside.is_hidden)
-            stack.push_async_callback(self._stop, asyncio.create_task(self._keep_reachable()))
+            stack.push_async_callback(self._stop, asyncio.create_task(self._outside.keep()))
             self._exit = stack.pop_all()
         return self
 
@@ -289,12 +289,6 @@ class Host:
         seen = [address for other, address in await control.connections(self._daemon) if other == peer]
         direct = sorted(address for address in seen if is_direct(address))  # ip4 before ip6
         return ip_of(direct[0]) if direct else None
-
-    async def _keep_reachable(self) -> None:
-        try:
-            await self._outside.keep()
-        except* TransportError as errors:  # whoever serves a role sees to it that the daemon is there
-            logger.debug("nobody sees to relays any more: %s", errors.exceptions[0])
 
     async def _stop(self, task: "asyncio.Task[None]") -> None:
         task.cancel()
