@@ -196,11 +196,22 @@ class Outside:
             await self._attempt("having our ports tried", self._recheck())
 
     async def _recheck(self) -> None:
-        """Raises NetworkDown."""
-        if self._router.outside_ports and time.monotonic() >= self._map_again_s:
+        """Have others try anew, with what the router does for us, as long as that helps. Raises NetworkDown."""
+        if is_due := time.monotonic() >= self._map_again_s:
+            await self._renew()
+        judges = self._judges(await control.connections(self._daemon))
+        self._learn(await self._ask(judges), alone=False)
+        # the line may have another address, as some have every morning, or the router may have been restarted
+        if self.reach is not Reach.OPEN and self._router.outside_ports and not is_due:
+            await self._renew()
+            self._learn(await self._ask(judges), alone=False)
+
+    async def _renew(self) -> None:
+        """Have the router, as it is now, go on passing on what it was told to."""
+        if self._router.outside_ports:
+            await self._router.discover()
             await self._router.pass_on(list(self._router.outside_ports))
-            self._map_again_s = time.monotonic() + MAP_AGAIN_S
-        self._learn(await self._ask(self._judges(await control.connections(self._daemon))), alone=False)
+        self._map_again_s = time.monotonic() + MAP_AGAIN_S
 
     @staticmethod
     def _judges(connected: Sequence[Connection]) -> set[PeerId]:

@@ -14,7 +14,7 @@ from dugnad.dht.control import Connection
 from dugnad.dht.identity import PeerId
 from dugnad.dht.outside import Outside, Ways
 from dugnad.dht.paths import Reach
-from dugnad.dht.reachability import Tried
+from dugnad.dht.reachability import Request, Tried
 from dugnad.dht.transport import NetworkDown
 
 ME, HUB = PeerId("me"), PeerId("hub")
@@ -47,11 +47,11 @@ class RouterAt:
     """A router that passes on the ports that it was told to."""
 
     def __init__(self, outside_ip: str | None, *ports: int) -> None:
-        self.outside_ip = outside_ip
+        self.outside_ip = self.next_ip = outside_ip
         self.outside_ports = {port: port for port in ports}
 
     async def discover(self) -> None:
-        pass
+        self.outside_ip = self.next_ip
 
     async def pass_on(self, ports: object) -> None:
         pass
@@ -60,15 +60,20 @@ class RouterAt:
         self.outside_ports = {}
 
 
-async def found_out(*open_ports: int, router: RouterAt | None = None, announce: str | None = None) -> Outside:
-    """What we conclude when the hub sees us at WAN and reaches these ports."""
+def seen(ip: str, *open_ports: int) -> Request:
+    """A hub that sees us there and reaches these ports."""
 
     async def tried(peer: PeerId, raw: bytes) -> bytes:
-        return msgspec.msgpack.encode(Tried(open_ports, WAN))
+        return msgspec.msgpack.encode(Tried(open_ports, ip))
 
+    return tried
+
+
+async def found_out(*open_ports: int, router: RouterAt | None = None, announce: str | None = None) -> Outside:
+    """What we conclude when the hub sees us at WAN and reaches these ports."""
     daemon: Any = SimpleNamespace(listen=("/ip4/0.0.0.0/tcp/4001",))
     ways = Ways(announce=announce, extra_ports=(BULK_PORT,))
-    it = Outside(daemon, ME, ways, request=tried, open_members=dict)
+    it = Outside(daemon, ME, ways, request=seen(WAN, *open_ports), open_members=dict)
     it._router = router or RouterAt(None)  # type: ignore[assignment]
     await it.find_out([HUB])
     return it
@@ -185,3 +190,19 @@ async def test_a_relay_is_asked_again_whatever_went_wrong_with_it(
     monkeypatch.setattr(relays, "RETRY_S", 0)
     async with kept(it, monkeypatch, recheck_s=60):
         await again.wait()
+
+
+async def test_who_is_open_thanks_to_a_router_stays_so_when_the_line_gets_another_address(
+    cards: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router, other = RouterAt(WAN, PORT, BULK_PORT), "11.0.0.77"
+    it = await found_out(PORT, BULK_PORT, router=router)
+    assert it.addresses[0] == f"/ip4/{WAN}/tcp/{PORT}"
+    router.next_ip, it._request = other, seen(other, PORT, BULK_PORT)
+    it.changed.clear()
+    async with kept(it, monkeypatch, look_s=60):
+        while it.addresses[0] != f"/ip4/{other}/tcp/{PORT}":
+            await it.changed.wait()
+            it.changed.clear()
+        assert it.reach is Reach.OPEN
+        assert it.is_open_at(BULK_PORT)
