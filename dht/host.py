@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 _ADDRESSES_PER_PEER = 16
 _PEERS_REMEMBERED = 4096
+_BACKLOG = 4096
+"""Streams that may come while the event loop stands still; the daemon resets all that there is no room for."""
 _REFUSED, _ANSWERED = b"\x01", b"\x00"
 
 
@@ -141,7 +143,9 @@ class Host:
                 self._dialled.clear()
                 self.contacts = await self._join()
             stack.push_async_callback(self._stop_serving)
-            server = await asyncio.start_unix_server(self._accept, self._daemon.streams, limit=BUFFER_BYTES)
+            server = await asyncio.start_unix_server(
+                self._accept, self._daemon.streams, limit=BUFFER_BYTES, backlog=_BACKLOG
+            )
             stack.callback(server.close)
             await self.serve(reachability.CHANNEL, DialBack(self._seen_at).answer)
             await stack.enter_async_context(self._directory)

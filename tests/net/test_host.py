@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -169,6 +169,15 @@ async def test_the_end_of_a_reply_arrives_although_the_handler_has_returned(star
         await asyncio.sleep(0.1)
         assert len(await stream.read_exactly(1_500_000)) == 1_500_000
         await stream.close()
+
+
+async def test_streams_that_come_while_the_loop_stands_still_are_kept(start: Start) -> None:
+    a = await start()
+    with ExitStack() as stack:
+        for _ in range(120):  # some systems have room for 128
+            one = stack.enter_context(socket.socket(socket.AF_UNIX))
+            one.setblocking(False)
+            one.connect(a._daemon.streams)
 
 
 async def test_a_stream_that_ends_early_is_unreachable(start: Start) -> None:
