@@ -17,7 +17,8 @@ from unittest.mock import AsyncMock
 
 import pytest
 
-from dugnad.dht import control, outside
+from dugnad.dht import control, outside, streams
+from dugnad.dht import host as hosts
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId
 from dugnad.dht.multiaddrs import ip_of
@@ -114,11 +115,11 @@ async def test_a_request_of_the_largest_size_passes(start: Start) -> None:
     assert await b.request(a.peer_id, CHANNEL, payload, timeout_s=10) == payload
 
 
-async def test_a_hundred_requests_at_once_get_their_own_replies(start: Start) -> None:
+async def test_sixty_requests_at_once_get_their_own_replies(start: Start) -> None:
     a = await start()
     b = await start(bootstrap=a.addresses())
     await a.serve(CHANNEL, echo)
-    payloads = [b"%d" % number for number in range(100)]
+    payloads = [b"%d" % number for number in range(60)]
     replies = await asyncio.gather(*(b.request(a.peer_id, CHANNEL, each, timeout_s=10) for each in payloads))
     assert replies == payloads
 
@@ -180,6 +181,41 @@ async def test_streams_that_come_while_the_loop_stands_still_are_kept(start: Sta
             one.connect(a._daemon.streams)
 
 
+async def test_who_has_many_streams_open_is_turned_away_until_one_ends_and_others_are_served(start: Start) -> None:
+    refused, over, num_served = list[str](), asyncio.Event(), 0
+    a = await start(refused=refused.append)
+    b, c = await start(bootstrap=a.addresses()), await start(bootstrap=a.addresses())
+
+    async def wait(sender: PeerId, stream: Stream) -> None:
+        nonlocal num_served
+        num_served += 1
+        await stream.write(b"x")
+        await over.wait()
+
+    async def is_served(host: Host) -> bool:
+        opened.append(stream := await host.open(a.peer_id, STREAMS, kind="download"))
+        try:
+            return await stream.read_exactly(1) == b"x"
+        except Unreachable:
+            return False
+
+    await a.serve_stream(STREAMS, wait)
+    async with asyncio.timeout(30):
+        opened = list[Stream]()
+        outcomes = Counter(await asyncio.gather(*(is_served(b) for _ in range(70))))
+        assert outcomes == {True: 64, False: 6}
+        assert refused == ["busy"] * 6
+        assert num_served == 64, "no handler hears of the others"
+        assert await is_served(c)
+        over.set()
+        for stream in opened:
+            await stream.close()
+        while not await is_served(b):
+            await asyncio.sleep(0.05)
+        for stream in opened:
+            await stream.close()
+
+
 async def test_a_stream_that_ends_early_is_unreachable(start: Start) -> None:
     a = await start()
     b = await start(bootstrap=a.addresses())
@@ -215,6 +251,29 @@ async def test_a_learned_address_makes_a_peer_reachable_and_junk_beside_it_does_
         await b.request(a.peer_id, CHANNEL, b"hello", timeout_s=5)
     await b.learn(a.peer_id, ["junk", *a.addresses()])
     assert await b.request(a.peer_id, CHANNEL, b"hello", timeout_s=5) == b"hello"
+
+
+async def test_who_does_not_take_its_reply_is_not_waited_for(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "REPLY_S", 0.3)
+    monkeypatch.setattr(streams, "CLOSE_S", 0.3)
+    a = await start()
+    b = await start(bootstrap=a.addresses())
+    asked = asyncio.Event()
+
+    async def say_much(sender: PeerId, payload: bytes) -> bytes:
+        asked.set()
+        return bytes(REQUEST_BYTES)
+
+    await a.serve(CHANNEL, say_much)
+    stream = await b.open(a.peer_id, CHANNEL, kind="message")
+    taking: Any = stream._writer.transport
+    taking.pause_reading()
+    await stream.write_message(b"", b"much, please")
+    async with asyncio.timeout(10):
+        await asked.wait()
+        while a._serving:
+            await asyncio.sleep(0.05)
+    await stream.close()
 
 
 async def test_a_service_that_is_not_offered_is_named(start: Start) -> None:
