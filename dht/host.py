@@ -287,6 +287,8 @@ class Host:
         """Have the daemon dial `peer`, or find it by itself. Raises DaemonRefused."""
         await control.connect(self._daemon, peer, addresses)
         self._dialled.add(peer)
+        if len(self._dialled) > _PEERS_REMEMBERED:
+            self._dialled &= self._known.keys()
 
     def _open_members(self) -> dict[PeerId, str]:
         """The peers that are open to all, by what is known of them, each under a multiaddr without its name.

@@ -342,7 +342,9 @@ class Outside:
 
     async def _go_straight(self, peer: PeerId, address: str) -> None:
         """Connect anew, as libp2p dials nobody to whom it is connected; what was under way is lost, and said again."""
-        self._straight_s[peer] = time.monotonic() + STRAIGHT_S
+        now = time.monotonic()
+        self._straight_s = {other: at_s for other, at_s in self._straight_s.items() if now < at_s}
+        self._straight_s[peer] = now + STRAIGHT_S
         host, port = host_of(address), port_of(address)
         if host is None or port is None or not await reachability.accepts(host, port):
             return

@@ -276,6 +276,18 @@ async def test_who_does_not_take_its_reply_is_not_waited_for(start: Start, monke
     await stream.close()
 
 
+async def test_of_peers_dialled_no_more_are_kept_than_of_those_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, peers = host(tmp_path), [Identity.generate().peer_id for _ in range(20)]
+    monkeypatch.setattr(hosts, "_PEERS_REMEMBERED", 4)
+    monkeypatch.setattr(control, "connect", AsyncMock())
+    for peer in peers:
+        await a.learn(peer, ["/ip4/127.0.0.1/tcp/1"])
+        await a._connect(peer, ())
+    assert a._dialled == set(peers[-4:])
+
+
 async def test_a_service_that_is_not_offered_is_named(start: Start) -> None:
     a = await start()
     b = await start(bootstrap=a.addresses())

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -206,3 +207,14 @@ async def test_who_is_open_thanks_to_a_router_stays_so_when_the_line_gets_anothe
             it.changed.clear()
         assert it.reach is Reach.OPEN
         assert it.is_open_at(BULK_PORT)
+
+
+async def test_of_whom_was_tried_directly_long_ago_nothing_is_kept(
+    cards: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it, now_s = await found_out(), 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    for number in range(100):
+        now_s += outside.STRAIGHT_S / 4
+        await it._go_straight(PeerId(f"peer {number}"), "/nowhere")
+    assert len(it._straight_s) == 4
