@@ -160,7 +160,8 @@ class Host:
             await self.serve(reachability.CHANNEL, DialBack(self._seen_at).answer)
             await stack.enter_async_context(self._directory)
             await self._directory.join(self.contacts.peers, serves=not self._outside.is_hidden)
-            stack.push_async_callback(self._stop, asyncio.create_task(self._outside.keep()))
+            for work in (self._outside.keep(), self._daemon.keep_asking()):
+                stack.push_async_callback(self._stop, asyncio.create_task(work))
             self._exit = stack.pop_all()
         return self
 
@@ -184,7 +185,7 @@ class Host:
         self._outside.changed.clear()
 
     def check_alive(self) -> None:
-        """Raises NetworkDown once the daemon has ended."""
+        """Raises NetworkDown once the daemon has ended, or does not answer any more."""
         self._daemon.check_alive()
 
     async def peers(self) -> list[PeerId]:

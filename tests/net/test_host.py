@@ -1,11 +1,14 @@
 """The host on real daemons, on loopback: what it carries, whom it names when it can't, and what it leaves behind."""
 
 import asyncio
+import errno
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -17,7 +20,7 @@ from unittest.mock import AsyncMock
 
 import pytest
 
-from dugnad.dht import control, outside, streams
+from dugnad.dht import control, daemon, outside, streams
 from dugnad.dht import host as hosts
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId
@@ -493,6 +496,72 @@ async def test_a_role_whose_daemon_is_killed_ends_with_a_sentence(tmp_path: Path
     assert said is not None
     assert said[0].startswith("the network daemon has ended (status -9)")
     assert said[1] == 1
+
+
+def stop(a: Host) -> None:
+    os.kill(a.daemon_pid, signal.SIGSTOP)
+
+
+def sweep(a: Host) -> None:
+    shutil.rmtree(a._daemon._directory)
+
+
+@pytest.mark.parametrize(("harm", "why"), [(stop, "no answer in"), (sweep, "No such file")])
+async def test_a_daemon_that_does_not_answer_is_noticed(
+    harm: Callable[[Host], None], why: str, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon, "ASK_EVERY_S", 0.1)
+    monkeypatch.setattr(daemon, "ANSWER_S", 1.0)
+    a = await start()
+    await asyncio.sleep(0.5)
+    a.check_alive()
+    harm(a)
+
+    async def watch() -> None:
+        async with asyncio.timeout(20):
+            while True:
+                a.check_alive()
+                await asyncio.sleep(0.05)
+
+    with pytest.raises(NetworkDown, match=rf"does not answer any more \(.*{why}"):
+        await watch()
+
+
+async def test_for_want_of_files_the_daemon_is_not_taken_for_gone(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, asked = await start(), 0
+
+    async def cannot(*_: object, **__: object) -> None:
+        nonlocal asked
+        asked += 1
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(daemon, "ASK_EVERY_S", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio, "open_unix_connection", cannot)
+        keeping = asyncio.create_task(a._daemon.keep_asking())
+        while asked < 10:
+            await asyncio.sleep(0)
+        a.check_alive()
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+
+
+async def test_the_sockets_lie_in_the_roles_folder_unless_its_path_is_too_long() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder, left = Path(name), Path(name, "p2pd-abcdefgh")
+        left.mkdir()
+        (left / "control").touch()
+        async with host(folder, state_dir=folder) as short, host(folder, state_dir=folder / ("x" * 100)) as long:
+            inside, outside = Path(short._daemon._directory), Path(long._daemon._directory)
+            assert inside.parent == folder
+            assert inside.stat().st_mode & 0o777 == outside.stat().st_mode & 0o777 == 0o700
+            assert folder not in outside.parents
+            assert list(folder.glob("p2pd-*")) == [inside], "what an earlier one left behind is gone"
+            assert not list(folder.glob("*/p2pd-*"))
+        assert not inside.exists()
+        assert not outside.exists()
 
 
 @pytest.mark.parametrize("seen", [DOCKER, list(reversed(DOCKER))])
