@@ -10,6 +10,7 @@ from typing import Self
 
 from dugnad.dht.daemon import DaemonRefused
 from dugnad.dht.identity import PeerId, public_key_of
+from dugnad.dht.multiaddrs import usable
 from dugnad.dht.transport import BootstrapError
 
 PROBE_S = 5.0
@@ -41,7 +42,7 @@ class Address:
             public_key_of(PeerId(peer))
         except ValueError:
             found = None
-        if found is None:
+        if found is None or not usable(text):
             raise ValueError("not the address of a peer: those look like /ip4/HOST/tcp/PORT/p2p/12D3KooW...")
         return cls(text, found[1], int(found[2]), place[found.end() :], PeerId(peer))
 
@@ -107,7 +108,7 @@ async def _knock(address: Address) -> str:
         raise _NoContact("refused (host up, nothing listening)") from None
     except socket.gaierror as error:
         raise _NoContact(f"cannot resolve {address.host} ({error.strerror or error})") from None
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError) as error:  # of a host or port that can't be, the last two
         raise _NoContact(f"no way there ({getattr(error, 'strerror', None) or error})") from None
     host, port = writer.get_extra_info("peername")[:2]
     writer.close()

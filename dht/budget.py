@@ -12,6 +12,7 @@ is paid for without a turn, and comes on top.
 """
 
 from dugnad.dht.identity import PeerId
+from dugnad.dht.transport import TransportError
 
 LEAST_BYTES_PER_S = 64 * 1024
 """How fast whoever is served gets its bytes, at least; whoever receives less takes the other side for stalled."""
@@ -19,12 +20,18 @@ AT_ONCE = 16
 """How many are served at once, at most: a line may be slower than its owner thinks."""
 PER_ASKER = 2
 """How many turns one asker has at once."""
+MAX_WAITING = 64
+"""How many times one asker waits in line at once: whoever enters, all that wait are looked through."""
 BURST_S = 0.25
 """For how long what was not given before may be given later on."""
 PIECE_BYTES = 64 * 1024
 """The most that is given at once, and so what must move within the silence limit, again and again."""
 GIVE_MBIT = 100.0
 """What a volunteer gives who has not said: it takes a few percent of one core, and what a fast home line can send."""
+
+
+class LineFull(TransportError):
+    """An asker waits in line too many times already."""
 
 
 class Budget:
@@ -51,8 +58,10 @@ class Budget:
         return cls(mbit_per_s * 1e6 / 8)
 
     def enter(self, ticket: int, asker: PeerId) -> list[int]:
-        """`asker` gets in line; returns the tickets whose turn it is now."""
+        """`asker` gets in line; returns the tickets whose turn it is now. Raises LineFull."""
         assert ticket not in self._waiting | self._served, f"ticket {ticket} is in use"
+        if list(self._waiting.values()).count(asker) >= MAX_WAITING:
+            raise LineFull(f"{asker} waits in line {MAX_WAITING} times already")
         self._waiting[ticket] = asker
         return self._call()
 

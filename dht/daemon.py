@@ -1,15 +1,18 @@
 """The libp2p daemon (go-libp2p's p2pd, out of hivemind's wheel) as a child process that never outlives us.
 
 We start it ourselves rather than let hivemind do so: its output goes to a file instead of the terminal, its control
-socket lies in a directory that only we may enter, and it ends with us however we end. hivemind then attaches to it.
+socket lies in a directory that only we may enter and nobody sweeps, and it ends with us however we end. hivemind then
+attaches to it.
 """
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -24,9 +27,14 @@ from dugnad.dht.transport import NetworkDown, PortInUse
 logger = logging.getLogger(__name__)
 
 START_S = 20.0
+ASK_EVERY_S = 20.0
+ANSWER_S = 20.0
+MAX_UNANSWERED = 3
+"""After so many questions in a row without an answer the daemon is taken for gone."""
 STOP_S = 3.0
 BUFFER_BYTES = 2**20
 _POLL_S = 0.02
+_PREFIX = "p2pd-"  # short: a socket's path has 104 bytes
 
 # A pipe ties the daemon's life to ours: we hold the only writing end, the kernel closes it when we die of whatever, and
 # a shell that waits at the reading end kills the daemon. A line in the pipe means instead that the daemon has ended
@@ -50,7 +58,8 @@ class Daemon:
     """A running p2pd: `async with Daemon(...)` starts it, and no process is left afterwards.
 
     listen: multiaddrs of TCP ports. identity_file: libp2p's private key; log: the daemon's output, the previous one's
-    is kept beside it. Entering raises PortInUse, ListenError or NetworkDown.
+    is kept beside it, and so are its sockets, if they can be. No other daemon has its log in that folder.
+    Entering raises PortInUse, ListenError or NetworkDown.
     """
 
     def __init__(self, *, identity_file: Path, listen: Sequence[str], log: Path) -> None:
@@ -63,10 +72,15 @@ class Daemon:
         self._lifeline = -1
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
+        self._num_unanswered = 0
+        self._fault = ""
+        """Why the last question was not answered, if it was not."""
 
     async def __aenter__(self) -> Self:
         for address in self.listen:
             check_free(address)
+        for left in self.log.parent.glob(f"{_PREFIX}*"):  # by a machine that went down
+            shutil.rmtree(left, ignore_errors=True)
         await self._begin()
         return self
 
@@ -81,7 +95,8 @@ class Daemon:
 
     async def _begin(self) -> None:
         self._process = self._supervisor = None
-        self._directory = tempfile.mkdtemp(prefix="dugnad-")  # mode 0700, and short: a socket's path has 104 bytes
+        self._directory = _make_directory(self.log.parent.absolute())
+        self._num_unanswered = 0
         try:
             await self._start()
             await self._ready()
@@ -105,7 +120,41 @@ class Daemon:
         return f"{self._directory}/streams"
 
     def check_alive(self) -> None:
-        """Raises NetworkDown once the daemon has ended."""
+        """Raises NetworkDown once the daemon has ended, or does not answer `keep_asking` any more."""
+        self._check_running()
+        if self._num_unanswered >= MAX_UNANSWERED:
+            words = f"the network daemon does not answer any more ({self._fault})"
+            raise NetworkDown(f"{words}; its last words are in {self.log}")
+
+    async def keep_asking(self) -> None:
+        """Ask it now and then whether it is there, until cancelled: requests that hang look like others' silence."""
+        while True:
+            await asyncio.sleep(ASK_EVERY_S)
+            self._keep_fresh()
+            self._fault = await self._ask_in_vain()
+            self._num_unanswered = self._num_unanswered + 1 if self._fault else 0
+
+    async def _ask_in_vain(self) -> str:
+        """Why it does not answer; "" if it does, or if we can open no more files, which is not its fault and passes."""
+        from hivemind.proto import p2pd_pb2
+
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                await self.ask(p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY))
+        except TimeoutError:
+            return f"no answer in {ANSWER_S:.0f} s"
+        except Exception as error:
+            passes = getattr(error.__cause__, "errno", None) in (errno.EMFILE, errno.ENFILE)
+            return "" if passes else str(error)
+        return ""
+
+    def _keep_fresh(self) -> None:
+        """Use the sockets, in the eyes of who sweeps temporary files."""
+        for path in (self._directory, self.control, self.streams):
+            with contextlib.suppress(OSError):
+                os.utime(path)
+
+    def _check_running(self) -> None:
         status = self._process.returncode if self._process is not None else "unknown"
         if status is not None:
             raise NetworkDown(f"the network daemon has ended (status {status}); its last words are in {self.log}")
@@ -124,7 +173,7 @@ class Daemon:
         from hivemind.p2p.p2p_daemon_bindings.utils import read_pbmsg_safe, write_pbmsg
         from hivemind.proto import p2pd_pb2
 
-        self.check_alive()
+        self._check_running()
         try:
             reader, writer = await asyncio.open_unix_connection(self.control, limit=BUFFER_BYTES)
         except OSError as error:
@@ -242,6 +291,22 @@ class Daemon:
 
 class DaemonRefused(Exception):
     """The daemon could not do what it was asked; its own words."""
+
+
+def _make_directory(folder: Path) -> str:
+    """A directory for sockets that only we may enter, in `folder`: elsewhere they may be swept after some days.
+
+    Among the temporary files all the same where `folder` can't hold sockets: its file system, or its long path.
+    """
+    directory = tempfile.mkdtemp(prefix=_PREFIX, dir=folder)
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.bind(f"{directory}/control")
+        os.unlink(f"{directory}/control")
+    except OSError:
+        shutil.rmtree(directory, ignore_errors=True)
+        return tempfile.mkdtemp(prefix="dugnad-")
+    return directory
 
 
 def _p2pd() -> str:

@@ -21,6 +21,8 @@ WAIT_S = 3.0
 """How long a stream waits for a direct connection before it goes over libp2p; the connection may still come."""
 FORGET_S = 600.0
 """After how long without a stream a pair is no longer shown."""
+MAX_RELAYS = 64
+"""Relays of which it is remembered what we may send through them."""
 _LARGE_BYTES = 128 * 1024
 """Transfers below this say nothing of the rate."""
 
@@ -52,7 +54,7 @@ class Direct:
         self.rendezvous = rendezvous
         self._paces: dict[PeerId, Pace] = {}
         self._allowances: dict[PeerId, Allowance] = {}
-        """By relay."""
+        """By relay, the one used last at the end."""
 
     @property
     def peer_id(self) -> PeerId:
@@ -116,10 +118,15 @@ class Direct:
 
     async def _over_libp2p(self, peer: PeerId, stream: Stream) -> "TimedStream":
         route = await self._libp2p.route_to(peer) or Route(Path.RELAYED)
-        allowance = None
-        if route.relay is not None:
-            allowance = self._allowances.setdefault(route.relay, Allowance(self._libp2p, route.relay))
+        allowance = self._allowance(route.relay) if route.relay is not None else None
         return TimedStream(stream, self._pace(peer, route.path), allowance)
+
+    def _allowance(self, relay: PeerId) -> Allowance:
+        """What all streams through that relay share."""
+        self._allowances[relay] = found = self._allowances.pop(relay, None) or Allowance(self._libp2p, relay)
+        while len(self._allowances) > MAX_RELAYS:
+            self._allowances.pop(next(iter(self._allowances)))
+        return found
 
     def _pace(self, peer: PeerId, path: Path) -> Pace:
         pace = self._paces.setdefault(peer, Pace(path, 0.0))

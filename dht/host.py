@@ -8,8 +8,9 @@ Whoever opens a stream closes it first: the daemon may reset a stream on closing
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -40,8 +41,14 @@ from dugnad.dht.wire import WireError
 
 logger = logging.getLogger(__name__)
 
+REPLY_S = 10.0
+"""For how long a reply may be on its way: nobody who asks waits longer."""
 _ADDRESSES_PER_PEER = 16
 _PEERS_REMEMBERED = 4096
+_BACKLOG = 4096
+"""Streams that may come while the event loop stands still; the daemon resets all that there is no room for."""
+_STREAMS_PER_PEER = 64
+"""Of one peer's that are served at once: each holds a file open, of which a process may have few."""
 _REFUSED, _ANSWERED = b"\x01", b"\x00"
 
 
@@ -51,6 +58,7 @@ class Host:
     listen: multiaddrs, port 0 for any; bootstrap: multiaddrs with /p2p/ID of peers to join through.
     state_dir: for the daemon's key (mode 0600) and log; owner_of: whose record some bytes are, for announcements.
     ways: what is known of how the world reaches us; the rest is found out, and relays are found, while it is entered.
+    refused: is told why when a stream is turned away.
     Entering raises PortInUse, ListenError, NetworkDown or BootstrapError, and OSError if state_dir can't be written.
     """
 
@@ -64,10 +72,12 @@ class Host:
         state_dir: Path,
         owner_of: OwnerOf,
         ways: Ways = Ways(),  # noqa: B008  # frozen
+        refused: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self._identity = identity
         self._bootstrap = tuple(bootstrap)
         self._meter = meter
+        self._refused = refused
         self._state_dir = state_dir
         self._key_file = state_dir / "libp2p.key"
         self._daemon = Daemon(identity_file=self._key_file, listen=listen, log=state_dir / "p2pd.log")
@@ -81,6 +91,8 @@ class Host:
         self._directory = Directory(self._daemon, identity, owner_of, self.now)
         self._handlers: dict[str, StreamHandler] = {}
         self._serving: set[asyncio.Task[None]] = set()
+        self._num_served: Counter[PeerId] = Counter()
+        """Streams of each peer that are being served."""
         self._known: dict[PeerId, tuple[str, ...]] = {}
         self._dialled: set[PeerId] = set()
         self._exit = AsyncExitStack()
@@ -141,12 +153,15 @@ class Host:
                 self._dialled.clear()
                 self.contacts = await self._join()
             stack.push_async_callback(self._stop_serving)
-            server = await asyncio.start_unix_server(self._accept, self._daemon.streams, limit=BUFFER_BYTES)
+            server = await asyncio.start_unix_server(
+                self._accept, self._daemon.streams, limit=BUFFER_BYTES, backlog=_BACKLOG
+            )
             stack.callback(server.close)
             await self.serve(reachability.CHANNEL, DialBack(self._seen_at).answer)
             await stack.enter_async_context(self._directory)
             await self._directory.join(self.contacts.peers, serves=not self._outside.is_hidden)
-            stack.push_async_callback(self._stop, asyncio.create_task(self._keep_reachable()))
+            for work in (self._outside.keep(), self._daemon.keep_asking()):
+                stack.push_async_callback(self._stop, asyncio.create_task(work))
             self._exit = stack.pop_all()
         return self
 
@@ -170,7 +185,7 @@ class Host:
         self._outside.changed.clear()
 
     def check_alive(self) -> None:
-        """Raises NetworkDown once the daemon has ended."""
+        """Raises NetworkDown once the daemon has ended, or does not answer any more."""
         self._daemon.check_alive()
 
     async def peers(self) -> list[PeerId]:
@@ -249,7 +264,8 @@ class Host:
             async with asyncio.timeout(CONNECT_S):
                 _, payload = await stream.read_message(0)
             status, reply = await _answer(handler, peer, channel, payload)
-            await stream.write_message(status, reply)
+            async with asyncio.timeout(REPLY_S):
+                await stream.write_message(status, reply)
 
         await self.serve_stream(channel, answer)
 
@@ -272,6 +288,8 @@ class Host:
         """Have the daemon dial `peer`, or find it by itself. Raises DaemonRefused."""
         await control.connect(self._daemon, peer, addresses)
         self._dialled.add(peer)
+        if len(self._dialled) > _PEERS_REMEMBERED:
+            self._dialled &= self._known.keys()
 
     def _open_members(self) -> dict[PeerId, str]:
         """The peers that are open to all, by what is known of them, each under a multiaddr without its name.
@@ -290,12 +308,6 @@ class Host:
         direct = sorted(address for address in seen if is_direct(address))  # ip4 before ip6
         return ip_of(direct[0]) if direct else None
 
-    async def _keep_reachable(self) -> None:
-        try:
-            await self._outside.keep()
-        except* TransportError as errors:  # whoever serves a role sees to it that the daemon is there
-            logger.debug("nobody sees to relays any more: %s", errors.exceptions[0])
-
     async def _stop(self, task: "asyncio.Task[None]") -> None:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -311,9 +323,13 @@ class Host:
             peer, channel = await control.read_header(reader)
             if peer is None or channel not in self._handlers:
                 return
-            stream = HostStream(peer, "unknown", reader, writer, self._meter)
-            await self._handlers[channel](peer, stream)
-            await stream.wait_taken()
+            if self._num_served[peer] >= _STREAMS_PER_PEER:
+                self._refused("busy")
+                return
+            with self._counted(peer):
+                stream = HostStream(peer, "unknown", reader, writer, self._meter)
+                await self._handlers[channel](peer, stream)
+                await stream.wait_taken()
         except (TransportError, TimeoutError, OSError, EOFError) as error:
             logger.debug("a stream broke off: %s", error)
         except asyncio.CancelledError:
@@ -323,6 +339,15 @@ class Host:
             logger.exception("a handler failed")
         finally:
             await end(writer)
+
+    @contextmanager
+    def _counted(self, peer: PeerId) -> Iterator[None]:
+        self._num_served[peer] += 1
+        try:
+            yield
+        finally:
+            self._num_served[peer] -= 1
+            self._num_served += Counter()  # which leaves out whoever is at nought
 
     async def _stop_serving(self) -> None:
         for task in self._serving:

@@ -10,15 +10,30 @@ from dugnad.dht.identity import PeerId
 MAX_CHARACTERS = 256
 CIRCUIT = "/p2p-circuit"
 
-_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
+_LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_NAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(\.{_LABEL})*")
+_PORT = re.compile(r"[0-9]{1,5}")
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def usable(address: str) -> bool:
-    """Whether it means plain TCP, direct or through a relay: over QUIC the ends of replies get lost."""
-    others = ("/ws", "/udp", "/quic")
-    return len(address) <= MAX_CHARACTERS and "/tcp/" in address and not any(part in address for part in others)
+    """Whether it means plain TCP to a host and port that can be, directly or through a relay.
+
+    Not over QUIC, where the ends of replies get lost. What is not usable may not even be looked up: that can raise.
+    """
+    if len(address) > MAX_CHARACTERS or port_of(address) is None:
+        return False
+    _, family, host, _, _, *rest = address.split("/")
+    return _can_be(family, host) and rest[:1] in ([], ["p2p"])
+
+
+def _can_be(family: str, host: str) -> bool:
+    """Whether there may be such an IP address or name."""
+    if family in ("dns", "dns4", "dns6"):
+        return _NAME.fullmatch(host) is not None
+    ip = ip_of(f"/{family}/{host}")
+    return ip is not None and family == f"ip{ip.version}" and "%" not in host
 
 
 def is_direct(address: str) -> bool:
@@ -44,11 +59,13 @@ def host_of(address: str) -> str | None:
 
 
 def port_of(address: str) -> int | None:
-    """The TCP port that is dialled first."""
+    """The TCP port that is dialled first; None if there is none that could be dialled."""
     parts = address.split("/")
-    if len(parts) < 5 or parts[3] != "tcp" or not parts[4].isdecimal():
-        return None
-    return int(parts[4])
+    return _port(parts[4]) if len(parts) >= 5 and not parts[0] and parts[3] == "tcp" else None
+
+
+def _port(text: str) -> int | None:
+    return int(text) if _PORT.fullmatch(text) and 0 < int(text) <= 65535 else None
 
 
 def nearness(address: str) -> int:
@@ -90,11 +107,11 @@ def place_of(text: str) -> str:
 
     Raises ValueError, with a sentence, for anything else.
     """
-    host, _, port = text.rpartition(":")
+    host, _, digits = text.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")
-    if port.isdecimal() and 0 < int(port) <= 65535:
+    if (port := _port(digits)) is not None:
         with contextlib.suppress(ValueError):
-            return on_tcp(str(ipaddress.ip_address(bare)), int(port))
+            return on_tcp(str(ipaddress.ip_address(bare)), port)
         if _NAME.fullmatch(host):
             return f"/dns/{host}/tcp/{port}"
     raise ValueError(f"{text}: not HOST:PORT, like 203.0.113.7:4001, [2001:db8::7]:4001 or example.org:4001")

@@ -15,7 +15,7 @@ import logging
 import random
 import socket
 import time
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,8 @@ class Outside:
         self._relays = Relays(peer_id)
         self._far = not all(is_local(address) for address in daemon.listen)
         self._router = Router()
+        self._map_again_s = 0.0
+        """When the router is asked again to pass our ports on."""
         self._straight_s: dict[PeerId, float] = {}
         """When it is tried again to connect to an open member directly."""
         self._cards: frozenset[str] = frozenset()
@@ -94,6 +96,8 @@ class Outside:
         self._own: tuple[str, ...] = ()
         """The multiaddrs of those on which the daemon listens."""
         self._addresses: tuple[str, ...] = ()
+        self._failing: set[str] = set()
+        """What went wrong when it was done last."""
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -147,7 +151,7 @@ class Outside:
         return True
 
     async def keep(self) -> None:
-        """Look after it, until cancelled. Raises NetworkDown, in a group."""
+        """Look after it, until cancelled; what fails is done again, whatever it was: nobody else would."""
         if not self._far:
             return
         try:
@@ -155,31 +159,59 @@ class Outside:
                 tasks.create_task(self._keep_open())
                 while True:
                     await asyncio.sleep(LOOK_S)
-                    self._look(await control.connections(self._daemon), tasks)
+                    await self._attempt("looking after relays", self._look(tasks))
         finally:
             await self._router.forget()
 
-    def _look(self, connected: Sequence[Connection], tasks: asyncio.TaskGroup) -> None:
-        """See to what is lost, or could be better."""
+    async def _attempt(self, what: str, work: Awaitable[None]) -> None:
+        """Do it, and say that it failed if it did not fail before."""
+        try:
+            await work
+        except Exception as error:
+            if what not in self._failing:
+                ours = not isinstance(error, TransportError)
+                logger.warning("%s failed, and is tried again: %s", what, error, exc_info=ours)
+            self._failing.add(what)
+        else:
+            self._failing.discard(what)
+
+    async def _look(self, tasks: asyncio.TaskGroup) -> None:
+        """See to what is lost, or could be better. Raises NetworkDown."""
+        connected = await control.connections(self._daemon)
         if self.reach is not Reach.OPEN:
             self._relays.connected({peer for peer, at in connected if is_direct(at)}, now=time.monotonic())
             self._arrange()
             for place in self._due_places():
-                tasks.create_task(place)
+                tasks.create_task(self._attempt("taking a place at a relay", place))
         for peer, address in self._detours(connected).items():
-            tasks.create_task(self._go_straight(peer, address))
+            tasks.create_task(self._attempt("leaving a relay", self._go_straight(peer, address)))
 
     # -- open or not
 
     async def _keep_open(self) -> None:
         """See again and again whether others reach us, and renew what the router does for us."""
-        map_again_s = time.monotonic() + MAP_AGAIN_S
+        self._map_again_s = time.monotonic() + MAP_AGAIN_S
         while True:
             await asyncio.sleep(RECHECK_S if self.found.num_answers else RECHECK_UNKNOWN_S)
-            if self._router.outside_ports and time.monotonic() >= map_again_s:
-                await self._router.pass_on(list(self._router.outside_ports))
-                map_again_s = time.monotonic() + MAP_AGAIN_S
-            self._learn(await self._ask(self._judges(await control.connections(self._daemon))), alone=False)
+            await self._attempt("having our ports tried", self._recheck())
+
+    async def _recheck(self) -> None:
+        """Have others try anew, with what the router does for us, as long as that helps. Raises NetworkDown."""
+        if is_due := time.monotonic() >= self._map_again_s:
+            await self._renew()
+        judges = self._judges(await control.connections(self._daemon))
+        self._learn(await self._ask(judges), alone=False)
+        # the line may have another address, as some have every morning, or the router may have been restarted
+        if self.reach is not Reach.OPEN and self._router.outside_ports and not is_due:
+            await self._renew()
+            self._learn(await self._ask(judges), alone=False)
+
+    async def _renew(self) -> None:
+        """Have the router, as it is now, go on passing on what it was told to."""
+        if self._router.outside_ports:
+            await self._router.discover()
+            await self._router.pass_on(list(self._router.outside_ports))
+        self._map_again_s = time.monotonic() + MAP_AGAIN_S
 
     @staticmethod
     def _judges(connected: Sequence[Connection]) -> set[PeerId]:
@@ -285,6 +317,7 @@ class Outside:
         return [self._take_place(peer, at) for peer, at in self._relays.to_ask(now=time.monotonic())]
 
     async def _take_place(self, peer: PeerId, address: str) -> None:
+        place = None
         try:
             async with asyncio.timeout(circuit.ANSWER_S):
                 await control.connect(self._daemon, peer, (address,))
@@ -292,9 +325,12 @@ class Outside:
                 await control.keep_connected(self._daemon, peer, "relay")
         except (TransportError, TimeoutError, DaemonRefused, RelayRefused, WireError) as error:
             logger.debug("no place at the relay %s: %s", nickname(peer), error)
-            self._relays.failed(peer, now=time.monotonic())
-        else:
-            self._relays.granted(peer, place, now=time.monotonic())
+            place = None
+        finally:  # without an outcome, be it a fault of ours, it would never be asked again
+            if place is None:
+                self._relays.failed(peer, now=time.monotonic())
+            else:
+                self._relays.granted(peer, place, now=time.monotonic())
         self._arrange()
 
     def _detours(self, connected: Sequence[Connection]) -> dict[PeerId, str]:
@@ -306,7 +342,9 @@ class Outside:
 
     async def _go_straight(self, peer: PeerId, address: str) -> None:
         """Connect anew, as libp2p dials nobody to whom it is connected; what was under way is lost, and said again."""
-        self._straight_s[peer] = time.monotonic() + STRAIGHT_S
+        now = time.monotonic()
+        self._straight_s = {other: at_s for other, at_s in self._straight_s.items() if now < at_s}
+        self._straight_s[peer] = now + STRAIGHT_S
         host, port = host_of(address), port_of(address)
         if host is None or port is None or not await reachability.accepts(host, port):
             return
@@ -319,7 +357,7 @@ async def _ip_behind(address: str) -> str | None:
     """The IP address that a multiaddr leads to; of a name, what it stands for now."""
     if (ip := ip_of(address)) is not None:
         return str(ip)
-    with contextlib.suppress(OSError, TimeoutError):
+    with contextlib.suppress(OSError, TimeoutError, ValueError):  # the last of a name that can't be
         async with asyncio.timeout(RESOLVE_S):
             found = await asyncio.get_running_loop().getaddrinfo(host_of(address), None, type=socket.SOCK_STREAM)
             return str(found[0][4][0])

@@ -131,11 +131,11 @@ class DialBack:
 
 
 async def accepts(host: str, port: int) -> bool:
-    """Whether a TCP port accepts a connection within 2 s."""
+    """Whether a TCP port accepts a connection within 2 s; what can't be dialled does not."""
     try:
         async with asyncio.timeout(CONNECT_S):
             _, writer = await asyncio.open_connection(host, port)
-    except (OSError, TimeoutError):
+    except (OSError, TimeoutError, OverflowError, ValueError):  # of a host or port that can't be, the last two
         return False
     writer.transport.abort()
     return True

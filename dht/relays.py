@@ -2,8 +2,9 @@
 
 Any member that is open to all can be one. We hold places at two of them, which two a hash decides, so that the load
 spreads. A place lasts as long as the connection to its relay, and is renewed often, which also shows whether the relay
-is still there; one that is gone, or refuses, is replaced by the next at once and tried again later. A relay that lets
-only little through (`Reservation.is_small`) counts only while there is no better one.
+is still there; one that is gone, or refuses, is replaced by the next at once and tried again later, or as soon as there
+is a connection to it again. A relay that lets only little through (`Reservation.is_small`) counts only while there is
+no better one.
 """
 
 from collections.abc import Collection, Mapping
@@ -38,6 +39,8 @@ class _Relay:
     failures: int = 0
     ask_at_s: float = 0.0
     """No earlier."""
+    is_connected: bool = False
+    """Whether there was a connection at the last look."""
 
 
 class Relays:
@@ -59,11 +62,16 @@ class Relays:
                 del self._relays[peer]  # one at which we have a place shows by itself when it is gone
 
     def connected(self, peers: Collection[PeerId], *, now: float) -> None:
-        """To whom there is a connection now: a place at another is lost."""
+        """To whom there is a connection now: a place at another is lost, and who is back is asked without waiting."""
         for peer, relay in self._relays.items():
-            if relay.place is not None and not relay.asking and peer not in peers:
+            if relay.asking:
+                continue
+            if relay.place is not None and peer not in peers:
                 relay.place = None
                 relay.ask_at_s = now + RETRY_S
+            elif relay.place is None and peer in peers and not relay.is_connected:
+                relay.failures, relay.ask_at_s = 0, now
+            relay.is_connected = peer in peers
 
     def to_ask(self, *, now: float) -> list[tuple[PeerId, str]]:
         """Whom to ask for a place now, and where; no one is named again before it was `granted`, or has `failed`."""
@@ -74,6 +82,7 @@ class Relays:
         chosen = [*renewals, *free[: max(0, missing)]]
         for peer in chosen:
             self._relays[peer].asking = True
+            self._relays[peer].is_connected = True  # asking takes a connection: who refuses has not come back by that
         return [(peer, self._relays[peer].address) for peer in chosen]
 
     def granted(self, peer: PeerId, place: Reservation, *, now: float) -> None:

@@ -24,6 +24,7 @@ from dugnad.dht.evidence import Proofs, is_evidence
 from dugnad.dht.gossip import GOSSIP_KINDS, Changed, Effect, Gossip, Push, Send, refresh_s
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId, nickname
+from dugnad.dht.multiaddrs import usable
 from dugnad.dht.paths import Reach
 from dugnad.dht.records import KINDS, MEMBER_KINDS, REGISTERS, MemberBody, ProgressBody, Record
 from dugnad.dht.sequence import Sequence
@@ -208,6 +209,7 @@ class Swarm:
             for one in found
             if one.owner != self._identity.peer_id and isinstance(one.body, MemberBody)
             for address in one.body.addresses
+            if usable(address)
         }
 
     def open_peers(self) -> list[PeerId]:

@@ -172,6 +172,7 @@ async def _connected(
             state_dir=folder.path,
             owner_of=owner_of,
             ways=Ways(announce=network.announce, extra_ports=(rendezvous.carrier.port,)),
+            refused=metrics.rejected_message,
         ) as host,
         _greeted(host, way, face, role, known),
         Swarm(

@@ -1,15 +1,18 @@
 """The host on real daemons, on loopback: what it carries, whom it names when it can't, and what it leaves behind."""
 
 import asyncio
+import errno
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +20,8 @@ from unittest.mock import AsyncMock
 
 import pytest
 
-from dugnad.dht import control, outside
+from dugnad.dht import control, daemon, outside, streams
+from dugnad.dht import host as hosts
 from dugnad.dht.host import Host
 from dugnad.dht.identity import Identity, PeerId
 from dugnad.dht.multiaddrs import ip_of
@@ -114,11 +118,11 @@ async def test_a_request_of_the_largest_size_passes(start: Start) -> None:
     assert await b.request(a.peer_id, CHANNEL, payload, timeout_s=10) == payload
 
 
-async def test_a_hundred_requests_at_once_get_their_own_replies(start: Start) -> None:
+async def test_sixty_requests_at_once_get_their_own_replies(start: Start) -> None:
     a = await start()
     b = await start(bootstrap=a.addresses())
     await a.serve(CHANNEL, echo)
-    payloads = [b"%d" % number for number in range(100)]
+    payloads = [b"%d" % number for number in range(60)]
     replies = await asyncio.gather(*(b.request(a.peer_id, CHANNEL, each, timeout_s=10) for each in payloads))
     assert replies == payloads
 
@@ -171,6 +175,50 @@ async def test_the_end_of_a_reply_arrives_although_the_handler_has_returned(star
         await stream.close()
 
 
+async def test_streams_that_come_while_the_loop_stands_still_are_kept(start: Start) -> None:
+    a = await start()
+    with ExitStack() as stack:
+        for _ in range(120):  # some systems have room for 128
+            one = stack.enter_context(socket.socket(socket.AF_UNIX))
+            one.setblocking(False)
+            one.connect(a._daemon.streams)
+
+
+async def test_who_has_many_streams_open_is_turned_away_until_one_ends_and_others_are_served(start: Start) -> None:
+    refused, over, num_served = list[str](), asyncio.Event(), 0
+    a = await start(refused=refused.append)
+    b, c = await start(bootstrap=a.addresses()), await start(bootstrap=a.addresses())
+
+    async def wait(sender: PeerId, stream: Stream) -> None:
+        nonlocal num_served
+        num_served += 1
+        await stream.write(b"x")
+        await over.wait()
+
+    async def is_served(host: Host) -> bool:
+        opened.append(stream := await host.open(a.peer_id, STREAMS, kind="download"))
+        try:
+            return await stream.read_exactly(1) == b"x"
+        except Unreachable:
+            return False
+
+    await a.serve_stream(STREAMS, wait)
+    async with asyncio.timeout(30):
+        opened = list[Stream]()
+        outcomes = Counter(await asyncio.gather(*(is_served(b) for _ in range(70))))
+        assert outcomes == {True: 64, False: 6}
+        assert refused == ["busy"] * 6
+        assert num_served == 64, "no handler hears of the others"
+        assert await is_served(c)
+        over.set()
+        for stream in opened:
+            await stream.close()
+        while not await is_served(b):
+            await asyncio.sleep(0.05)
+        for stream in opened:
+            await stream.close()
+
+
 async def test_a_stream_that_ends_early_is_unreachable(start: Start) -> None:
     a = await start()
     b = await start(bootstrap=a.addresses())
@@ -206,6 +254,41 @@ async def test_a_learned_address_makes_a_peer_reachable_and_junk_beside_it_does_
         await b.request(a.peer_id, CHANNEL, b"hello", timeout_s=5)
     await b.learn(a.peer_id, ["junk", *a.addresses()])
     assert await b.request(a.peer_id, CHANNEL, b"hello", timeout_s=5) == b"hello"
+
+
+async def test_who_does_not_take_its_reply_is_not_waited_for(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "REPLY_S", 0.3)
+    monkeypatch.setattr(streams, "CLOSE_S", 0.3)
+    a = await start()
+    b = await start(bootstrap=a.addresses())
+    asked = asyncio.Event()
+
+    async def say_much(sender: PeerId, payload: bytes) -> bytes:
+        asked.set()
+        return bytes(REQUEST_BYTES)
+
+    await a.serve(CHANNEL, say_much)
+    stream = await b.open(a.peer_id, CHANNEL, kind="message")
+    taking: Any = stream._writer.transport
+    taking.pause_reading()
+    await stream.write_message(b"", b"much, please")
+    async with asyncio.timeout(10):
+        await asked.wait()
+        while a._serving:
+            await asyncio.sleep(0.05)
+    await stream.close()
+
+
+async def test_of_peers_dialled_no_more_are_kept_than_of_those_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, peers = host(tmp_path), [Identity.generate().peer_id for _ in range(20)]
+    monkeypatch.setattr(hosts, "_PEERS_REMEMBERED", 4)
+    monkeypatch.setattr(control, "connect", AsyncMock())
+    for peer in peers:
+        await a.learn(peer, ["/ip4/127.0.0.1/tcp/1"])
+        await a._connect(peer, ())
+    assert a._dialled == set(peers[-4:])
 
 
 async def test_a_service_that_is_not_offered_is_named(start: Start) -> None:
@@ -413,6 +496,72 @@ async def test_a_role_whose_daemon_is_killed_ends_with_a_sentence(tmp_path: Path
     assert said is not None
     assert said[0].startswith("the network daemon has ended (status -9)")
     assert said[1] == 1
+
+
+def stop(a: Host) -> None:
+    os.kill(a.daemon_pid, signal.SIGSTOP)
+
+
+def sweep(a: Host) -> None:
+    shutil.rmtree(a._daemon._directory)
+
+
+@pytest.mark.parametrize(("harm", "why"), [(stop, "no answer in"), (sweep, "No such file")])
+async def test_a_daemon_that_does_not_answer_is_noticed(
+    harm: Callable[[Host], None], why: str, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon, "ASK_EVERY_S", 0.1)
+    monkeypatch.setattr(daemon, "ANSWER_S", 1.0)
+    a = await start()
+    await asyncio.sleep(0.5)
+    a.check_alive()
+    harm(a)
+
+    async def watch() -> None:
+        async with asyncio.timeout(20):
+            while True:
+                a.check_alive()
+                await asyncio.sleep(0.05)
+
+    with pytest.raises(NetworkDown, match=rf"does not answer any more \(.*{why}"):
+        await watch()
+
+
+async def test_for_want_of_files_the_daemon_is_not_taken_for_gone(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, asked = await start(), 0
+
+    async def cannot(*_: object, **__: object) -> None:
+        nonlocal asked
+        asked += 1
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(daemon, "ASK_EVERY_S", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio, "open_unix_connection", cannot)
+        keeping = asyncio.create_task(a._daemon.keep_asking())
+        while asked < 10:
+            await asyncio.sleep(0)
+        a.check_alive()
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+
+
+async def test_the_sockets_lie_in_the_roles_folder_unless_its_path_is_too_long() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder, left = Path(name), Path(name, "p2pd-abcdefgh")
+        left.mkdir()
+        (left / "control").touch()
+        async with host(folder, state_dir=folder) as short, host(folder, state_dir=folder / ("x" * 100)) as long:
+            inside, outside = Path(short._daemon._directory), Path(long._daemon._directory)
+            assert inside.parent == folder
+            assert inside.stat().st_mode & 0o777 == outside.stat().st_mode & 0o777 == 0o700
+            assert folder not in outside.parents
+            assert list(folder.glob("p2pd-*")) == [inside], "what an earlier one left behind is gone"
+            assert not list(folder.glob("*/p2pd-*"))
+        assert not inside.exists()
+        assert not outside.exists()
 
 
 @pytest.mark.parametrize("seen", [DOCKER, list(reversed(DOCKER))])

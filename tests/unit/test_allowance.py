@@ -12,7 +12,7 @@ from dugnad.dht import allowance
 from dugnad.dht.allowance import CHANNEL, FREE_BYTES, MOST_BYTES, UNASKED_S, Allowance
 from dugnad.dht.budget import PIECE_BYTES, Budget
 from dugnad.dht.bulk import SILENCE_S
-from dugnad.dht.direct import Direct
+from dugnad.dht.direct import MAX_RELAYS, Direct
 from dugnad.dht.identity import PeerId
 from dugnad.dht.paths import Reach
 from dugnad.dht.transport import RequestRefused, Stream
@@ -110,6 +110,23 @@ async def test_what_goes_directly_asks_nobody_and_what_is_relayed_asks_the_relay
             taken.clear()
             await stream.close()
             assert (ann.metered["sent", "message"] > 0) == (through == HUB)
+
+
+async def test_of_relays_not_used_for_long_nothing_is_remembered() -> None:
+    async def take(sender: PeerId, stream: Stream) -> None:
+        await stream.read_exactly(1)
+
+    async with relay() as (net, _):
+        ann, bob = net.join(ANN), net.join(BOB)
+        await bob.serve_stream("test/1", take)
+        way = direct(ann)
+        for number in range(3 * MAX_RELAYS):
+            for ann.relay in (HUB, PeerId(f"relay {number}")):
+                stream = await way.open(BOB, "test/1", kind="upload")
+                await stream.write(b"x")
+                await stream.close()
+        assert len(way._allowances) == MAX_RELAYS
+        assert way._allowances[HUB]._left == FREE_BYTES - 3 * MAX_RELAYS
 
 
 async def test_what_is_answered_through_a_relay_comes_out_of_its_budget_too() -> None:

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from dugnad.dht import budget as budgets
 from dugnad.dht import bulk
-from dugnad.dht.budget import AT_ONCE, LEAST_BYTES_PER_S, PER_ASKER, PIECE_BYTES, Budget
+from dugnad.dht.budget import AT_ONCE, LEAST_BYTES_PER_S, MAX_WAITING, PER_ASKER, PIECE_BYTES, Budget, LineFull
 from dugnad.dht.bulk import SAID_EVERY_S, SILENCE_S, Stalled, fetch, serve_blobs
 from dugnad.dht.identity import PeerId
-from dugnad.dht.transport import Direction
+from dugnad.dht.transport import Direction, Unreachable
 from tests.unit.memory_transport import Net, network
 
 ANN, BOB, EVE, JOE = PEERS = tuple(PeerId(name) for name in ("ann", "bob", "eve", "joe"))
@@ -101,6 +102,39 @@ def test_who_asks_for_much_waits_behind_who_asks_for_little() -> None:
     assert budget.leave(6) == []  # Bob will wait no more
     assert budget.leave(7) == [3]
     assert budget.leave(5) == []
+
+
+def test_who_waits_too_many_times_gets_in_line_no_more_and_others_do() -> None:
+    budget = Budget(NARROW)
+    assert budget.enter(0, ANN) == [0]
+    for ticket in range(1, 1 + MAX_WAITING):
+        assert budget.enter(ticket, EVE) == []
+    with pytest.raises(LineFull):
+        budget.enter(1000, EVE)
+    assert budget.leave(1000) == [], "as whoever was turned away does"
+    assert budget.enter(1001, BOB) == []
+    assert budget.leave(0) == [1], "Eve has waited longest"
+    assert budget.enter(1002, EVE) == []
+
+
+async def test_who_is_turned_away_from_the_line_hears_so_at_once(
+    run_on: Callable[[asyncio.Future[Any]], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budgets, "MAX_WAITING", 1)
+    wanted = blobs(4, 4 * NARROW)
+    async with network() as net:
+        await give(net, Budget(NARROW), wanted)
+        asker = net.join(EVE)
+        asked = [
+            asyncio.ensure_future(fetch(asker, ME, digest, len(blob), kind="state", timeout_s=SILENCE_S))
+            for digest, blob in wanted.items()
+        ]
+        await run_on(asyncio.ensure_future(asyncio.sleep(1)))
+        assert [one.done() for one in asked] == [False, False, True, True]
+        for one in asked[2:]:
+            with pytest.raises(Unreachable):
+                one.result()
+        await run_on(asyncio.gather(*asked[:2]))
 
 
 class Line(RuleBasedStateMachine):

@@ -57,6 +57,34 @@ def test_no_text_of_a_stranger_raises(text: str) -> None:
     ma.in_order([text], [text], [text])
 
 
+@pytest.mark.parametrize(
+    "address",
+    [OUTSIDE, CIRCUIT, LAN, f"{CIRCUIT}/p2p/{RELAY}", "/ip6/2a00::7/tcp/1", "/dns4/ws.my_host-1.example/tcp/65535"],
+)
+def test_plain_tcp_is_usable(address: str) -> None:
+    assert ma.usable(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *(
+            "/dns4/a..b/tcp/1",
+            "/dns4/.b/tcp/1",
+            "/dns4/-a/tcp/1",
+            f"/dns4/{'a' * 64}/tcp/1",
+            f"/dns/{'a.' * 127}b/tcp/1",
+        ),
+        *("/dns4/a%/tcp/1", "/ip4/a.b/tcp/1", "/ip4/1.2.3/tcp/1", "/ip4/::1/tcp/1", "/ip6/1.2.3.4/tcp/1"),
+        *("/ip6/fe80::1%eth0/tcp/1", "/ip6zone/x/ip6/fe80::1/tcp/1", "/unix/x/tcp/1", "x/ip4/8.8.8.8/tcp/1"),
+        *("/ip4/8.8.8.8/tcp/99999", "/ip4/8.8.8.8/tcp/0", "/ip4/8.8.8.8/tcp/-1", "/ip4/8.8.8.8/tcp/\u0661"),
+        *("/ip4/8.8.8.8/tcp", "/ip4/8.8.8.8/tcp/1/ws", "/ip4/8.8.8.8/udp/1/quic-v1", "/tcp/1", ""),
+    ],
+)
+def test_what_cannot_be_dialled_over_plain_tcp_is_not_usable(address: str) -> None:
+    assert not ma.usable(address)
+
+
 def test_a_peer_names_what_others_reached_first_then_circuits_then_its_networks_and_unreached_cards_last() -> None:
     cards = [LOOPBACK, "/ip4/8.8.8.8/tcp/4001", LAN, OUTSIDE, "/ip4/1.1.1.1/udp/1/quic-v1"]
     assert ma.in_order([OUTSIDE], [CIRCUIT], cards) == (OUTSIDE, CIRCUIT, LAN, LOOPBACK, "/ip4/8.8.8.8/tcp/4001")
@@ -75,7 +103,7 @@ def test_a_place_that_people_write_becomes_a_multiaddr(text: str, address: str) 
 
 
 @pytest.mark.parametrize(
-    "text", ["", "example.org", "example.org:", "example.org:0", "a:65536", ":1", "a/b:1", "-a:1", "a b:1"]
+    "text", ["", "example.org", "example.org:", "example.org:0", "a:65536", "a..b:1", ":1", "a/b:1", "-a:1", "a b:1"]
 )
 def test_what_is_no_place_is_told_so(text: str) -> None:
     with pytest.raises(ValueError, match="not HOST:PORT"):

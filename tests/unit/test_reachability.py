@@ -8,7 +8,7 @@ import pytest
 
 from dugnad.dht.identity import Identity, PeerId
 from dugnad.dht.multiaddrs import IpAddress
-from dugnad.dht.reachability import MAX_AT_ONCE, MAX_WAITING, DialBack, Reachability, Tried, ask, judge
+from dugnad.dht.reachability import MAX_AT_ONCE, MAX_WAITING, DialBack, Reachability, Tried, accepts, ask, judge
 from dugnad.dht.transport import RequestRefused
 from dugnad.dht.wire import WireError
 
@@ -107,6 +107,11 @@ async def test_who_does_not_answer_or_answers_nonsense_does_not_count() -> None:
 
     assert await ask(PEERS[:3], (4001,), request) == Reachability(frozenset({4001}), "11.0.3.1", 1)
     assert await ask(PEERS[:2], (4001,), request) == Reachability(frozenset(), None, 0)
+
+
+@pytest.mark.parametrize("place", [("8.8.8.8", 99999), ("8.8.8.8", -1), ("a..b", 1), ("a\0b", 1), ("a" * 64, 1)])
+async def test_what_cannot_be_dialled_does_not_accept(place: tuple[str, int]) -> None:
+    assert not await accepts(*place)
 
 
 def test_who_is_seen_by_ipv4_is_judged_by_that() -> None:

@@ -114,6 +114,34 @@ def test_one_that_fails_is_tried_again_later_and_later() -> None:
     assert waits[-1] == RETRY_MOST_S
 
 
+def test_one_that_was_gone_for_long_is_asked_as_soon_as_it_is_connected_again() -> None:
+    (only,) = OTHERS[:1]
+    relays, now = known([only]), 0.0
+    settled(relays)
+    while now < 1200:
+        now += 1
+        relays.connected([], now=now)
+        for peer in asked(relays, now):
+            relays.failed(peer, now=now)
+    assert asked(relays, now + 1) == []
+    relays.connected([only], now=now + 1)
+    assert asked(relays, now + 1) == [only]
+
+
+def test_one_that_refuses_is_not_asked_more_often_for_being_connected() -> None:
+    (only,) = OTHERS[:1]
+    relays, now, times = known([only]), 0.0, 0
+    while now < 1200:
+        now += 1
+        relays.connected([], now=now)  # until we ask, which takes a connection
+        for peer in asked(relays, now):
+            times += 1
+            relays.connected([only], now=now)
+            relays.failed(peer, now=now)
+            relays.connected([only], now=now)
+    assert times < 20
+
+
 def test_small_relays_count_only_while_there_is_no_better_one() -> None:
     relays = known()
     assert settled(relays, small=OTHERS) == set(OTHERS), "all were tried"

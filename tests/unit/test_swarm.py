@@ -121,7 +121,8 @@ async def test_the_addresses_of_members_name_them_so_that_they_can_be_dialled_af
     class OtherHost(QuietHost):
         def addresses(self) -> tuple[str, ...]:
             relayed = f"/ip4/8.8.8.8/tcp/3/p2p/{ME.peer_id}/p2p-circuit"
-            return tuple(f"{place}/p2p/{OTHER.peer_id}" for place in ("/ip4/192.168.1.5/tcp/2", relayed))
+            places = ("/ip4/192.168.1.5/tcp/2", relayed, "/dns4/a..b/tcp/1")
+            return tuple(f"{place}/p2p/{OTHER.peer_id}" for place in places)
 
     theirs: Any = OtherHost()
     (tmp_path / "other").mkdir()
@@ -130,7 +131,7 @@ async def test_the_addresses_of_members_name_them_so_that_they_can_be_dialled_af
     )
     async with other, swarm(QuietHost()) as mine:
         mine.records.merge(records.parse(theirs.announced[0], RUN, now=mine.now()))
-        assert mine.addresses() == set(theirs.addresses())
+        assert mine.addresses() == set(theirs.addresses()[:2]), "the last one can't be"
 
 
 class SilentHost(QuietHost):
