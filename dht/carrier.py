@@ -236,6 +236,7 @@ class Carrier:
         client = self._identity.public_key < public_key_of(other)
         context = self._certificate.context(dialler=client, trusted=trusted)
         host, port = sock.getpeername()[:2]
+        seen = Endpoint(host.partition("%")[0], port)  # the zone is ours
         secured = context.wrap_socket(sock, server_side=not client, do_handshake_on_connect=False)
         try:
             await _handshake(secured)
@@ -245,7 +246,7 @@ class Carrier:
         except BaseException:
             secured.close()
             raise
-        return await self._connected(secured, other, path, Endpoint(host, port), client)
+        return await self._connected(secured, other, path, seen, client)
 
     async def _connected(
         self, sock: ssl.SSLSocket, peer: PeerId, path: Path, seen: Endpoint, client: bool

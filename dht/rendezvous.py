@@ -21,6 +21,7 @@ from dugnad.dht.endpoint import Endpoint
 from dugnad.dht.identity import Identity, PeerId, nickname
 from dugnad.dht.meeting import Dial, Favours, Give, Meet, Punch, Wait
 from dugnad.dht.paths import Path, Reach
+from dugnad.dht.sightings import Judgement, Sighting, counting, judge
 from dugnad.dht.transport import Meter, StreamHandler, Transport, TransportError
 from dugnad.dht.wire import WireError
 
@@ -33,7 +34,9 @@ RETRY_S = 5.0
 """After how long a pair that found no direct way tries again; twice as long each time, up to MAX_RETRY_S."""
 MAX_RETRY_S = 600.0
 OBSERVERS = 2
-"""How many open peers tell us how we are seen."""
+"""How many open peers tell us how we are seen; one more if they disagree."""
+MAX_OBSERVERS = 8
+"""The same, those included that see us from within our own network, or tell nothing that makes sense."""
 LOOK_S = 2.0
 SOON_S = 0.3
 """The same, as long as nobody has told us how we are seen; but where all are in one network, nobody ever does."""
@@ -119,6 +122,8 @@ class Rendezvous:
         self._punching: set[PeerId] = set()
         self._views: dict[Connection, Endpoint] = {}
         """Connections from the port on which we listen, and where they lead: they show how that looks from outside."""
+        self._alone_with: set[PeerId] | None = None
+        """The observers beside whom no other was found."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._exit = AsyncExitStack()
 
@@ -166,8 +171,7 @@ class Rendezvous:
         there = self.connection(peer)
         if there is not None or self._known is None:
             return there
-        failed = self._failures.get(peer)
-        if peer not in self._attempts and failed is not None and time.monotonic() < failed.again_at:
+        if peer not in self._attempts and self._pauses(peer):
             return None
         attempt = self._attempts.get(peer) or self._attempt(peer, self._meet(peer))
         await asyncio.wait([attempt], timeout=within_s)
@@ -304,6 +308,11 @@ class Rendezvous:
         finally:
             self._arrivals.pop(peer, None)
 
+    def _pauses(self, peer: PeerId) -> bool:
+        """Whether it was tried in vain not long ago."""
+        failed = self._failures.get(peer)
+        return failed is not None and time.monotonic() < failed.again_at
+
     def _failed(self, peer: PeerId, reason: str) -> None:
         before = self._failures.get(peer)
         pause_s = min(MAX_RETRY_S, 2 * before.pause_s) if before is not None else RETRY_S
@@ -342,17 +351,25 @@ class Rendezvous:
         """How others can reach our carrier."""
         if self._known_open:
             return Reach.OPEN
-        views = {(connection.peer, place): connection.seen_as for connection, place in self._views.items()}
-        seen = {view for view in views.values() if view is not None}
-        if len(seen) > 1:
-            return Reach.SYMMETRIC
-        kept = any(Endpoint.parse(view).port == self.carrier.port for view in seen)
-        return Reach.CONE if kept or len(views) > 1 else Reach.UNKNOWN
+        return self._judged(more=self._alone_with != self._watching).reach
 
     @property
     def outside(self) -> str:
         """How others see our carrier's port, "HOST:PORT"; empty while nobody has said."""
-        return next((seen for one in self._views if (seen := one.seen_as) is not None and one.alive), "")
+        outside = self._judged(more=True).outside
+        return str(outside) if outside is not None else ""
+
+    @property
+    def _watching(self) -> set[PeerId]:
+        return {connection.peer for connection in self._views}
+
+    @property
+    def _sightings(self) -> list[Sighting]:
+        views = [Sighting.of(one.peer, place, one.seen_as) for one, place in self._views.items()]
+        return [view for view in views if view is not None]
+
+    def _judged(self, *, more: bool) -> Judgement:
+        return judge(self._sightings, port=self.carrier.port, more=more)
 
     @property
     def _known_open(self) -> bool:
@@ -387,7 +404,7 @@ class Rendezvous:
             await self._cut_refused()
             if not self._known_open:
                 await self._find_observers()
-            settled = self._known_open or self._views or time.monotonic() > soon_until
+            settled = self.reach is not Reach.UNKNOWN or time.monotonic() > soon_until
             await asyncio.sleep(LOOK_S if settled else SOON_S)
 
     async def _cut_refused(self) -> None:
@@ -402,12 +419,20 @@ class Rendezvous:
     async def _find_observers(self) -> None:
         """Be connected to some open peers: they tell how we are seen, and keep our port open in the router."""
         assert self._known is not None
-        watching = {connection.peer for connection in self._views}
-        others = [peer for peer in self._known.open_peers() if peer not in watching]
+        watching = self._watching
+        others = [peer for peer in self._known.open_peers() if peer not in watching and not self._pauses(peer)]
         # spread over them by hash: everyone has the same list
         others.sort(key=lambda peer: blake3(f"{self._identity.peer_id} {peer}".encode()).digest())
-        wanted = others[: max(0, OBSERVERS - len(watching))]
+        wanted = others[: max(0, min(self._num_missing(), MAX_OBSERVERS - len(watching)))]
         await asyncio.gather(*(self.connect(peer, within_s=ASK_S) for peer in wanted))
+        if self._watching == watching:
+            self._alone_with = watching
+
+    def _num_missing(self) -> int:
+        """How many more observers it takes to know how we are seen."""
+        num_heard = len({one.observer for one in counting(self._sightings)})
+        in_doubt = num_heard > 0 and self._judged(more=True).reach is Reach.UNKNOWN
+        return max(OBSERVERS - num_heard, int(in_doubt))
 
     # -- tasks
 

@@ -5,7 +5,7 @@ import contextlib
 import os
 import socket
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -23,11 +23,12 @@ from dugnad.dht.direct import Direct
 from dugnad.dht.endpoint import Endpoint
 from dugnad.dht.identity import Identity, PeerId
 from dugnad.dht.paths import Path as Way
+from dugnad.dht.paths import Reach
 from dugnad.dht.rendezvous import Acquaintances, Rendezvous
 from dugnad.dht.transport import Stream, TransportError, Unreachable
 from tests.unit.memory_transport import MemoryTransport, Net, network
 
-ANN, BOB, EVE = (Identity.from_seed(bytes([k]) * 32) for k in (1, 2, 3))
+ANN, BOB, EVE, JOE = (Identity.from_seed(bytes([k]) * 32) for k in (1, 2, 3, 4))
 ANYWHERE = Endpoint("127.0.0.1", 0)
 CHANNEL = "test/bulk/1"
 
@@ -174,7 +175,10 @@ class Peer:
 
 
 @asynccontextmanager
-async def peers(net: Net, folder: Folders, *who: Identity) -> AsyncIterator[list[Peer]]:
+async def peers(
+    net: Net, folder: Folders, *who: Identity, open_ones: Sequence[Identity] = ()
+) -> AsyncIterator[list[Peer]]:
+    """open_ones: those of them that are open, as all know."""
     async with AsyncExitStack() as stack:
         made = []
         for identity in who:
@@ -186,19 +190,24 @@ async def peers(net: Net, folder: Folders, *who: Identity) -> AsyncIterator[list
             meeting = Rendezvous(identity, listen=ANYWHERE, folder=folder(identity), meter=meter)
             await stack.enter_async_context(meeting)
             libp2p = net.join(identity.peer_id)
-            refused: set[PeerId] = set()
-            await meeting.begin(libp2p, known(refused))
-            peer = Peer(libp2p, meeting, Direct(libp2p, meeting), moved, refused)
+            peer = Peer(libp2p, meeting, Direct(libp2p, meeting), moved, set())
             await bulk.serve_push(peer.direct, CHANNEL, lambda *_: None, taking(peer), header_cap=64, total_cap=2**30)
             made.append(peer)
+        for identity, peer in sorted(zip(who, made, strict=True), key=lambda one: one[0] not in open_ones):
+            others = [one.peer_id for one in open_ones if one is not identity]
+            acquaintances = known(peer.refused, is_open=identity in open_ones, open_peers=others)
+            await peer.rendezvous.begin(peer.libp2p, acquaintances)
         yield made
 
 
-def known(refused: set[PeerId]) -> Acquaintances:
+def known(refused: set[PeerId], *, is_open: bool = False, open_peers: Sequence[PeerId] = ()) -> Acquaintances:
     return Acquaintances(
         refuses=lambda peer, claim: "it is banned" if peer in refused else None,
-        pinned=lambda peer: None, open_peers=tuple, open_hosts=tuple, is_open=lambda: False,
-    )  # fmt: skip
+        pinned=lambda peer: None,
+        open_peers=lambda: open_peers,
+        open_hosts=lambda: ("127.0.0.1",) if is_open else (),
+        is_open=lambda: is_open,
+    )
 
 
 def taking(peer: Peer) -> bulk.Take:
@@ -340,3 +349,44 @@ async def test_where_no_connection_comes_about_bytes_go_over_libp2p(folder: Fold
         assert await give(ann, BOB, b"over libp2p") == b"taken"
         assert taken == [b"over libp2p"]
         assert "can't be met" in ann.rendezvous.why_not(BOB.peer_id)
+
+
+# -- how they are seen
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("lie", ["garbage", "9.9.9.9:1", "[2a00::9]:4002"])
+async def test_one_observer_that_lies_changes_nothing(
+    folder: Folders, monkeypatch: pytest.MonkeyPatch, lie: str
+) -> None:
+    monkeypatch.setattr(rendezvous, "OBSERVERS", 3)  # so that it is among them
+    honest = Connection.tell_seen
+    async with network() as net, peers(net, folder, ANN, BOB, EVE, JOE, open_ones=(BOB, EVE, JOE)) as (ann, _, eve, _):
+        monkeypatch.setattr(
+            Connection, "tell_seen",
+            lambda self, seen: honest(self, lie if self._handlers is eve.rendezvous.carrier.handlers else seen),
+        )  # fmt: skip
+        await until(lambda: len(ann.rendezvous._views) >= 2)
+        await until(lambda: ann.rendezvous.reach is not Reach.UNKNOWN)
+        assert ann.rendezvous.reach is Reach.CONE
+        assert ann.rendezvous.outside == f"127.0.0.1:{ann.rendezvous.carrier.port}"
+
+
+@pytest.mark.parametrize(("num_others", "reach"), [(1, Reach.SYMMETRIC), (2, Reach.CONE)])
+async def test_where_two_observers_disagree_a_third_is_asked_if_there_is_one(
+    folder: Folders, monkeypatch: pytest.MonkeyPatch, num_others: int, reach: Reach
+) -> None:
+    honest, others = Connection.tell_seen, (BOB, JOE)[:num_others]
+    async with network() as net, peers(net, folder, ANN, EVE, *others, open_ones=(EVE, *others)) as (ann, eve, *_):
+        monkeypatch.setattr(
+            Connection, "tell_seen",
+            lambda self, seen: honest(self, "9.9.9.9:1" if self._handlers is eve.rendezvous.carrier.handlers else seen),
+        )  # fmt: skip
+        await ann.rendezvous.connect(EVE.peer_id, within_s=5)
+        await until(lambda: ann.rendezvous.reach is not Reach.UNKNOWN and len(ann.rendezvous._views) > num_others)
+        assert ann.rendezvous.reach is reach
