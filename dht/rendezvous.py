@@ -37,6 +37,8 @@ OBSERVERS = 2
 """How many open peers tell us how we are seen; one more if they disagree."""
 MAX_OBSERVERS = 8
 """The same, those included that see us from within our own network, or tell nothing that makes sense."""
+DIAL_AGAIN_S = 15.0
+"""How often an open peer to whom we are connected from another port is tried from ours."""
 LOOK_S = 2.0
 SOON_S = 0.3
 """The same, as long as nobody has told us how we are seen; but where all are in one network, nobody ever does."""
@@ -120,8 +122,9 @@ class Rendezvous:
         self._failures: dict[PeerId, _Failure] = {}
         self._favours = Favours()
         self._punching: set[PeerId] = set()
-        self._views: dict[Connection, Endpoint] = {}
-        """Connections from the port on which we listen, and where they lead: they show how that looks from outside."""
+        self._dialled: dict[Connection, Endpoint] = {}
+        """Where those lead that we dialled; from the port on which we listen, they show how it looks from outside."""
+        self._dial_again_at = 0.0
         self._alone_with: set[PeerId] | None = None
         """The observers beside whom no other was found."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -205,7 +208,7 @@ class Rendezvous:
             log.debug("the direct connection to %s is over: %s", nickname(connection.peer), why)
         if not found:
             self._connections.pop(connection.peer, None)
-        self._views.pop(connection, None)
+        self._dialled.pop(connection, None)
 
     def _close_one_idle(self) -> None:
         idle = [found[-1] for found in self._connections.values() if found[-1].idle]
@@ -273,8 +276,8 @@ class Rendezvous:
             except NoConnection as error:
                 fault = error
                 continue
+            self._dialled[connection] = place
             if connection.keeps_port:
-                self._views[connection] = place
                 await self._look_through_second(peer, theirs)
             return
         raise fault
@@ -361,11 +364,11 @@ class Rendezvous:
 
     @property
     def _watching(self) -> set[PeerId]:
-        return {connection.peer for connection in self._views}
+        return {connection.peer for connection in self._dialled if connection.keeps_port}
 
     @property
     def _sightings(self) -> list[Sighting]:
-        views = [Sighting.of(one.peer, place, one.seen_as) for one, place in self._views.items()]
+        views = [Sighting.of(one.peer, place, one.seen_as) for one, place in self._dialled.items() if one.keeps_port]
         return [view for view in views if view is not None]
 
     def _judged(self, *, more: bool) -> Judgement:
@@ -394,9 +397,7 @@ class Rendezvous:
             return
         place = Endpoint.parse(theirs.second)
         with contextlib.suppress(NoConnection):
-            connection = await self.carrier.dial(peer, place, keep_port=True)
-            if connection.keeps_port:
-                self._views[connection] = place
+            self._dialled[await self.carrier.dial(peer, place, keep_port=True, or_another=False)] = place
 
     async def _keep_looking(self) -> None:
         soon_until = time.monotonic() + SOON_FOR_S
@@ -420,13 +421,33 @@ class Rendezvous:
         """Be connected to some open peers: they tell how we are seen, and keep our port open in the router."""
         assert self._known is not None
         watching = self._watching
-        others = [peer for peer in self._known.open_peers() if peer not in watching and not self._pauses(peer)]
+        others = [peer for peer in self._known.open_peers() if peer not in watching and self._may_observe(peer)]
         # spread over them by hash: everyone has the same list
         others.sort(key=lambda peer: blake3(f"{self._identity.peer_id} {peer}".encode()).digest())
         wanted = others[: max(0, min(self._num_missing(), MAX_OBSERVERS - len(watching)))]
-        await asyncio.gather(*(self.connect(peer, within_s=ASK_S) for peer in wanted))
+        await asyncio.gather(*(self._observe(peer) for peer in wanted))
         if self._watching == watching:
             self._alone_with = watching
+
+    def _may_observe(self, peer: PeerId) -> bool:
+        """Whether it is time to connect to an open peer from our port."""
+        there = self.connection(peer)
+        if there is None:
+            return not self._pauses(peer)
+        return there in self._dialled and time.monotonic() >= self._dial_again_at
+
+    async def _observe(self, peer: PeerId) -> None:
+        there = self.connection(peer)
+        if there is None:
+            await self.connect(peer, within_s=ASK_S)
+            return
+        # our port could not be had then, or it was not open yet; tried again where we reached it, and nowhere else
+        self._dial_again_at = time.monotonic() + DIAL_AGAIN_S
+        place = self._dialled[there]
+        with contextlib.suppress(NoConnection):
+            self._dialled[await self.carrier.dial(peer, place, keep_port=True, or_another=False)] = place
+            if there.idle:
+                await there.close()
 
     def _num_missing(self) -> int:
         """How many more observers it takes to know how we are seen."""

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import struct
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -371,7 +372,7 @@ async def test_one_observer_that_lies_changes_nothing(
             Connection, "tell_seen",
             lambda self, seen: honest(self, lie if self._handlers is eve.rendezvous.carrier.handlers else seen),
         )  # fmt: skip
-        await until(lambda: len(ann.rendezvous._views) >= 2)
+        await until(lambda: len(ann.rendezvous._watching) >= 2)
         await until(lambda: ann.rendezvous.reach is not Reach.UNKNOWN)
         assert ann.rendezvous.reach is Reach.CONE
         assert ann.rendezvous.outside == f"127.0.0.1:{ann.rendezvous.carrier.port}"
@@ -388,5 +389,43 @@ async def test_where_two_observers_disagree_a_third_is_asked_if_there_is_one(
             lambda self, seen: honest(self, "9.9.9.9:1" if self._handlers is eve.rendezvous.carrier.handlers else seen),
         )  # fmt: skip
         await ann.rendezvous.connect(EVE.peer_id, within_s=5)
-        await until(lambda: ann.rendezvous.reach is not Reach.UNKNOWN and len(ann.rendezvous._views) > num_others)
+        await until(lambda: ann.rendezvous.reach is not Reach.UNKNOWN and len(ann.rendezvous._watching) > num_others)
         assert ann.rendezvous.reach is reach
+
+
+def opens(peer: Peer, other: Peer) -> None:
+    """From now on all reach `peer`, and `other` knows."""
+    peer.rendezvous._known = known(set(), is_open=True)
+    other.rendezvous._known = known(set(), open_peers=[peer.libp2p.peer_id])
+
+
+@pytest.fixture
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "LOOK_S", 0.05)
+    monkeypatch.setattr(rendezvous, "DIAL_AGAIN_S", 0.1)
+
+
+@pytest.mark.usefixtures("_soon")
+async def test_an_observer_that_sees_another_port_is_dialled_again_until_ours_can_be_had(folder: Folders) -> None:
+    async with network() as net, peers(net, folder, ANN, BOB) as (ann, bob):
+        mine, there = (("127.0.0.1", one.rendezvous.carrier.port) for one in (ann, bob))
+        with socket.socket() as in_the_way:  # as one that ended in an outage is for minutes
+            in_the_way.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            in_the_way.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            in_the_way.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            in_the_way.bind(mine)
+            in_the_way.connect(there)
+            opens(bob, ann)
+            await until(lambda: ann.rendezvous.connection(BOB.peer_id) is not None)
+            assert ann.rendezvous.outside == ""
+        await until(lambda: ann.rendezvous.outside == f"{mine[0]}:{mine[1]}")
+        await until(lambda: len(ann.rendezvous._connections[BOB.peer_id]) == 1)
+        assert ann.rendezvous.reach is Reach.CONE
+
+
+@pytest.mark.usefixtures("_soon")
+async def test_a_peer_that_was_not_open_yet_when_it_was_dialled_becomes_an_observer(folder: Folders) -> None:
+    async with network() as net, peers(net, folder, ANN, BOB) as (ann, bob):
+        assert await ann.rendezvous.connect(BOB.peer_id, within_s=5) is not None
+        opens(bob, ann)
+        await until(lambda: ann.rendezvous.outside == f"127.0.0.1:{ann.rendezvous.carrier.port}")
