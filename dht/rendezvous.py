@@ -46,6 +46,7 @@ SOON_FOR_S = 30.0
 FRESH_S = 5.0
 """A connection younger than this is not doubted when its peer wants to meet: both may have begun at once."""
 MAX_CONNECTIONS = 1024
+"""Peers that are connected."""
 MAX_TRUSTED = 4096
 
 
@@ -335,8 +336,8 @@ class Rendezvous:
             raise WireError("not expected", refused)
         self._trusted.pop(peer, None)
         self._trusted[peer] = trusted
-        while len(self._trusted) > MAX_TRUSTED:
-            self._trusted.pop(next(iter(self._trusted)))
+        if len(self._trusted) > MAX_TRUSTED:  # any number of strangers may meet us, and cost nobody its connection
+            self._trusted.pop(next((one for one in self._trusted if one not in self._connections), peer))
 
     def _refused(self, peer: PeerId, trusted: "_Trusted") -> str:
         """Why `peer` may not connect; empty if it may."""

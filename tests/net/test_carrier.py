@@ -23,6 +23,7 @@ from dugnad.dht.connection import Connection
 from dugnad.dht.direct import Direct
 from dugnad.dht.endpoint import Endpoint
 from dugnad.dht.identity import Identity, PeerId
+from dugnad.dht.meeting import Meet
 from dugnad.dht.paths import Path as Way
 from dugnad.dht.paths import Reach
 from dugnad.dht.rendezvous import Acquaintances, Rendezvous
@@ -429,3 +430,23 @@ async def test_a_peer_that_was_not_open_yet_when_it_was_dialled_becomes_an_obser
         assert await ann.rendezvous.connect(BOB.peer_id, within_s=5) is not None
         opens(bob, ann)
         await until(lambda: ann.rendezvous.outside == f"127.0.0.1:{ann.rendezvous.carrier.port}")
+
+
+# -- who takes more than its share
+
+
+async def test_any_number_of_strangers_costs_nobody_its_connection(
+    folder: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendezvous, "MAX_TRUSTED", 3)
+    async with network() as net, peers(net, folder, ANN, BOB) as (ann, _):
+        connection = await ann.rendezvous.connect(BOB.peer_id, within_s=5)
+        for k in range(10, 20):
+            ann.rendezvous._trust(
+                Identity.from_seed(bytes([k]) * 32).peer_id, Meet(b"c", Reach.UNKNOWN, (), (), "", "")
+            )
+        await ann.rendezvous._cut_refused()
+        assert connection is not None
+        assert connection.alive
+        newest = [Identity.from_seed(bytes([k]) * 32).peer_id for k in (18, 19)]
+        assert list(ann.rendezvous._trusted) == [BOB.peer_id, *newest]
