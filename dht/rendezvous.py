@@ -47,6 +47,8 @@ FRESH_S = 5.0
 """A connection younger than this is not doubted when its peer wants to meet: both may have begun at once."""
 MAX_CONNECTIONS = 1024
 """Peers that are connected."""
+MAX_PER_PEER = 4
+"""Connections to one: both dialled, through another port one looked how that is seen, and one broke unnoticed."""
 MAX_TRUSTED = 4096
 
 
@@ -194,7 +196,10 @@ class Rendezvous:
         peer = connection.peer
         if peer in self._punching:
             connection.path = Path.PUNCHED
-        self._connections.setdefault(peer, []).append(connection)
+        found = self._connections.setdefault(peer, [])
+        found.append(connection)
+        for oldest in found[:-MAX_PER_PEER]:
+            self._spawn(oldest.close())
         self._failures.pop(peer, None)
         if (arrival := self._arrivals.get(peer)) is not None:
             arrival.set()
@@ -212,9 +217,9 @@ class Rendezvous:
         self._dialled.pop(connection, None)
 
     def _close_one_idle(self) -> None:
-        idle = [found[-1] for found in self._connections.values() if found[-1].idle]
-        if idle:
-            self._spawn(min(idle, key=lambda connection: connection.used_at).close())
+        idle = [found for found in self._connections.values() if all(one.idle for one in found)]
+        for one in min(idle, key=lambda found: max(one.used_at for one in found), default=()):
+            self._spawn(one.close())
 
     # -- meeting
 

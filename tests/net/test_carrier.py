@@ -331,6 +331,8 @@ async def test_of_too_many_connections_the_one_that_was_idle_longest_goes(
     monkeypatch.setattr(rendezvous, "MAX_CONNECTIONS", 1)
     async with network() as net, peers(net, folder, ANN, BOB, EVE) as (ann, *_):
         await give(ann, BOB, b"x")
+        (one,) = ann.rendezvous._dialled.values()
+        await ann.rendezvous.carrier.dial(BOB.peer_id, one, keep_port=False)
         await give(ann, EVE, b"x")
         async with asyncio.timeout(5):
             while ann.rendezvous.connection(BOB.peer_id) is not None:
@@ -450,3 +452,16 @@ async def test_any_number_of_strangers_costs_nobody_its_connection(
         assert connection.alive
         newest = [Identity.from_seed(bytes([k]) * 32).peer_id for k in (18, 19)]
         assert list(ann.rendezvous._trusted) == [BOB.peer_id, *newest]
+
+
+async def test_of_more_connections_than_one_peer_may_have_the_oldest_go(folder: Folders) -> None:
+    async with network() as net, peers(net, folder, ANN, EVE) as (ann, eve):
+        assert await eve.rendezvous.connect(ANN.peer_id, within_s=5) is not None
+        place = Endpoint("127.0.0.1", ann.rendezvous.carrier.port)
+        made = []
+        for _ in range(2 * rendezvous.MAX_PER_PEER):
+            with contextlib.suppress(NoConnection):
+                made.append(await eve.rendezvous.carrier.dial(ANN.peer_id, place, keep_port=False))
+        await until(lambda: sum(one.alive for one in made) == rendezvous.MAX_PER_PEER)
+        assert all(one.alive for one in made[-rendezvous.MAX_PER_PEER :])
+        assert len(ann.rendezvous._connections[EVE.peer_id]) == rendezvous.MAX_PER_PEER
