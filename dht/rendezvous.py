@@ -250,10 +250,19 @@ class Rendezvous:
         for connection in list(self._connections.get(peer, ())):
             if connection.age_s > FRESH_S:  # it knows of none: it broke, and only one side has noticed
                 self._spawn(connection.close())
-        if peer not in self._attempts:
-            step = self._favours.grant(peer, meeting.step(mine, theirs, first=False), now=time.monotonic())
+        step = meeting.step(mine, theirs, first=False)
+        if peer not in self._attempts and self._grants(peer, step):
             self._attempt(peer, self._act(peer, theirs, step))
         return meeting.encode(mine)
+
+    def _grants(self, peer: PeerId, step: meeting.Step) -> bool:
+        """Whether we do as `peer` asks; else nothing has failed, and we may seek it ourselves as before."""
+        assert self._known is not None
+        known = self._known.pinned(peer) is not None
+        granted = self._favours.grant(peer, step, known=known, now=time.monotonic())
+        if not granted:
+            log.debug("%s, or many, asked for more connections than we make in so short a time", nickname(peer))
+        return granted
 
     async def _act(self, peer: PeerId, theirs: Meet, step: meeting.Step) -> None:
         try:

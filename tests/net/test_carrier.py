@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from dugnad.dht import bulk, mux, rendezvous
+from dugnad.dht import bulk, meeting, mux, rendezvous
 from dugnad.dht.budget import Budget
 from dugnad.dht.carrier import Carrier, NoConnection, Refused
 from dugnad.dht.certificate import LASTS, Certificate
@@ -189,10 +189,10 @@ async def peers(
             def meter(direction: str, kind: str, count: int, moved: Counter[tuple[str, str]] = moved) -> None:
                 moved[direction, kind] += count
 
-            meeting = Rendezvous(identity, listen=ANYWHERE, folder=folder(identity), meter=meter)
-            await stack.enter_async_context(meeting)
+            met = Rendezvous(identity, listen=ANYWHERE, folder=folder(identity), meter=meter)
+            await stack.enter_async_context(met)
             libp2p = net.join(identity.peer_id)
-            peer = Peer(libp2p, meeting, Direct(libp2p, meeting), moved, set())
+            peer = Peer(libp2p, met, Direct(libp2p, met), moved, set())
             await bulk.serve_push(peer.direct, CHANNEL, lambda *_: None, taking(peer), header_cap=64, total_cap=2**30)
             made.append(peer)
         for identity, peer in sorted(zip(who, made, strict=True), key=lambda one: one[0] not in open_ones):
@@ -465,3 +465,13 @@ async def test_of_more_connections_than_one_peer_may_have_the_oldest_go(folder: 
         await until(lambda: sum(one.alive for one in made) == rendezvous.MAX_PER_PEER)
         assert all(one.alive for one in made[-rendezvous.MAX_PER_PEER :])
         assert len(ann.rendezvous._connections[EVE.peer_id]) == rendezvous.MAX_PER_PEER
+
+
+async def test_who_is_refused_a_favour_is_sought_as_before(folder: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "PLACES_FOR_STRANGERS", 0)
+    monkeypatch.setattr(rendezvous, "WAIT_S", 0.1)
+    async with network() as net, peers(net, folder, ANN, BOB, open_ones=(ANN,)) as (ann, bob):
+        bob.rendezvous._known = known(set())
+        assert await ann.rendezvous.connect(BOB.peer_id, within_s=5) is None, "it would have to dial"
+        assert bob.rendezvous.why_not(ANN.peer_id) == ""
+        assert await bob.rendezvous.connect(ANN.peer_id, within_s=5) is not None
