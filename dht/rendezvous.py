@@ -121,6 +121,8 @@ class Rendezvous:
         self._connections: dict[PeerId, list[Connection]] = {}
         """Of each peer, the newest last: when two dial each other there are two."""
         self._attempts: dict[PeerId, asyncio.Task[None]] = {}
+        self._heard: dict[PeerId, Meet] = {}
+        """What was said by those who met us during an attempt."""
         self._arrivals: dict[PeerId, asyncio.Event] = {}
         self._failures: dict[PeerId, _Failure] = {}
         self._favours = Favours()
@@ -227,8 +229,12 @@ class Rendezvous:
         """Seek a connection to `peer`; there is one attempt at a time, whoever began it."""
         task = self._spawn(work)
         self._attempts[peer] = task
-        task.add_done_callback(lambda _: self._attempts.pop(peer, None))
+        task.add_done_callback(lambda _: self._attempt_ended(peer))
         return task
+
+    def _attempt_ended(self, peer: PeerId) -> None:
+        self._attempts.pop(peer, None)
+        self._heard.pop(peer, None)
 
     async def _meet(self, peer: PeerId) -> None:
         assert self._transport is not None
@@ -238,11 +244,14 @@ class Rendezvous:
             theirs = meeting.decode(raw)
             self._trust(peer, theirs)
         except TransportError as error:
-            self._failed(peer, f"it can't be met: {error}")
+            if peer not in self._heard:
+                self._failed(peer, f"it can't be met: {error}")
+                return
+            theirs = self._heard[peer]  # it has met us meanwhile, and does its part
         except WireError as error:
             self._failed(peer, f"it introduces itself wrongly: {error}")
-        else:
-            await self._act(peer, theirs, meeting.step(mine, theirs, first=True))
+            return
+        await self._act(peer, theirs, meeting.step(mine, theirs, first=True))
 
     async def _on_meet(self, peer: PeerId, raw: bytes) -> bytes:
         theirs, mine = meeting.decode(raw), self._introduction()
@@ -251,7 +260,9 @@ class Rendezvous:
             if connection.age_s > FRESH_S:  # it knows of none: it broke, and only one side has noticed
                 self._spawn(connection.close())
         step = meeting.step(mine, theirs, first=False)
-        if peer not in self._attempts and self._grants(peer, step):
+        if peer in self._attempts:
+            self._heard[peer] = theirs
+        elif self._grants(peer, step):
             self._attempt(peer, self._act(peer, theirs, step))
         return meeting.encode(mine)
 
@@ -332,6 +343,8 @@ class Rendezvous:
         return failed is not None and time.monotonic() < failed.again_at
 
     def _failed(self, peer: PeerId, reason: str) -> None:
+        if self.connection(peer) is not None:  # it came to us while we went to it in vain
+            return
         before = self._failures.get(peer)
         pause_s = min(MAX_RETRY_S, 2 * before.pause_s) if before is not None else RETRY_S
         if len(self._failures) >= MAX_TRUSTED:

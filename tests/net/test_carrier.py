@@ -355,6 +355,42 @@ async def test_where_no_connection_comes_about_bytes_go_over_libp2p(folder: Fold
         assert "can't be met" in ann.rendezvous.why_not(BOB.peer_id)
 
 
+async def test_who_meets_us_while_we_ask_it_in_vain_is_not_left_waiting(
+    folder: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with network() as net, peers(net, folder, ANN, BOB, open_ones=(ANN,)) as (ann, bob):
+        bob.rendezvous._known = known(set())
+        lost = asyncio.Event()
+
+        async def request(peer: PeerId, channel: str, payload: bytes, *, timeout_s: float) -> bytes:
+            await lost.wait()
+            raise Unreachable(peer, "no answer")
+
+        monkeypatch.setattr(bob.libp2p, "request", request)
+        asking = asyncio.create_task(bob.rendezvous.connect(ANN.peer_id, within_s=5))
+        await asyncio.sleep(0)
+        waiting = asyncio.create_task(ann.rendezvous.connect(BOB.peer_id, within_s=5))
+        await until(lambda: BOB.peer_id in ann.rendezvous._arrivals)
+        lost.set()
+        assert await waiting is not None
+        assert await asking is not None
+        await until(lambda: not bob.rendezvous._attempts)
+        assert not bob.rendezvous._heard
+
+
+async def test_who_came_to_us_while_we_went_to_it_in_vain_is_sought_as_before(folder: Folders) -> None:
+    async with network() as net, peers(net, folder, ANN, BOB) as (ann, bob):
+        connection = await ann.rendezvous.connect(BOB.peer_id, within_s=5)
+        await until(lambda: bob.rendezvous.connection(ANN.peer_id) is not None)
+        said = Meet(b"c", Reach.OPEN, ("127.0.0.1:1",), (), "", "")
+        await bob.rendezvous._act(ANN.peer_id, said, meeting.Dial((Endpoint("127.0.0.1", 1),)))
+        assert bob.rendezvous.why_not(ANN.peer_id) == ""
+        assert connection is not None
+        await connection.close()
+        await until(lambda: bob.rendezvous.connection(ANN.peer_id) is None)
+        assert await bob.rendezvous.connect(ANN.peer_id, within_s=5) is not None
+
+
 # -- how they are seen
 
 
