@@ -1,7 +1,6 @@
-"""Direct connections to the peers of a run: who is met, trusted and dialled, and how others see us from outside."""
+"""Direct connections to the peers of a run: who is met, trusted and dialled."""
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -11,8 +10,6 @@ from pathlib import Path as FilePath
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from blake3 import blake3
-
 from dugnad.dht import meeting
 from dugnad.dht.carrier import Carrier, NoConnection, Refused
 from dugnad.dht.certificate import Certificate, fingerprint
@@ -20,8 +17,8 @@ from dugnad.dht.connection import Connection
 from dugnad.dht.endpoint import Endpoint
 from dugnad.dht.identity import Identity, PeerId, nickname
 from dugnad.dht.meeting import Dial, Favours, Give, Meet, Punch, Wait
+from dugnad.dht.observers import Observers
 from dugnad.dht.paths import Path, Reach
-from dugnad.dht.sightings import Judgement, Sighting, counting, judge
 from dugnad.dht.transport import Meter, StreamHandler, Transport, TransportError
 from dugnad.dht.wire import WireError
 
@@ -33,12 +30,6 @@ WAIT_S = 4.0
 RETRY_S = 5.0
 """After how long a pair that found no direct way tries again; twice as long each time, up to MAX_RETRY_S."""
 MAX_RETRY_S = 600.0
-OBSERVERS = 2
-"""How many open peers tell us how we are seen; one more if they disagree."""
-MAX_OBSERVERS = 8
-"""The same, those included that see us from within our own network, or tell nothing that makes sense."""
-DIAL_AGAIN_S = 15.0
-"""How often an open peer to whom we are connected from another port is tried from ours."""
 LOOK_S = 2.0
 SOON_S = 0.3
 """The same, as long as nobody has told us how we are seen; but where all are in one network, nobody ever does."""
@@ -127,11 +118,6 @@ class Rendezvous:
         self._failures: dict[PeerId, _Failure] = {}
         self._favours = Favours()
         self._punching: set[PeerId] = set()
-        self._dialled: dict[Connection, Endpoint] = {}
-        """Where those lead that we dialled; from the port on which we listen, they show how it looks from outside."""
-        self._dial_again_at = 0.0
-        self._alone_with: set[PeerId] | None = None
-        """The observers beside whom no other was found."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._exit = AsyncExitStack()
 
@@ -146,6 +132,7 @@ class Rendezvous:
             established=self._established,
             over=self._over,
         )
+        self._observers = Observers(self._identity.peer_id, self.carrier, self)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.carrier)
             stack.push_async_callback(self._stop)
@@ -179,11 +166,16 @@ class Rendezvous:
         there = self.connection(peer)
         if there is not None or self._known is None:
             return there
-        if peer not in self._attempts and self._pauses(peer):
+        if peer not in self._attempts and self.pauses(peer):
             return None
         attempt = self._attempts.get(peer) or self._attempt(peer, self._meet(peer))
         await asyncio.wait([attempt], timeout=within_s)
         return self.connection(peer)
+
+    def pauses(self, peer: PeerId) -> bool:
+        """Whether a connection to `peer` was sought in vain not long ago."""
+        failed = self._failures.get(peer)
+        return failed is not None and time.monotonic() < failed.again_at
 
     def why_not(self, peer: PeerId) -> str:
         """Why there is no direct connection to `peer`, in words; empty if none was sought."""
@@ -216,7 +208,7 @@ class Rendezvous:
             log.debug("the direct connection to %s is over: %s", nickname(connection.peer), why)
         if not found:
             self._connections.pop(connection.peer, None)
-        self._dialled.pop(connection, None)
+        self._observers.over(connection)
 
     def _close_one_idle(self) -> None:
         idle = [found for found in self._connections.values() if all(one.idle for one in found)]
@@ -302,9 +294,9 @@ class Rendezvous:
             except NoConnection as error:
                 fault = error
                 continue
-            self._dialled[connection] = place
-            if connection.keeps_port:
-                await self._look_through_second(peer, theirs)
+            self._observers.dialled(connection, place)
+            if connection.keeps_port and theirs.second:
+                await self._observers.look_through(Endpoint.parse(theirs.second), peer)
             return
         raise fault
 
@@ -336,11 +328,6 @@ class Rendezvous:
             raise NoConnection(f"it did not come within {within_s:.0f} s") from None
         finally:
             self._arrivals.pop(peer, None)
-
-    def _pauses(self, peer: PeerId) -> bool:
-        """Whether it was tried in vain not long ago."""
-        failed = self._failures.get(peer)
-        return failed is not None and time.monotonic() < failed.again_at
 
     def _failed(self, peer: PeerId, reason: str) -> None:
         if self.connection(peer) is not None:  # it came to us while we went to it in vain
@@ -380,27 +367,12 @@ class Rendezvous:
     @property
     def reach(self) -> Reach:
         """How others can reach our carrier."""
-        if self._known_open:
-            return Reach.OPEN
-        return self._judged(more=self._alone_with != self._watching).reach
+        return Reach.OPEN if self._known_open else self._observers.reach
 
     @property
     def outside(self) -> str:
         """How others see our carrier's port, "HOST:PORT"; empty while nobody has said."""
-        outside = self._judged(more=True).outside
-        return str(outside) if outside is not None else ""
-
-    @property
-    def _watching(self) -> set[PeerId]:
-        return {connection.peer for connection in self._dialled if connection.keeps_port}
-
-    @property
-    def _sightings(self) -> list[Sighting]:
-        views = [Sighting.of(one.peer, place, one.seen_as) for one, place in self._dialled.items() if one.keeps_port]
-        return [view for view in views if view is not None]
-
-    def _judged(self, *, more: bool) -> Judgement:
-        return judge(self._sightings, port=self.carrier.port, more=more)
+        return self._observers.outside
 
     @property
     def _known_open(self) -> bool:
@@ -419,20 +391,12 @@ class Rendezvous:
             claim=self._known.claim(),
         )
 
-    async def _look_through_second(self, peer: PeerId, theirs: Meet) -> None:
-        """See whether a router gives us another port towards another place; what can't be asked stays unknown."""
-        if self.reach is not Reach.UNKNOWN or not theirs.second:
-            return
-        place = Endpoint.parse(theirs.second)
-        with contextlib.suppress(NoConnection):
-            self._dialled[await self.carrier.dial(peer, place, keep_port=True, or_another=False)] = place
-
     async def _keep_looking(self) -> None:
         soon_until = time.monotonic() + SOON_FOR_S
         while True:
             await self._cut_refused()
-            if not self._known_open:
-                await self._find_observers()
+            if self._known is not None and not self._known_open:
+                await self._observers.look(self._known.open_peers())
             settled = self.reach is not Reach.UNKNOWN or time.monotonic() > soon_until
             await asyncio.sleep(LOOK_S if settled else SOON_S)
 
@@ -444,44 +408,6 @@ class Rendezvous:
             for connection in list(self._connections.get(peer, ())) if why else ():
                 log.info("the direct connection to %s is cut: %s", nickname(peer), why)
                 await connection.close()
-
-    async def _find_observers(self) -> None:
-        """Be connected to some open peers: they tell how we are seen, and keep our port open in the router."""
-        assert self._known is not None
-        watching = self._watching
-        others = [peer for peer in self._known.open_peers() if peer not in watching and self._may_observe(peer)]
-        # spread over them by hash: everyone has the same list
-        others.sort(key=lambda peer: blake3(f"{self._identity.peer_id} {peer}".encode()).digest())
-        wanted = others[: max(0, min(self._num_missing(), MAX_OBSERVERS - len(watching)))]
-        await asyncio.gather(*(self._observe(peer) for peer in wanted))
-        if self._watching == watching:
-            self._alone_with = watching
-
-    def _may_observe(self, peer: PeerId) -> bool:
-        """Whether it is time to connect to an open peer from our port."""
-        there = self.connection(peer)
-        if there is None:
-            return not self._pauses(peer)
-        return there in self._dialled and time.monotonic() >= self._dial_again_at
-
-    async def _observe(self, peer: PeerId) -> None:
-        there = self.connection(peer)
-        if there is None:
-            await self.connect(peer, within_s=ASK_S)
-            return
-        # our port could not be had then, or it was not open yet; tried again where we reached it, and nowhere else
-        self._dial_again_at = time.monotonic() + DIAL_AGAIN_S
-        place = self._dialled[there]
-        with contextlib.suppress(NoConnection):
-            self._dialled[await self.carrier.dial(peer, place, keep_port=True, or_another=False)] = place
-            if there.idle:
-                await there.close()
-
-    def _num_missing(self) -> int:
-        """How many more observers it takes to know how we are seen."""
-        num_heard = len({one.observer for one in counting(self._sightings)})
-        in_doubt = num_heard > 0 and self._judged(more=True).reach is Reach.UNKNOWN
-        return max(OBSERVERS - num_heard, int(in_doubt))
 
     # -- tasks
 

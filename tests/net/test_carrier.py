@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from dugnad.dht import bulk, meeting, mux, rendezvous
+from dugnad.dht import bulk, meeting, mux, observers, rendezvous
 from dugnad.dht.budget import Budget
 from dugnad.dht.carrier import Carrier, NoConnection, Refused
 from dugnad.dht.certificate import LASTS, Certificate
@@ -331,7 +331,7 @@ async def test_of_too_many_connections_the_one_that_was_idle_longest_goes(
     monkeypatch.setattr(rendezvous, "MAX_CONNECTIONS", 1)
     async with network() as net, peers(net, folder, ANN, BOB, EVE) as (ann, *_):
         await give(ann, BOB, b"x")
-        (one,) = ann.rendezvous._dialled.values()
+        (one,) = ann.rendezvous._observers._dialled.values()
         await ann.rendezvous.carrier.dial(BOB.peer_id, one, keep_port=False)
         await give(ann, EVE, b"x")
         async with asyncio.timeout(5):
@@ -404,14 +404,14 @@ async def until(holds: Callable[[], bool]) -> None:
 async def test_one_observer_that_lies_changes_nothing(
     folder: Folders, monkeypatch: pytest.MonkeyPatch, lie: str
 ) -> None:
-    monkeypatch.setattr(rendezvous, "OBSERVERS", 3)  # so that it is among them
+    monkeypatch.setattr(observers, "OBSERVERS", 3)  # so that it is among them
     honest = Connection.tell_seen
     async with network() as net, peers(net, folder, ANN, BOB, EVE, JOE, open_ones=(BOB, EVE, JOE)) as (ann, _, eve, _):
         monkeypatch.setattr(
             Connection, "tell_seen",
             lambda self, seen: honest(self, lie if self._handlers is eve.rendezvous.carrier.handlers else seen),
         )  # fmt: skip
-        await until(lambda: len(ann.rendezvous._watching) >= 2)
+        await until(lambda: len(ann.rendezvous._observers.watching) >= 2)
         await until(lambda: ann.rendezvous.reach is not Reach.UNKNOWN)
         assert ann.rendezvous.reach is Reach.CONE
         assert ann.rendezvous.outside == f"127.0.0.1:{ann.rendezvous.carrier.port}"
@@ -428,7 +428,9 @@ async def test_where_two_observers_disagree_a_third_is_asked_if_there_is_one(
             lambda self, seen: honest(self, "9.9.9.9:1" if self._handlers is eve.rendezvous.carrier.handlers else seen),
         )  # fmt: skip
         await ann.rendezvous.connect(EVE.peer_id, within_s=5)
-        await until(lambda: ann.rendezvous.reach is not Reach.UNKNOWN and len(ann.rendezvous._watching) > num_others)
+        await until(
+            lambda: ann.rendezvous.reach is not Reach.UNKNOWN and len(ann.rendezvous._observers.watching) > num_others
+        )
         assert ann.rendezvous.reach is reach
 
 
@@ -441,7 +443,7 @@ def opens(peer: Peer, other: Peer) -> None:
 @pytest.fixture
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "LOOK_S", 0.05)
-    monkeypatch.setattr(rendezvous, "DIAL_AGAIN_S", 0.1)
+    monkeypatch.setattr(observers, "DIAL_AGAIN_S", 0.1)
 
 
 @pytest.mark.usefixtures("_soon")
