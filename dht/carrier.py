@@ -104,14 +104,14 @@ class Carrier:
     ) -> None:
         await self._exit.__aexit__(kind, error, trace)
 
-    async def dial(self, peer: PeerId, place: Endpoint, *, keep_port: bool) -> Connection:
+    async def dial(self, peer: PeerId, place: Endpoint, *, keep_port: bool, or_another: bool = True) -> Connection:
         """A connection to `peer`, which accepts some at `place`; keep_port: from the port that we listen on.
 
-        Raises NoConnection, within some seconds.
+        or_another: if that one can't be had. Raises NoConnection, within some seconds.
         """
         try:
             async with asyncio.timeout(DIAL_S):
-                sock = await self._connect_from(place, self.port if keep_port else 0)
+                sock = await self._connect_from(place, self.port if keep_port else 0, or_another=or_another)
         except (OSError, TimeoutError) as error:
             why = getattr(error, "strerror", None) or f"no answer in {DIAL_S:.0f} s"
             raise NoConnection(f"{place}: {why}") from error
@@ -129,8 +129,6 @@ class Carrier:
             except (OSError, TimeoutError):
                 await asyncio.sleep(_PAUSE_S)
                 continue
-            # no waiting state is left behind, that would keep the pair of ports from being used again
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             try:
                 return await self._establish(sock, peer, Path.PUNCHED)
             except Refused:
@@ -141,12 +139,12 @@ class Carrier:
 
     # -- sockets
 
-    async def _connect_from(self, place: Endpoint, port: int) -> socket.socket:
-        """A TCP connection from that port, if it can be; 0: from any. Raises OSError."""
+    async def _connect_from(self, place: Endpoint, port: int, *, or_another: bool) -> socket.socket:
+        """A TCP connection from that port; 0: from any. Raises OSError."""
         try:
             return await self._connect(place, port)
         except OSError as error:
-            if not port or error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
+            if not port or not or_another or error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
                 raise
         return await self._connect(place, 0)  # one from there to here is still dying
 
@@ -174,6 +172,9 @@ class Carrier:
             if from_port:
                 _share_port(sock)
                 sock.bind(("::" if ":" in place.host else "0.0.0.0", from_port))
+                # closed, it leaves no state behind in which the pair of ports could not be used again for a minute, or
+                # for many after an outage; what was not delivered then is lost, and nobody closes before it has been
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             await asyncio.get_running_loop().sock_connect(sock, (place.host, place.port))
         except BaseException:
             sock.close()
@@ -236,6 +237,7 @@ class Carrier:
         client = self._identity.public_key < public_key_of(other)
         context = self._certificate.context(dialler=client, trusted=trusted)
         host, port = sock.getpeername()[:2]
+        seen = Endpoint(host.partition("%")[0], port)  # the zone is ours
         secured = context.wrap_socket(sock, server_side=not client, do_handshake_on_connect=False)
         try:
             await _handshake(secured)
@@ -245,7 +247,7 @@ class Carrier:
         except BaseException:
             secured.close()
             raise
-        return await self._connected(secured, other, path, Endpoint(host, port), client)
+        return await self._connected(secured, other, path, seen, client)
 
     async def _connected(
         self, sock: ssl.SSLSocket, peer: PeerId, path: Path, seen: Endpoint, client: bool

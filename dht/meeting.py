@@ -26,6 +26,8 @@ PLACES_FOR_ONE = 8
 """How many places we dial in FAVOUR_S because one peer asks us to."""
 PLACES_FOR_ALL = 64
 """The same, for all peers together."""
+PLACES_FOR_STRANGERS = 16
+"""Of these, for those of whom the run knows nothing: names cost nothing, and the others need their room."""
 
 _Text = Annotated[str, Meta(max_length=64)]
 """Of an endpoint; `decode` sees to it that it is one."""
@@ -124,21 +126,30 @@ class Favours:
     """What we dial because others ask us to: too little for anyone to have us knock at a third one's door."""
 
     def __init__(self) -> None:
-        self._done: deque[tuple[float, PeerId, int]] = deque()
-        """When, for whom, how many places."""
+        self._done: deque[tuple[float, PeerId, bool, int]] = deque()
+        """When, for whom, whether the run knows it, how many places."""
 
-    def grant(self, peer: PeerId, step: Step, *, now: float) -> Step:
-        """The step that `peer` asks of us, or why we do not take it. `now`: seconds of a clock that nobody sets."""
+    def grant(self, peer: PeerId, step: Step, *, known: bool, now: float) -> bool:
+        """Whether we take the step that `peer` asks of us; it counts then.
+
+        known: whether the run knows `peer`. now: seconds of a clock that nobody sets.
+        """
         num_places = len(step.places) if isinstance(step, Dial) else int(isinstance(step, Punch))
+        if not num_places:
+            return True
         while self._done and self._done[0][0] <= now - FAVOUR_S:
             self._done.popleft()
-        for_one = sum(places for _, whose, places in self._done if whose == peer)
-        for_all = sum(places for _, _, places in self._done)
-        if num_places and (for_one + num_places > PLACES_FOR_ONE or for_all + num_places > PLACES_FOR_ALL):
-            return Give("it asked, or many did, for more connections than we make in so short a time")
-        if num_places:
-            self._done.append((now, peer, num_places))
-        return step
+        for_one = sum(places for _, whose, _, places in self._done if whose == peer)
+        for_strangers = sum(places for _, _, was_known, places in self._done if not was_known)
+        for_all = sum(places for *_, places in self._done)
+        granted = (
+            for_one + num_places <= PLACES_FOR_ONE
+            and for_all + num_places <= PLACES_FOR_ALL
+            and (known or for_strangers + num_places <= PLACES_FOR_STRANGERS)
+        )
+        if granted:
+            self._done.append((now, peer, known, num_places))
+        return granted
 
 
 def _dial_or_wait(mine: Meet, theirs: Meet, *, first: bool, certain: bool) -> Dial | Wait | None:

@@ -1,7 +1,6 @@
-"""Direct connections to the peers of a run: who is met, trusted and dialled, and how others see us from outside."""
+"""Direct connections to the peers of a run: who is met, trusted and dialled."""
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -11,8 +10,6 @@ from pathlib import Path as FilePath
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from blake3 import blake3
-
 from dugnad.dht import meeting
 from dugnad.dht.carrier import Carrier, NoConnection, Refused
 from dugnad.dht.certificate import Certificate, fingerprint
@@ -20,6 +17,7 @@ from dugnad.dht.connection import Connection
 from dugnad.dht.endpoint import Endpoint
 from dugnad.dht.identity import Identity, PeerId, nickname
 from dugnad.dht.meeting import Dial, Favours, Give, Meet, Punch, Wait
+from dugnad.dht.observers import Observers
 from dugnad.dht.paths import Path, Reach
 from dugnad.dht.transport import Meter, StreamHandler, Transport, TransportError
 from dugnad.dht.wire import WireError
@@ -32,8 +30,6 @@ WAIT_S = 4.0
 RETRY_S = 5.0
 """After how long a pair that found no direct way tries again; twice as long each time, up to MAX_RETRY_S."""
 MAX_RETRY_S = 600.0
-OBSERVERS = 2
-"""How many open peers tell us how we are seen."""
 LOOK_S = 2.0
 SOON_S = 0.3
 """The same, as long as nobody has told us how we are seen; but where all are in one network, nobody ever does."""
@@ -41,6 +37,9 @@ SOON_FOR_S = 30.0
 FRESH_S = 5.0
 """A connection younger than this is not doubted when its peer wants to meet: both may have begun at once."""
 MAX_CONNECTIONS = 1024
+"""Peers that are connected."""
+MAX_PER_PEER = 4
+"""Connections to one: both dialled, through another port one looked how that is seen, and one broke unnoticed."""
 MAX_TRUSTED = 4096
 
 
@@ -113,12 +112,12 @@ class Rendezvous:
         self._connections: dict[PeerId, list[Connection]] = {}
         """Of each peer, the newest last: when two dial each other there are two."""
         self._attempts: dict[PeerId, asyncio.Task[None]] = {}
+        self._heard: dict[PeerId, Meet] = {}
+        """What was said by those who met us during an attempt."""
         self._arrivals: dict[PeerId, asyncio.Event] = {}
         self._failures: dict[PeerId, _Failure] = {}
         self._favours = Favours()
         self._punching: set[PeerId] = set()
-        self._views: dict[Connection, Endpoint] = {}
-        """Connections from the port on which we listen, and where they lead: they show how that looks from outside."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._exit = AsyncExitStack()
 
@@ -133,6 +132,7 @@ class Rendezvous:
             established=self._established,
             over=self._over,
         )
+        self._observers = Observers(self._identity.peer_id, self.carrier, self)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.carrier)
             stack.push_async_callback(self._stop)
@@ -166,12 +166,16 @@ class Rendezvous:
         there = self.connection(peer)
         if there is not None or self._known is None:
             return there
-        failed = self._failures.get(peer)
-        if peer not in self._attempts and failed is not None and time.monotonic() < failed.again_at:
+        if peer not in self._attempts and self.pauses(peer):
             return None
         attempt = self._attempts.get(peer) or self._attempt(peer, self._meet(peer))
         await asyncio.wait([attempt], timeout=within_s)
         return self.connection(peer)
+
+    def pauses(self, peer: PeerId) -> bool:
+        """Whether a connection to `peer` was sought in vain not long ago."""
+        failed = self._failures.get(peer)
+        return failed is not None and time.monotonic() < failed.again_at
 
     def why_not(self, peer: PeerId) -> str:
         """Why there is no direct connection to `peer`, in words; empty if none was sought."""
@@ -186,7 +190,10 @@ class Rendezvous:
         peer = connection.peer
         if peer in self._punching:
             connection.path = Path.PUNCHED
-        self._connections.setdefault(peer, []).append(connection)
+        found = self._connections.setdefault(peer, [])
+        found.append(connection)
+        for oldest in found[:-MAX_PER_PEER]:
+            self._spawn(oldest.close())
         self._failures.pop(peer, None)
         if (arrival := self._arrivals.get(peer)) is not None:
             arrival.set()
@@ -201,12 +208,12 @@ class Rendezvous:
             log.debug("the direct connection to %s is over: %s", nickname(connection.peer), why)
         if not found:
             self._connections.pop(connection.peer, None)
-        self._views.pop(connection, None)
+        self._observers.over(connection)
 
     def _close_one_idle(self) -> None:
-        idle = [found[-1] for found in self._connections.values() if found[-1].idle]
-        if idle:
-            self._spawn(min(idle, key=lambda connection: connection.used_at).close())
+        idle = [found for found in self._connections.values() if all(one.idle for one in found)]
+        for one in min(idle, key=lambda found: max(one.used_at for one in found), default=()):
+            self._spawn(one.close())
 
     # -- meeting
 
@@ -214,8 +221,12 @@ class Rendezvous:
         """Seek a connection to `peer`; there is one attempt at a time, whoever began it."""
         task = self._spawn(work)
         self._attempts[peer] = task
-        task.add_done_callback(lambda _: self._attempts.pop(peer, None))
+        task.add_done_callback(lambda _: self._attempt_ended(peer))
         return task
+
+    def _attempt_ended(self, peer: PeerId) -> None:
+        self._attempts.pop(peer, None)
+        self._heard.pop(peer, None)
 
     async def _meet(self, peer: PeerId) -> None:
         assert self._transport is not None
@@ -225,11 +236,14 @@ class Rendezvous:
             theirs = meeting.decode(raw)
             self._trust(peer, theirs)
         except TransportError as error:
-            self._failed(peer, f"it can't be met: {error}")
+            if peer not in self._heard:
+                self._failed(peer, f"it can't be met: {error}")
+                return
+            theirs = self._heard[peer]  # it has met us meanwhile, and does its part
         except WireError as error:
             self._failed(peer, f"it introduces itself wrongly: {error}")
-        else:
-            await self._act(peer, theirs, meeting.step(mine, theirs, first=True))
+            return
+        await self._act(peer, theirs, meeting.step(mine, theirs, first=True))
 
     async def _on_meet(self, peer: PeerId, raw: bytes) -> bytes:
         theirs, mine = meeting.decode(raw), self._introduction()
@@ -237,10 +251,21 @@ class Rendezvous:
         for connection in list(self._connections.get(peer, ())):
             if connection.age_s > FRESH_S:  # it knows of none: it broke, and only one side has noticed
                 self._spawn(connection.close())
-        if peer not in self._attempts:
-            step = self._favours.grant(peer, meeting.step(mine, theirs, first=False), now=time.monotonic())
+        step = meeting.step(mine, theirs, first=False)
+        if peer in self._attempts:
+            self._heard[peer] = theirs
+        elif self._grants(peer, step):
             self._attempt(peer, self._act(peer, theirs, step))
         return meeting.encode(mine)
+
+    def _grants(self, peer: PeerId, step: meeting.Step) -> bool:
+        """Whether we do as `peer` asks; else nothing has failed, and we may seek it ourselves as before."""
+        assert self._known is not None
+        known = self._known.pinned(peer) is not None
+        granted = self._favours.grant(peer, step, known=known, now=time.monotonic())
+        if not granted:
+            log.debug("%s, or many, asked for more connections than we make in so short a time", nickname(peer))
+        return granted
 
     async def _act(self, peer: PeerId, theirs: Meet, step: meeting.Step) -> None:
         try:
@@ -269,9 +294,9 @@ class Rendezvous:
             except NoConnection as error:
                 fault = error
                 continue
-            if connection.keeps_port:
-                self._views[connection] = place
-                await self._look_through_second(peer, theirs)
+            self._observers.dialled(connection, place)
+            if connection.keeps_port and theirs.second:
+                await self._observers.look_through(Endpoint.parse(theirs.second), peer)
             return
         raise fault
 
@@ -305,6 +330,8 @@ class Rendezvous:
             self._arrivals.pop(peer, None)
 
     def _failed(self, peer: PeerId, reason: str) -> None:
+        if self.connection(peer) is not None:  # it came to us while we went to it in vain
+            return
         before = self._failures.get(peer)
         pause_s = min(MAX_RETRY_S, 2 * before.pause_s) if before is not None else RETRY_S
         if len(self._failures) >= MAX_TRUSTED:
@@ -323,8 +350,8 @@ class Rendezvous:
             raise WireError("not expected", refused)
         self._trusted.pop(peer, None)
         self._trusted[peer] = trusted
-        while len(self._trusted) > MAX_TRUSTED:
-            self._trusted.pop(next(iter(self._trusted)))
+        if len(self._trusted) > MAX_TRUSTED:  # any number of strangers may meet us, and cost nobody its connection
+            self._trusted.pop(next((one for one in self._trusted if one not in self._connections), peer))
 
     def _refused(self, peer: PeerId, trusted: "_Trusted") -> str:
         """Why `peer` may not connect; empty if it may."""
@@ -340,19 +367,12 @@ class Rendezvous:
     @property
     def reach(self) -> Reach:
         """How others can reach our carrier."""
-        if self._known_open:
-            return Reach.OPEN
-        views = {(connection.peer, place): connection.seen_as for connection, place in self._views.items()}
-        seen = {view for view in views.values() if view is not None}
-        if len(seen) > 1:
-            return Reach.SYMMETRIC
-        kept = any(Endpoint.parse(view).port == self.carrier.port for view in seen)
-        return Reach.CONE if kept or len(views) > 1 else Reach.UNKNOWN
+        return Reach.OPEN if self._known_open else self._observers.reach
 
     @property
     def outside(self) -> str:
         """How others see our carrier's port, "HOST:PORT"; empty while nobody has said."""
-        return next((seen for one in self._views if (seen := one.seen_as) is not None and one.alive), "")
+        return self._observers.outside
 
     @property
     def _known_open(self) -> bool:
@@ -371,23 +391,13 @@ class Rendezvous:
             claim=self._known.claim(),
         )
 
-    async def _look_through_second(self, peer: PeerId, theirs: Meet) -> None:
-        """See whether a router gives us another port towards another place; what can't be asked stays unknown."""
-        if self.reach is not Reach.UNKNOWN or not theirs.second:
-            return
-        place = Endpoint.parse(theirs.second)
-        with contextlib.suppress(NoConnection):
-            connection = await self.carrier.dial(peer, place, keep_port=True)
-            if connection.keeps_port:
-                self._views[connection] = place
-
     async def _keep_looking(self) -> None:
         soon_until = time.monotonic() + SOON_FOR_S
         while True:
             await self._cut_refused()
-            if not self._known_open:
-                await self._find_observers()
-            settled = self._known_open or self._views or time.monotonic() > soon_until
+            if self._known is not None and not self._known_open:
+                await self._observers.look(self._known.open_peers())
+            settled = self.reach is not Reach.UNKNOWN or time.monotonic() > soon_until
             await asyncio.sleep(LOOK_S if settled else SOON_S)
 
     async def _cut_refused(self) -> None:
@@ -398,16 +408,6 @@ class Rendezvous:
             for connection in list(self._connections.get(peer, ())) if why else ():
                 log.info("the direct connection to %s is cut: %s", nickname(peer), why)
                 await connection.close()
-
-    async def _find_observers(self) -> None:
-        """Be connected to some open peers: they tell how we are seen, and keep our port open in the router."""
-        assert self._known is not None
-        watching = {connection.peer for connection in self._views}
-        others = [peer for peer in self._known.open_peers() if peer not in watching]
-        # spread over them by hash: everyone has the same list
-        others.sort(key=lambda peer: blake3(f"{self._identity.peer_id} {peer}".encode()).digest())
-        wanted = others[: max(0, OBSERVERS - len(watching))]
-        await asyncio.gather(*(self.connect(peer, within_s=ASK_S) for peer in wanted))
 
     # -- tasks
 

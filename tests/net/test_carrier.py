@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import os
 import socket
+import struct
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from dugnad.dht import bulk, mux, rendezvous
+from dugnad.dht import bulk, meeting, mux, observers, rendezvous
 from dugnad.dht.budget import Budget
 from dugnad.dht.carrier import Carrier, NoConnection, Refused
 from dugnad.dht.certificate import LASTS, Certificate
@@ -22,12 +23,14 @@ from dugnad.dht.connection import Connection
 from dugnad.dht.direct import Direct
 from dugnad.dht.endpoint import Endpoint
 from dugnad.dht.identity import Identity, PeerId
+from dugnad.dht.meeting import Meet
 from dugnad.dht.paths import Path as Way
+from dugnad.dht.paths import Reach
 from dugnad.dht.rendezvous import Acquaintances, Rendezvous
 from dugnad.dht.transport import Stream, TransportError, Unreachable
 from tests.unit.memory_transport import MemoryTransport, Net, network
 
-ANN, BOB, EVE = (Identity.from_seed(bytes([k]) * 32) for k in (1, 2, 3))
+ANN, BOB, EVE, JOE = (Identity.from_seed(bytes([k]) * 32) for k in (1, 2, 3, 4))
 ANYWHERE = Endpoint("127.0.0.1", 0)
 CHANNEL = "test/bulk/1"
 
@@ -174,7 +177,10 @@ class Peer:
 
 
 @asynccontextmanager
-async def peers(net: Net, folder: Folders, *who: Identity) -> AsyncIterator[list[Peer]]:
+async def peers(
+    net: Net, folder: Folders, *who: Identity, open_ones: Sequence[Identity] = ()
+) -> AsyncIterator[list[Peer]]:
+    """open_ones: those of them that are open, as all know."""
     async with AsyncExitStack() as stack:
         made = []
         for identity in who:
@@ -183,22 +189,27 @@ async def peers(net: Net, folder: Folders, *who: Identity) -> AsyncIterator[list
             def meter(direction: str, kind: str, count: int, moved: Counter[tuple[str, str]] = moved) -> None:
                 moved[direction, kind] += count
 
-            meeting = Rendezvous(identity, listen=ANYWHERE, folder=folder(identity), meter=meter)
-            await stack.enter_async_context(meeting)
+            met = Rendezvous(identity, listen=ANYWHERE, folder=folder(identity), meter=meter)
+            await stack.enter_async_context(met)
             libp2p = net.join(identity.peer_id)
-            refused: set[PeerId] = set()
-            await meeting.begin(libp2p, known(refused))
-            peer = Peer(libp2p, meeting, Direct(libp2p, meeting), moved, refused)
+            peer = Peer(libp2p, met, Direct(libp2p, met), moved, set())
             await bulk.serve_push(peer.direct, CHANNEL, lambda *_: None, taking(peer), header_cap=64, total_cap=2**30)
             made.append(peer)
+        for identity, peer in sorted(zip(who, made, strict=True), key=lambda one: one[0] not in open_ones):
+            others = [one.peer_id for one in open_ones if one is not identity]
+            acquaintances = known(peer.refused, is_open=identity in open_ones, open_peers=others)
+            await peer.rendezvous.begin(peer.libp2p, acquaintances)
         yield made
 
 
-def known(refused: set[PeerId]) -> Acquaintances:
+def known(refused: set[PeerId], *, is_open: bool = False, open_peers: Sequence[PeerId] = ()) -> Acquaintances:
     return Acquaintances(
         refuses=lambda peer, claim: "it is banned" if peer in refused else None,
-        pinned=lambda peer: None, open_peers=tuple, open_hosts=tuple, is_open=lambda: False,
-    )  # fmt: skip
+        pinned=lambda peer: None,
+        open_peers=lambda: open_peers,
+        open_hosts=lambda: ("127.0.0.1",) if is_open else (),
+        is_open=lambda: is_open,
+    )
 
 
 def taking(peer: Peer) -> bulk.Take:
@@ -320,6 +331,8 @@ async def test_of_too_many_connections_the_one_that_was_idle_longest_goes(
     monkeypatch.setattr(rendezvous, "MAX_CONNECTIONS", 1)
     async with network() as net, peers(net, folder, ANN, BOB, EVE) as (ann, *_):
         await give(ann, BOB, b"x")
+        (one,) = ann.rendezvous._observers._dialled.values()
+        await ann.rendezvous.carrier.dial(BOB.peer_id, one, keep_port=False)
         await give(ann, EVE, b"x")
         async with asyncio.timeout(5):
             while ann.rendezvous.connection(BOB.peer_id) is not None:
@@ -340,3 +353,163 @@ async def test_where_no_connection_comes_about_bytes_go_over_libp2p(folder: Fold
         assert await give(ann, BOB, b"over libp2p") == b"taken"
         assert taken == [b"over libp2p"]
         assert "can't be met" in ann.rendezvous.why_not(BOB.peer_id)
+
+
+async def test_who_meets_us_while_we_ask_it_in_vain_is_not_left_waiting(
+    folder: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with network() as net, peers(net, folder, ANN, BOB, open_ones=(ANN,)) as (ann, bob):
+        bob.rendezvous._known = known(set())
+        lost = asyncio.Event()
+
+        async def request(peer: PeerId, channel: str, payload: bytes, *, timeout_s: float) -> bytes:
+            await lost.wait()
+            raise Unreachable(peer, "no answer")
+
+        monkeypatch.setattr(bob.libp2p, "request", request)
+        asking = asyncio.create_task(bob.rendezvous.connect(ANN.peer_id, within_s=5))
+        await asyncio.sleep(0)
+        waiting = asyncio.create_task(ann.rendezvous.connect(BOB.peer_id, within_s=5))
+        await until(lambda: BOB.peer_id in ann.rendezvous._arrivals)
+        lost.set()
+        assert await waiting is not None
+        assert await asking is not None
+        await until(lambda: not bob.rendezvous._attempts)
+        assert not bob.rendezvous._heard
+
+
+async def test_who_came_to_us_while_we_went_to_it_in_vain_is_sought_as_before(folder: Folders) -> None:
+    async with network() as net, peers(net, folder, ANN, BOB) as (ann, bob):
+        connection = await ann.rendezvous.connect(BOB.peer_id, within_s=5)
+        await until(lambda: bob.rendezvous.connection(ANN.peer_id) is not None)
+        said = Meet(b"c", Reach.OPEN, ("127.0.0.1:1",), (), "", "")
+        await bob.rendezvous._act(ANN.peer_id, said, meeting.Dial((Endpoint("127.0.0.1", 1),)))
+        assert bob.rendezvous.why_not(ANN.peer_id) == ""
+        assert connection is not None
+        await connection.close()
+        await until(lambda: bob.rendezvous.connection(ANN.peer_id) is None)
+        assert await bob.rendezvous.connect(ANN.peer_id, within_s=5) is not None
+
+
+# -- how they are seen
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("lie", ["garbage", "9.9.9.9:1", "[2a00::9]:4002"])
+async def test_one_observer_that_lies_changes_nothing(
+    folder: Folders, monkeypatch: pytest.MonkeyPatch, lie: str
+) -> None:
+    monkeypatch.setattr(observers, "OBSERVERS", 3)  # so that it is among them
+    honest = Connection.tell_seen
+    async with network() as net, peers(net, folder, ANN, BOB, EVE, JOE, open_ones=(BOB, EVE, JOE)) as (ann, _, eve, _):
+        monkeypatch.setattr(
+            Connection, "tell_seen",
+            lambda self, seen: honest(self, lie if self._handlers is eve.rendezvous.carrier.handlers else seen),
+        )  # fmt: skip
+        await until(lambda: len(ann.rendezvous._observers.watching) >= 2)
+        await until(lambda: ann.rendezvous.reach is not Reach.UNKNOWN)
+        assert ann.rendezvous.reach is Reach.CONE
+        assert ann.rendezvous.outside == f"127.0.0.1:{ann.rendezvous.carrier.port}"
+
+
+@pytest.mark.parametrize(("num_others", "reach"), [(1, Reach.SYMMETRIC), (2, Reach.CONE)])
+async def test_where_two_observers_disagree_a_third_is_asked_if_there_is_one(
+    folder: Folders, monkeypatch: pytest.MonkeyPatch, num_others: int, reach: Reach
+) -> None:
+    honest, others = Connection.tell_seen, (BOB, JOE)[:num_others]
+    async with network() as net, peers(net, folder, ANN, EVE, *others, open_ones=(EVE, *others)) as (ann, eve, *_):
+        monkeypatch.setattr(
+            Connection, "tell_seen",
+            lambda self, seen: honest(self, "9.9.9.9:1" if self._handlers is eve.rendezvous.carrier.handlers else seen),
+        )  # fmt: skip
+        await ann.rendezvous.connect(EVE.peer_id, within_s=5)
+        await until(
+            lambda: ann.rendezvous.reach is not Reach.UNKNOWN and len(ann.rendezvous._observers.watching) > num_others
+        )
+        assert ann.rendezvous.reach is reach
+
+
+def opens(peer: Peer, other: Peer) -> None:
+    """From now on all reach `peer`, and `other` knows."""
+    peer.rendezvous._known = known(set(), is_open=True)
+    other.rendezvous._known = known(set(), open_peers=[peer.libp2p.peer_id])
+
+
+@pytest.fixture
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "LOOK_S", 0.05)
+    monkeypatch.setattr(observers, "DIAL_AGAIN_S", 0.1)
+
+
+@pytest.mark.usefixtures("_soon")
+async def test_an_observer_that_sees_another_port_is_dialled_again_until_ours_can_be_had(folder: Folders) -> None:
+    async with network() as net, peers(net, folder, ANN, BOB) as (ann, bob):
+        mine, there = (("127.0.0.1", one.rendezvous.carrier.port) for one in (ann, bob))
+        with socket.socket() as in_the_way:  # as one that ended in an outage is for minutes
+            in_the_way.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            in_the_way.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            in_the_way.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            in_the_way.bind(mine)
+            in_the_way.connect(there)
+            opens(bob, ann)
+            await until(lambda: ann.rendezvous.connection(BOB.peer_id) is not None)
+            assert ann.rendezvous.outside == ""
+        await until(lambda: ann.rendezvous.outside == f"{mine[0]}:{mine[1]}")
+        await until(lambda: len(ann.rendezvous._connections[BOB.peer_id]) == 1)
+        assert ann.rendezvous.reach is Reach.CONE
+
+
+@pytest.mark.usefixtures("_soon")
+async def test_a_peer_that_was_not_open_yet_when_it_was_dialled_becomes_an_observer(folder: Folders) -> None:
+    async with network() as net, peers(net, folder, ANN, BOB) as (ann, bob):
+        assert await ann.rendezvous.connect(BOB.peer_id, within_s=5) is not None
+        opens(bob, ann)
+        await until(lambda: ann.rendezvous.outside == f"127.0.0.1:{ann.rendezvous.carrier.port}")
+
+
+# -- who takes more than its share
+
+
+async def test_any_number_of_strangers_costs_nobody_its_connection(
+    folder: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendezvous, "MAX_TRUSTED", 3)
+    async with network() as net, peers(net, folder, ANN, BOB) as (ann, _):
+        connection = await ann.rendezvous.connect(BOB.peer_id, within_s=5)
+        for k in range(10, 20):
+            ann.rendezvous._trust(
+                Identity.from_seed(bytes([k]) * 32).peer_id, Meet(b"c", Reach.UNKNOWN, (), (), "", "")
+            )
+        await ann.rendezvous._cut_refused()
+        assert connection is not None
+        assert connection.alive
+        newest = [Identity.from_seed(bytes([k]) * 32).peer_id for k in (18, 19)]
+        assert list(ann.rendezvous._trusted) == [BOB.peer_id, *newest]
+
+
+async def test_of_more_connections_than_one_peer_may_have_the_oldest_go(folder: Folders) -> None:
+    async with network() as net, peers(net, folder, ANN, EVE) as (ann, eve):
+        assert await eve.rendezvous.connect(ANN.peer_id, within_s=5) is not None
+        place = Endpoint("127.0.0.1", ann.rendezvous.carrier.port)
+        made = []
+        for _ in range(2 * rendezvous.MAX_PER_PEER):
+            with contextlib.suppress(NoConnection):
+                made.append(await eve.rendezvous.carrier.dial(ANN.peer_id, place, keep_port=False))
+        await until(lambda: sum(one.alive for one in made) == rendezvous.MAX_PER_PEER)
+        assert all(one.alive for one in made[-rendezvous.MAX_PER_PEER :])
+        assert len(ann.rendezvous._connections[EVE.peer_id]) == rendezvous.MAX_PER_PEER
+
+
+async def test_who_is_refused_a_favour_is_sought_as_before(folder: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "PLACES_FOR_STRANGERS", 0)
+    monkeypatch.setattr(rendezvous, "WAIT_S", 0.1)
+    async with network() as net, peers(net, folder, ANN, BOB, open_ones=(ANN,)) as (ann, bob):
+        bob.rendezvous._known = known(set())
+        assert await ann.rendezvous.connect(BOB.peer_id, within_s=5) is None, "it would have to dial"
+        assert bob.rendezvous.why_not(ANN.peer_id) == ""
+        assert await bob.rendezvous.connect(ANN.peer_id, within_s=5) is not None

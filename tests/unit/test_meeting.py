@@ -7,7 +7,19 @@ import pytest
 from dugnad.dht import meeting
 from dugnad.dht.endpoint import Endpoint
 from dugnad.dht.identity import PeerId
-from dugnad.dht.meeting import FAVOUR_S, PLACES_FOR_ALL, PLACES_FOR_ONE, Dial, Favours, Give, Meet, Punch, Step, Wait
+from dugnad.dht.meeting import (
+    FAVOUR_S,
+    PLACES_FOR_ALL,
+    PLACES_FOR_ONE,
+    PLACES_FOR_STRANGERS,
+    Dial,
+    Favours,
+    Give,
+    Meet,
+    Punch,
+    Step,
+    Wait,
+)
 from dugnad.dht.paths import Reach
 from dugnad.dht.wire import WireError
 
@@ -132,10 +144,8 @@ DIAL = Dial(tuple(Endpoint("11.0.0.1", port) for port in (4001, 4002)))
 PUNCH = Punch(Endpoint("11.0.0.1", 4002))
 
 
-def granted(favours: Favours, peer: str, step: Step, *, at: float) -> bool:
-    answer = favours.grant(PeerId(peer), step, now=at)
-    assert answer is step or isinstance(answer, Give)
-    return answer is step
+def granted(favours: Favours, peer: str, step: Step, *, at: float, known: bool = True) -> bool:
+    return favours.grant(PeerId(peer), step, known=known, now=at)
 
 
 def test_one_peer_has_us_dial_so_many_places_and_then_has_to_wait() -> None:
@@ -153,6 +163,21 @@ def test_any_number_of_names_has_us_dial_no_more_than_that_altogether() -> None:
     assert sum(granted(favours, f"eve {k}", DIAL, at=k * 1e-3) for k in range(1000)) == PLACES_FOR_ALL // 2
     assert not granted(favours, "ann", PUNCH, at=1.0)
     assert granted(favours, "ann", PUNCH, at=FAVOUR_S + 0.1)
+
+
+def test_any_number_of_strangers_leaves_most_of_the_room_to_those_whom_the_run_knows() -> None:
+    favours = Favours()
+    strangers = [granted(favours, f"eve {k}", PUNCH, at=k * 1e-3, known=False) for k in range(1000)]
+    assert sum(strangers) == PLACES_FOR_STRANGERS
+    known = [granted(favours, f"ann {k}", PUNCH, at=1.0 + k * 1e-3) for k in range(1000)]
+    assert sum(known) == PLACES_FOR_ALL - PLACES_FOR_STRANGERS
+
+
+def test_a_stranger_whom_the_run_comes_to_know_is_held_up_no_longer() -> None:
+    favours = Favours()
+    assert not all(granted(favours, f"eve {k}", PUNCH, at=0.0, known=False) for k in range(PLACES_FOR_STRANGERS + 1))
+    assert not granted(favours, "bob", PUNCH, at=0.0, known=False)
+    assert granted(favours, "bob", PUNCH, at=0.0, known=True)
 
 
 @pytest.mark.parametrize("step", [Wait(), Give("for a reason")])
