@@ -55,6 +55,7 @@ def test_case_and_white_space_do_not_matter() -> None:
     wrapped = "\n ".join(TEXT[start : start + 60] for start in range(0, len(TEXT), 60))
     assert parse_invite(f"  {wrapped}\r\n") == INVITE
     assert parse_invite(TEXT.upper()) == INVITE
+    assert parse_invite(f"dugnad join {TEXT}") == INVITE
 
 
 def test_an_invite_cut_off_anywhere_says_so_and_how_much_is_missing() -> None:
