@@ -5,7 +5,8 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,7 @@ from dugnad.peer.told import told_errors
 
 if TYPE_CHECKING:
     from dugnad.configs.recipe import Recipe
+    from dugnad.peer.ended import Words
     from dugnad.peer.folder import Folder
     from dugnad.peer.network import Network
 
@@ -35,7 +37,13 @@ app = typer.Typer(
 )
 
 Dir = Annotated[Path | None, typer.Option("--dir", help="Folder for everything this role keeps.", show_default=False)]
-Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")]
+Host = Annotated[
+    str | None,
+    typer.Option(
+        help="Address to listen on; 0.0.0.0 lets other machines in. If not given: 127.0.0.1, or the one from before.",
+        show_default=False,
+    ),
+]
 JoinHost = Annotated[
     str | None,
     typer.Option(
@@ -65,6 +73,7 @@ MetricsPort = Annotated[int, typer.Option(help="Port for /metrics and /status; 0
 GiveMbit = Annotated[float, typer.Option(help="Mbit/s to give at most: to joiners, late peers, as a relay.", min=1)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 WithStdin = Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)]
+_LOOPBACK = "127.0.0.1"
 _MANY_FILES = 65536
 _DEMO_ROUNDS = 12
 """A quarter of them pass before one more volunteer joins, and some until it has started and taken the model."""
@@ -106,7 +115,7 @@ def launch(
         int | None, typer.Option(help="Cut the run to so many rounds.", min=1, show_default=False)
     ] = None,
     directory: Dir = None,
-    host: Host = "127.0.0.1",
+    host: Host = None,
     port: Port = 0,
     bulk_port: BulkPort = None,
     announce: Announce = None,
@@ -130,20 +139,26 @@ def launch(
         if resume is not None and rounds is not None:
             raise UsageError("--rounds belongs to a new run: the recipe of a run never changes")
         from dugnad.dht.invite import parse_invite
+        from dugnad.peer import ended, roles
         from dugnad.peer import folder as folders
-        from dugnad.peer import roles
 
-        network = _network(host, port, bulk_port, announce, metrics_port, give_mbit)
         if resume is not None:
             where = folders.Folder(resume)
+            if not where.path.is_dir():
+                raise folders.FolderError(
+                    f"{resume}: there is no such folder. Name the one that the run was launched in."
+                )
             known = None if invite is None else parse_invite(invite)
-            work: Coroutine[Any, Any, None] = roles.resume(where, network, invite=known, told=_tell_invite(where))
+            network = _network(host or where.host, port, bulk_port, announce, metrics_port, give_mbit)
+            told, life = _tell_invite(where), ended.kept(where, "coordinator", roles.run_name(where, known))
+            _run(lambda: roles.resume(where, network, invite=known, told=told), where, life, exit_with_stdin)
         else:
             assert recipe is not None
             chosen = _recipe(recipe, rounds)
             where = folders.Folder(directory or folders.data_folder() / f"{chosen.name}-organizer")
-            work = roles.launch(chosen, where, network, told=_tell_invite(where))
-        _run(work, where, exit_with_stdin)
+            network = _network(host, port, bulk_port, announce, metrics_port, give_mbit)
+            told, life = _tell_invite(where), ended.kept(where, "coordinator", chosen.name)
+            _run(lambda: roles.launch(chosen, where, network, told=told), where, life, exit_with_stdin)
 
 
 @app.command()
@@ -167,21 +182,26 @@ def join(
         from dugnad.dht.invite import parse_invite
 
         known = parse_invite(invite)
+        from dugnad.peer import ended, gate
         from dugnad.peer import folder as folders
-        from dugnad.peer import gate
         from dugnad.peer.network import host_for
         from dugnad.peer.terminal import say
 
         where = folders.Folder(directory or folders.data_folder() / f"{known.name}-{known.run.hex()[:8]}")
         network = _network(host or host_for(known), port, bulk_port, announce, metrics_port, give_mbit)
+        where.check()
         cores = threads or cli_self.default_threads()
         say(f'dugnad {version("dugnad")}   run "{known.name}" ({known.run.hex()[:8]})')
         wanted = (("--port", port), ("--bulk-port", network.bulk.port), ("--metrics-port", metrics_port))
         gate.check_machine(where, network.host, wanted, threads=cores, told=_tell_check)
         from dugnad.peer import roles  # not before: it takes seconds, with torch
 
-        work = roles.join(known, where, network, threads=cores, checked=_tell_check, told=_tell_run(where, cores))
-        _run(work, where, exit_with_stdin)
+        told = _tell_run(where, cores)
+
+        def begin() -> Coroutine[Any, Any, str]:
+            return roles.join(known, where, network, threads=cores, checked=_tell_check, told=told)
+
+        _run(begin, where, ended.kept(where, "volunteer", known.name), exit_with_stdin)
 
 
 @app.command()
@@ -193,6 +213,7 @@ def status(directory: Dir = None, as_json: AsJson = False) -> None:
     with told_errors():
         from dugnad.peer import ask
 
+        cli_self.check_lived_in(directory)
         said = ask.status(directory)
         if as_json:
             print(json.dumps(said))
@@ -323,7 +344,7 @@ def _recipe(name: str, rounds: int | None) -> "Recipe":
 
 
 def _network(
-    host: str, port: int, bulk_port: int | None, announce: str | None, metrics_port: int, give_mbit: float
+    host: str | None, port: int, bulk_port: int | None, announce: str | None, metrics_port: int, give_mbit: float
 ) -> "Network":
     from dugnad.dht.multiaddrs import place_of
     from dugnad.peer.network import Network
@@ -333,12 +354,19 @@ def _network(
     except ValueError as error:
         raise UsageError(f"--announce {error}") from error
     return Network(
-        host=host, port=port, bulk_port=bulk_port, metrics_port=metrics_port, give_mbit=give_mbit, announce=outside
+        host=host or _LOOPBACK,
+        port=port,
+        bulk_port=bulk_port,
+        metrics_port=metrics_port,
+        give_mbit=give_mbit,
+        announce=outside,
     )
 
 
 def _tell_invite(where: "Folder") -> Any:
     def tell(invite: str, url: str) -> None:
+        from dugnad.dht.invite import parse_invite
+        from dugnad.dht.multiaddrs import is_local
         from dugnad.peer.terminal import say
 
         if where.has_run_key:
@@ -346,6 +374,8 @@ def _tell_invite(where: "Folder") -> Any:
             say("            once it is up you may move that key to a place offline: it goes on for 30 days without")
         say(f"metrics     {url}/metrics      status: dugnad status --dir {where.path}")
         say("coordinator up. Volunteers join with:")
+        if all(is_local(address) for address in parse_invite(invite).addresses):
+            say("(only from this machine; --host 0.0.0.0 lets others in)")
         say("")
         say(f"dugnad join {invite}")
         say("")
@@ -371,19 +401,23 @@ def _tell_run(where: "Folder", cores: int) -> Any:
     return tell
 
 
-def _run(work: Coroutine[Any, Any, Any], where: "Folder", exit_with_stdin: bool) -> None:
-    from dugnad.peer.terminal import log_to
+def _run(
+    begin: Callable[[], Coroutine[Any, Any, str]],
+    where: "Folder",
+    life: "AbstractContextManager[Words]",
+    exit_with_stdin: bool,
+) -> None:
+    """Let a role live in a folder; life: keeps how that ends."""
+    from dugnad.peer.terminal import log_to, say
 
     where.create()
     log_to(where.path)
     _allow_many_files()
     if exit_with_stdin:
         threading.Thread(target=_exit_with_stdin, daemon=True).start()
-    ended = asyncio.run(work)
-    if isinstance(ended, str):
-        from dugnad.peer.terminal import say
-
-        say(ended)
+    with life as words:
+        words.said = asyncio.run(begin())
+    say(words.said)
 
 
 def _allow_many_files() -> None:

@@ -74,13 +74,30 @@ def default_threads() -> int:
     return max(1, (os.cpu_count() or 1) // 2)
 
 
+def check_lived_in(directory: Path | None) -> None:
+    """Raises AskError, with how it ended, where a role lived in the folder that is meant and lives there no more."""
+    from dugnad.peer.ask import AskError
+
+    if said := _ended(directory):
+        raise AskError(f"no role is running here. {said}")
+
+
+def _ended(directory: Path | None) -> str:
+    from dugnad.peer import ended, folder
+
+    if directory is not None:
+        return ended.told(folder.Folder(directory))
+    return "" if folder.inhabited_folders() else ended.told_of_only_one()
+
+
 def why(directory: Dir = None, as_json: AsJson = False) -> None:
-    """Say why the peer in --dir is idle, slow, relayed or refused, and what would help."""
+    """Say why the peer in --dir is idle, slow, relayed or refused, and what would help; or how it ended."""
     with told_errors():
         from dugnad.peer import ask
         from dugnad.peer.why import words
 
-        said = words(ask.status(directory))
+        ended = _ended(directory)
+        said = [ended] if ended else words(ask.status(directory))
         print(json.dumps(said) if as_json else "\n".join(said))
 
 

@@ -6,6 +6,7 @@ checkpoints/   the model now and then   incoming/     chunks of a model that is 
 peers.json     where others were        address       where a coordinator listens
 evidence       who is proven to lie     decisions     what the organizer has decided
 role.json      while a process lives here: its pid, and where to ask it
+ended.json     once it is gone: what it said at its end
 lock           held while a process lives here
 log.txt        everything that was said
 """
@@ -13,6 +14,7 @@ log.txt        everything that was said
 import contextlib
 import fcntl
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -22,6 +24,7 @@ import platformdirs
 import psutil
 
 from dugnad.dht.identity import Identity, write_private
+from dugnad.dht.multiaddrs import host_of, port_of
 
 RoleName = Literal["coordinator", "volunteer"]
 
@@ -39,6 +42,7 @@ class OtherRun(FolderError):
         super().__init__(f"{self.code} {path}: {what}")
 
 
+ENDED = "ended.json"
 MAX_REMEMBERED = 64
 """Addresses of peers that are remembered."""
 
@@ -66,6 +70,9 @@ class Role(msgspec.Struct, frozen=True):
             return False
 
 
+_ANOTHER = "Choose another folder with --dir."
+
+
 class Folder:
     """The folder of one role."""
 
@@ -74,10 +81,20 @@ class Folder:
 
     def create(self) -> None:
         """Make the folder, the user's alone, if it is not there. Raises FolderError."""
+        self.check()
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
-            raise FolderError(f"{self.path}: can't be made: {error.strerror}. Choose another with --dir.") from error
+            raise FolderError(f"{self.path}: can't be made: {error.strerror}. {_ANOTHER}") from error
+
+    def check(self) -> None:
+        """Raises FolderError where the folder can't be made or written in; nothing is left behind."""
+        there = nearest(self.path)
+        try:
+            Path(tempfile.mkdtemp(prefix=".dugnad-", dir=there)).rmdir()
+        except OSError as error:
+            what = "written in" if there == self.path.absolute() else "made"
+            raise FolderError(f"{self.path}: can't be {what}: {error.strerror}. {_ANOTHER}") from error
 
     @property
     def chain(self) -> Path:
@@ -109,6 +126,16 @@ class Folder:
             return (self.path / "address").read_text("ascii").strip()
         except (OSError, UnicodeDecodeError):
             return None
+
+    @property
+    def host(self) -> str | None:
+        """The IP address of it."""
+        return host_of(self.address or "")
+
+    @property
+    def port(self) -> int:
+        """The port of it; 0 if that is not known."""
+        return port_of(self.address or "") or 0
 
     def keep_address(self, multiaddr: str) -> None:
         """Listen there again next time, so that invites stay good."""
@@ -162,12 +189,18 @@ class Folder:
         """Live here for a while."""
         started_s = psutil.Process().create_time()
         said = Role(role, run.hex(), name, os.getpid(), started_s, url)
+        (self.path / ENDED).unlink(missing_ok=True)
         write_private(self.path / "role.json", msgspec.json.encode(said))
         try:
             yield
         finally:
             with contextlib.suppress(OSError):
                 (self.path / "role.json").unlink()
+
+
+def nearest(path: Path) -> Path:
+    """What is there already of a path: itself, or the nearest folder above it."""
+    return next(one for one in (path.absolute(), *path.absolute().parents) if os.path.exists(one))
 
 
 def data_folder() -> Path:

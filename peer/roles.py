@@ -52,8 +52,11 @@ class Dismissed(Exception):
     """The run wants us no more, or never did; the message is for the user."""
 
 
-async def launch(recipe: Recipe, folder: Folder, network: Network, *, told: Callable[[str, str], None]) -> None:
-    """Begin a run as its organizer and coordinator; `told` hears the invite and the exporter's URL."""
+async def launch(recipe: Recipe, folder: Folder, network: Network, *, told: Callable[[str, str], None]) -> str:
+    """Begin a run as its organizer and coordinator; returns why it ended.
+
+    told: hears the invite and the exporter's URL.
+    """
     with folder.occupied():
         if _kept_genesis(folder) is not None:
             raise FolderError(
@@ -70,13 +73,14 @@ async def launch(recipe: Recipe, folder: Folder, network: Network, *, told: Call
             incarnation = chain.incarnation()
         genesis = Genesis(encode(recipe), organizer, founder, incarnation, first.digest())
         async with _coordinator_placed(folder, Way(genesis.run, recipe.name, organizer), network) as place:
-            await _coordinate(genesis, numerics, place, folder, folder.organizer(), told)
+            return await _coordinate(genesis, numerics, place, folder, folder.organizer(), told)
 
 
-async def resume(folder: Folder, network: Network, *, invite: Invite | None, told: Callable[[str, str], None]) -> None:
+async def resume(folder: Folder, network: Network, *, invite: Invite | None, told: Callable[[str, str], None]) -> str:
     """Go on as the coordinator of the run in `folder`; in a folder with nothing but run.key, of the run of `invite`.
 
-    Where run.key has been taken offline, by the delegation that the chain holds, for as long as that lasts.
+    Where run.key has been taken offline, by the delegation that the chain holds, for as long as that lasts. Returns why
+    it ended.
     """
     with folder.occupied():
         genesis = _kept_genesis(folder)
@@ -103,7 +107,7 @@ async def resume(folder: Folder, network: Network, *, invite: Invite | None, tol
 
             numerics = Numerics(decode(genesis.recipe))
             await asyncio.to_thread(numerics.prepare, to_train=False)
-            await _coordinate(genesis, numerics, place, folder, mandate, told)
+            return await _coordinate(genesis, numerics, place, folder, mandate, told)
 
 
 async def join(
@@ -192,6 +196,12 @@ def _kept_genesis(folder: Folder) -> Genesis | None:
         return chain.genesis()
 
 
+def run_name(folder: Folder, invite: Invite | None) -> str:
+    """The name of the run that `resume` would go on with; "" if there is none."""
+    genesis = _kept_genesis(folder)
+    return decode(genesis.recipe).name if genesis is not None else invite.name if invite is not None else ""
+
+
 def _other_run(folder: Folder, kept: Genesis, invite: Invite) -> OtherRun:
     return OtherRun(
         folder.path,
@@ -202,7 +212,7 @@ def _other_run(folder: Folder, kept: Genesis, invite: Invite) -> OtherRun:
 
 @contextlib.asynccontextmanager
 async def _coordinator_placed(folder: Folder, way: Way, network: Network) -> AsyncIterator[Place]:
-    listen = network.listen if network.port or folder.address is None else folder.address
+    listen = network.listen_on(network.port or folder.port)
     async with placed("coordinator", folder, way, listen, network, may_wait=True) as place:
         folder.keep_address(network.listen_on(tcp_port(place.host)))  # a resumed run keeps its invites good
         yield place
@@ -215,7 +225,7 @@ async def _coordinate(
     folder: Folder,
     mandate: Identity | Delegation,
     told: Callable[[str, str], None],
-) -> None:
+) -> str:
     around = place.surroundings(genesis, folder)
     role = Coordinator(around, mandate, numerics)
     name = numerics.recipe.name
@@ -228,6 +238,12 @@ async def _coordinate(
         told(place.face.invite(), place.url)
         promise = "finishing the round, then leaving it to the others; Ctrl+C again: now"
         await _until_done(role, place, folder, role.stop, promise)
+    if role.machine.dismissed is not None:
+        raise Dismissed(role.machine.dismissed)
+    if role.leader.finished:
+        where = folder.path
+        return f"the run is finished. See what is left of it: dugnad checkpoints {where}, dugnad sample {where}"
+    return f"left in order. Go on with: dugnad launch --resume {folder.path}"
 
 
 async def _welcome(place: Place, invite: Invite) -> Welcome:

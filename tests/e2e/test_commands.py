@@ -145,7 +145,7 @@ def test_a_volunteer_that_comes_back_takes_part_again(start: Start) -> None:
         (["join", "hello"], 2, "E101"),
         (["launch", "tiny-bokos"], 2, "did you mean tiny-books"),
         (["launch"], 2, "--resume"),
-        (["launch", "--resume", "nowhere"], 2, "no run.key here"),
+        (["launch", "--resume", "nowhere"], 2, "there is no such folder"),
         (["status", "--dir", "nowhere"], 1, "no role is running here"),
         (["audit", "nowhere"], 1, "no chain.sqlite"),
         (["sample", "nowhere"], 1, "no checkpoint here"),
