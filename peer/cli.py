@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 import os
 import threading
@@ -139,7 +140,7 @@ def launch(
         if resume is not None and rounds is not None:
             raise UsageError("--rounds belongs to a new run: the recipe of a run never changes")
         from dugnad.dht.invite import parse_invite
-        from dugnad.peer import ended, roles
+        from dugnad.peer import ended, gate, roles
         from dugnad.peer import folder as folders
 
         if resume is not None:
@@ -150,6 +151,7 @@ def launch(
                 )
             known = None if invite is None else parse_invite(invite)
             network = _network(host or where.host, port, bulk_port, announce, metrics_port, give_mbit)
+            gate.check_ports(network.host, _ports(network, network.port or where.port))
             told, life = _tell_invite(where), ended.kept(where, "coordinator", roles.run_name(where, known))
             _run(lambda: roles.resume(where, network, invite=known, told=told), where, life, exit_with_stdin)
         else:
@@ -157,6 +159,7 @@ def launch(
             chosen = _recipe(recipe, rounds)
             where = folders.Folder(directory or folders.data_folder() / f"{chosen.name}-organizer")
             network = _network(host, port, bulk_port, announce, metrics_port, give_mbit)
+            gate.check_ports(network.host, _ports(network, port))
             told, life = _tell_invite(where), ended.kept(where, "coordinator", chosen.name)
             _run(lambda: roles.launch(chosen, where, network, told=told), where, life, exit_with_stdin)
 
@@ -192,8 +195,7 @@ def join(
         where.check()
         cores = threads or cli_self.default_threads()
         say(f'dugnad {version("dugnad")}   run "{known.name}" ({known.run.hex()[:8]})')
-        wanted = (("--port", port), ("--bulk-port", network.bulk.port), ("--metrics-port", metrics_port))
-        gate.check_machine(where, network.host, wanted, threads=cores, told=_tell_check)
+        gate.check_machine(where, network.host, _ports(network, port), threads=cores, told=_tell_check)
         from dugnad.peer import roles  # not before: it takes seconds, with torch
 
         told = _tell_run(where, cores)
@@ -350,6 +352,12 @@ def _network(
     from dugnad.peer.network import Network
 
     try:
+        ipaddress.ip_address(host or _LOOPBACK)
+    except ValueError:
+        raise UsageError(
+            f"--host {host}: not an IP address. Name one of this machine's, or 0.0.0.0 for all of them"
+        ) from None
+    try:
         outside = None if announce is None else place_of(announce)
     except ValueError as error:
         raise UsageError(f"--announce {error}") from error
@@ -361,6 +369,10 @@ def _network(
         give_mbit=give_mbit,
         announce=outside,
     )
+
+
+def _ports(network: "Network", port: int) -> tuple[tuple[str, int], ...]:
+    return ("--port", port), ("--bulk-port", network.bulk.port), ("--metrics-port", network.metrics_port)
 
 
 def _tell_invite(where: "Folder") -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from dugnad.dht.clock import NEGLIGIBLE_S, WARN_S, in_words
 from dugnad.dht.paths import Path as Way
 from dugnad.dht.paths import Reach
+from dugnad.dht.transport import ASK_FOR_AN_INVITE
 from dugnad.peer.needs import Needs
 
 SLOW_MBIT = 1.0
@@ -212,13 +213,14 @@ def gpu(machine: Machine, needs: Needs) -> Check:
 
 def ports(wanted: Iterable[Port]) -> Check:
     """Whether the ports that were asked for are free."""
-    asked = [one for one in wanted if one.port]
-    faults = [one for one in asked if one.fault]
-    found = ", ".join(f"{one.option} {one.port}" for one in asked) or "any free ones"
-    if faults:
-        fault = faults[0].fault.removeprefix("E202 ")
-        return Check("ports", Verdict.FAILURE, found, fault, "E202")
-    return Check("ports", Verdict.OK, found)
+    asked = list(wanted)
+    for one in asked:
+        if one.fault:  # where any port would do, it is the address
+            found = f"{one.option} {one.port}" if one.port else "--host"
+            return Check("ports", Verdict.FAILURE, found, one.fault.removeprefix("E202 "), "E202")
+    return Check(
+        "ports", Verdict.OK, ", ".join(f"{one.option} {one.port}" for one in asked if one.port) or "any free ones"
+    )
 
 
 def network(facts: NetworkFacts) -> Check:
@@ -226,7 +228,7 @@ def network(facts: NetworkFacts) -> Check:
     found = f"{facts.reached} of {facts.asked} known addresses answer"
     each = "; ".join(f"{address} {reason}" for address, reason in facts.failures)
     if not facts.reached:
-        return Check("network", Verdict.FAILURE, found, each or "nobody is there", "E201")
+        return Check("network", Verdict.FAILURE, found, f"{each or 'nobody is there'}. {ASK_FOR_AN_INVITE}", "E201")
     code, _, why = facts.refused.partition(" ")
     if code in ("E401", "E403") and facts.stranger:  # of a key that was made a moment ago
         return Check("network", Verdict.OK, f"{found}; whether you are admitted shows in joining")

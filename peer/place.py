@@ -123,7 +123,8 @@ async def placed(
     except BootstrapError as error:
         if not may_wait:
             raise
-        log.info("nobody is there yet: %s", error)
+        tried = ", ".join(f"{address} {reason}" for address, reason in error.failures)
+        log.info("nobody is there yet, and we wait for them: %s", tried)
     else:
         return
     async with _connected(role, folder, way, listen, network, ()) as place:

@@ -106,10 +106,18 @@ CASES: list[tuple[str, Facts, Verdict, str, str, str]] = [
     ("ports", facts(ports=(Port("--port", 4001, ""), Port("--metrics-port", 0, ""))), OK, "--port 4001", "", ""),
     (
         "ports",
-        facts(ports=(Port("--port", 4001, "E202 /ip4/0.0.0.0/tcp/4001: another program listens there"),)),
+        facts(ports=(Port("--port", 4001, ""), Port("--bulk-port", 4002, "E202 0.0.0.0:4002: it is taken"))),
         FAILURE,
-        "--port 4001",
-        "/ip4/0.0.0.0/tcp/4001: another program listens there",
+        "--bulk-port 4002",
+        "0.0.0.0:4002: it is taken",
+        "E202",
+    ),
+    (
+        "ports",
+        facts(ports=(Port("--port", 0, "E202 192.0.2.1: not an address of this machine"),)),
+        FAILURE,
+        "--host",
+        "192.0.2.1: not an address of this machine",
         "E202",
     ),
     ("network", facts(network=None), OK, "not looked at: give an invite", "", ""),
@@ -127,7 +135,8 @@ CASES: list[tuple[str, Facts, Verdict, str, str, str]] = [
         with_network(reached=0, failures=(STALE, ("198.51.100.9:4001", "no answer in 5 s (firewall, or host down)"))),
         FAILURE,
         "0 of 3 known addresses answer",
-        f"{STALE[0]} {STALE[1]}; 198.51.100.9:4001 no answer in 5 s (firewall, or host down)",
+        f"{STALE[0]} {STALE[1]}; 198.51.100.9:4001 no answer in 5 s (firewall, or host down). Ask for a new invite: "
+        "any peer of the run prints one with dugnad invite.",
         "E201",
     ),
     (

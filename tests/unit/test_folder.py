@@ -101,7 +101,9 @@ def test_a_folder_that_can_not_be_used_is_told_before_anything_begins(
     folder = Folder(folder.path / "sub")
     folder.path.parent.mkdir()
     why = spoil(folder.path)
-    invite = Invite(b"r" * 32, b"o" * 32, (f"/ip4/127.0.0.1/tcp/1/p2p/{Identity.from_seed(bytes(32)).peer_id}",), "quick")
+    invite = Invite(
+        b"r" * 32, b"o" * 32, (f"/ip4/127.0.0.1/tcp/1/p2p/{Identity.from_seed(bytes(32)).peer_id}",), "quick"
+    )
     for command in (["launch", "tiny-books"], ["join", encode_invite(invite)]):
         done = CliRunner().invoke(cli.app, [*command, "--dir", str(folder.path)])  # warnings are errors
         assert done.exit_code == 2
