@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import ipaddress
 import json
 import os
 import threading
@@ -15,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dugnad.peer import cli_organizer, cli_self
-from dugnad.peer.told import told_errors
+from dugnad.peer.cli_self import Announce, network_of, ports_of
+from dugnad.peer.told import UsageError, told_errors
 
 if TYPE_CHECKING:
     from dugnad.configs.recipe import Recipe
     from dugnad.peer.ended import Words
     from dugnad.peer.folder import Folder
-    from dugnad.peer.network import Network
 
 app = typer.Typer(
     name="dugnad",
@@ -61,20 +60,11 @@ BulkPort = Annotated[
         show_default=False,
     ),
 ]
-Announce = Annotated[
-    str | None,
-    typer.Option(
-        metavar="HOST:PORT",
-        help="Where everyone reaches this peer, if you know: as with a router that was told to pass a port on.",
-        show_default=False,
-    ),
-]
 Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.", min=0, max=65535)]
 MetricsPort = Annotated[int, typer.Option(help="Port for /metrics and /status; 0: any.", min=0, max=65535)]
 GiveMbit = Annotated[float, typer.Option(help="Mbit/s to give at most: to joiners, late peers, as a relay.", min=1)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 WithStdin = Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)]
-_LOOPBACK = "127.0.0.1"
 _MANY_FILES = 65536
 _DEMO_ROUNDS = 12
 """A quarter of them pass before one more volunteer joins, and some until it has started and taken the model."""
@@ -150,16 +140,16 @@ def launch(
                     f"{resume}: there is no such folder. Name the one that the run was launched in."
                 )
             known = None if invite is None else parse_invite(invite)
-            network = _network(host or where.host, port, bulk_port, announce, metrics_port, give_mbit)
-            gate.check_ports(network.host, _ports(network, network.port or where.port))
+            network = network_of(host or where.host, port, bulk_port, announce, metrics_port, give_mbit)
+            gate.check_ports(network.host, ports_of(network, network.port or where.port))
             told, life = _tell_invite(where), ended.kept(where, "coordinator", roles.run_name(where, known))
             _run(lambda: roles.resume(where, network, invite=known, told=told), where, life, exit_with_stdin)
         else:
             assert recipe is not None
             chosen = _recipe(recipe, rounds)
             where = folders.Folder(directory or folders.data_folder() / f"{chosen.name}-organizer")
-            network = _network(host, port, bulk_port, announce, metrics_port, give_mbit)
-            gate.check_ports(network.host, _ports(network, port))
+            network = network_of(host, port, bulk_port, announce, metrics_port, give_mbit)
+            gate.check_ports(network.host, ports_of(network, port))
             told, life = _tell_invite(where), ended.kept(where, "coordinator", chosen.name)
             _run(lambda: roles.launch(chosen, where, network, told=told), where, life, exit_with_stdin)
 
@@ -191,11 +181,11 @@ def join(
         from dugnad.peer.terminal import say
 
         where = folders.Folder(directory or folders.data_folder() / f"{known.name}-{known.run.hex()[:8]}")
-        network = _network(host or host_for(known), port, bulk_port, announce, metrics_port, give_mbit)
+        network = network_of(host or host_for(known), port, bulk_port, announce, metrics_port, give_mbit)
         where.check()
         cores = threads or cli_self.default_threads()
         say(f'dugnad {version("dugnad")}   run "{known.name}" ({known.run.hex()[:8]})')
-        gate.check_machine(where, network.host, _ports(network, port), threads=cores, told=_tell_check)
+        gate.check_machine(where, network.host, ports_of(network, port), threads=cores, told=_tell_check)
         from dugnad.peer import roles  # not before: it takes seconds, with torch
 
         told = _tell_run(where, cores)
@@ -325,10 +315,6 @@ def simulate(
         raise typer.Exit(simulation.simulate(_recipe(recipe, rounds), asked, json_file))
 
 
-class UsageError(Exception):
-    """Options that do not go together."""
-
-
 def _check_writable(json_file: Path | None) -> None:
     if json_file is not None and (json_file.is_dir() or not os.access(json_file.absolute().parent, os.W_OK)):
         raise UsageError(f"--json {json_file} can't be written: name a file in a folder that is there")
@@ -343,36 +329,6 @@ def _recipe(name: str, rounds: int | None) -> "Recipe":
     if rounds > chosen.rounds.num_rounds():
         raise UsageError(f"--rounds is {rounds}, but {chosen.name} ends after {chosen.rounds.num_rounds()} rounds")
     return chosen.cut(rounds)
-
-
-def _network(
-    host: str | None, port: int, bulk_port: int | None, announce: str | None, metrics_port: int, give_mbit: float
-) -> "Network":
-    from dugnad.dht.multiaddrs import place_of
-    from dugnad.peer.network import Network
-
-    try:
-        ipaddress.ip_address(host or _LOOPBACK)
-    except ValueError:
-        raise UsageError(
-            f"--host {host}: not an IP address. Name one of this machine's, or 0.0.0.0 for all of them"
-        ) from None
-    try:
-        outside = None if announce is None else place_of(announce)
-    except ValueError as error:
-        raise UsageError(f"--announce {error}") from error
-    return Network(
-        host=host or _LOOPBACK,
-        port=port,
-        bulk_port=bulk_port,
-        metrics_port=metrics_port,
-        give_mbit=give_mbit,
-        announce=outside,
-    )
-
-
-def _ports(network: "Network", port: int) -> tuple[tuple[str, int], ...]:
-    return ("--port", port), ("--bulk-port", network.bulk.port), ("--metrics-port", network.metrics_port)
 
 
 def _tell_invite(where: "Folder") -> Any:

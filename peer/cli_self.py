@@ -1,18 +1,31 @@
 """Commands with which people look at their own peer: what is wrong, why it is slow, who else is there, its key."""
 
 import asyncio
+import ipaddress
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dugnad.peer.told import told_errors
+from dugnad.peer.told import UsageError, told_errors
+
+if TYPE_CHECKING:
+    from dugnad.peer.network import Network
 
 Dir = Annotated[Path | None, typer.Option("--dir", help="The role's folder.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Force = Annotated[bool, typer.Option("--force", help="Though there is a key; the old one is kept beside it.")]
+Announce = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Where everyone reaches this peer, if you know: as with a router that was told to pass a port on.",
+        show_default=False,
+    ),
+]
 
 identity = typer.Typer(
     name="identity",
@@ -39,30 +52,34 @@ def doctor(
     ] = None,
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.", min=0, max=65535)] = 0,
     bulk_port: Annotated[int, typer.Option(help="Port for direct connections.", min=0, max=65535)] = 0,
+    announce: Announce = None,
     metrics_port: Annotated[int, typer.Option(help="Port for /metrics and /status.", min=0, max=65535)] = 0,
     threads: Annotated[int, typer.Option(help="Cores to train with; 0: half of them.", min=0, max=1024)] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Look for whatever would keep this machine from taking part, or make it slow; status 1 if something does.
 
-    With an invite it joins the network for some seconds, as a stranger who leaves no trace. Takes less than 20 s.
+    With an invite it joins the network for some seconds, as a stranger who leaves no trace. Takes less than 20 s. "-"
+    stands before what was not measured, in JSON "skipped". A port that your router passes on is tried as in joining:
+    dugnad doctor INVITE --port 4001 --announce HOST:4001
     """
     with told_errors():
+        from dugnad.dht.budget import GIVE_MBIT
         from dugnad.dht.invite import parse_invite
 
         known = None if invite is None else parse_invite(invite)
         from dugnad.peer import doctor as judging
         from dugnad.peer import measure
         from dugnad.peer.folder import data_folder
-        from dugnad.peer.network import Network, host_for
+        from dugnad.peer.network import host_for
 
         cores = threads or default_threads()
-        where = host or ("127.0.0.1" if known is None else host_for(known))
+        where = host or (None if known is None else host_for(known))
+        network = network_of(where, port, bulk_port or None, announce, metrics_port, GIVE_MBIT)
         machine = measure.machine(directory or data_folder(), threads=cores, look_for_gpu=True)
-        wanted = (("--port", port), ("--bulk-port", bulk_port or (port and port + 1)), ("--metrics-port", metrics_port))
-        ports = measure.ports(where, wanted)
+        ports = measure.ports(network.host, ports_of(network, port))
         free, bulk = (0 if one.fault else one.port for one in ports[:2])
-        facts = asyncio.run(measure.everything(known, machine, ports, Network(host=where, port=free, bulk_port=bulk)))
+        facts = asyncio.run(measure.everything(known, machine, ports, replace(network, port=free, bulk_port=bulk)))
         found = judging.checks(facts)
         said = judging.as_json(found, facts.network)
         print(json.dumps(said) if as_json else "\n".join(map(str, found)))
@@ -72,6 +89,39 @@ def doctor(
 def default_threads() -> int:
     """Half of the cores: the other half is for people."""
     return max(1, (os.cpu_count() or 1) // 2)
+
+
+def network_of(
+    host: str | None,
+    port: int,
+    bulk_port: int | None,
+    announce: str | None,
+    metrics_port: int,
+    give_mbit: float,
+) -> "Network":
+    """Where a role listens by these options; host None: on this machine alone. Raises UsageError."""
+    from dugnad.dht.multiaddrs import place_of
+    from dugnad.peer.network import Network
+
+    host = host or "127.0.0.1"
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        raise UsageError(
+            f"--host {host}: not an IP address. Name one of this machine's, or 0.0.0.0 for all of them"
+        ) from None
+    try:
+        outside = None if announce is None else place_of(announce)
+    except ValueError as error:
+        raise UsageError(f"--announce {error}") from error
+    return Network(
+        host=host, port=port, bulk_port=bulk_port, metrics_port=metrics_port, give_mbit=give_mbit, announce=outside
+    )
+
+
+def ports_of(network: "Network", port: int) -> tuple[tuple[str, int], ...]:
+    """(option, port) of each on which it listens, with that --port; 0 for any."""
+    return ("--port", port), ("--bulk-port", network.bulk.port), ("--metrics-port", network.metrics_port)
 
 
 def check_lived_in(directory: Path | None) -> None:

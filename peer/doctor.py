@@ -13,6 +13,7 @@ from dugnad.dht.clock import NEGLIGIBLE_S, WARN_S, in_words
 from dugnad.dht.paths import Path as Way
 from dugnad.dht.paths import Reach
 from dugnad.dht.transport import ASK_FOR_AN_INVITE
+from dugnad.peer.folder import ANOTHER
 from dugnad.peer.needs import Needs
 
 SLOW_MBIT = 1.0
@@ -24,6 +25,8 @@ class Verdict(StrEnum):
     """How a check came out."""
 
     OK = "ok"
+    SKIPPED = "skipped"
+    """Not looked at, or not measured: it says nothing of how things are."""
     WARNING = "warning"
     FAILURE = "failure"
 
@@ -45,7 +48,8 @@ class Check:
         """One line, as people see it before a run."""
         found = f"check  {self.name:<9} {self.found} "
         note = "    (" + (f"{self.code} " if self.code else "") + f"{self.advice})" if self.advice else ""
-        return f"{found:.<72} {self.verdict}{note}"
+        verdict = "-" if self.verdict is Verdict.SKIPPED else self.verdict
+        return f"{found:.<72} {verdict}{note}"
 
 
 class CheckFailed(Exception):
@@ -75,6 +79,8 @@ class Machine:
     memory_free_bytes: int
     disk_free_bytes: int
     folder: str
+    folder_fault: str = ""
+    """Why it can't be made or written in, "" if it can."""
     cores: int
     threads: int
     """Cores that torch would use."""
@@ -144,7 +150,7 @@ def checks(facts: Facts) -> list[Check]:
     ]
     if facts.network is None:
         given = "not looked at: give an invite"
-        return [*found, *(Check(name, Verdict.OK, given) for name in ("network", "clock"))]
+        return [*found, *(Check(name, Verdict.SKIPPED, given) for name in ("network", "clock"))]
     return [*found, network(facts.network), clock(facts.network), *_ways(facts.network)]
 
 
@@ -185,7 +191,9 @@ def memory(machine: Machine, needs: Needs) -> Check:
 
 
 def disk(machine: Machine, needs: Needs) -> Check:
-    """Whether checkpoints and recent rounds fit."""
+    """Whether the role's folder can be used, and checkpoints and recent rounds fit."""
+    if machine.folder_fault:
+        return Check("disk", Verdict.FAILURE, f"{machine.folder} {machine.folder_fault}", ANOTHER)
     found = f"{_gb(machine.disk_free_bytes)} GB free, needs {_gb_up(needs.disk_bytes)}"
     if machine.disk_free_bytes < needs.disk_bytes:
         advice = f"Make room in {machine.folder}, or choose a folder on another disk with --dir."
@@ -205,10 +213,11 @@ def gpu(machine: Machine, needs: Needs) -> Check:
     """Whether there is one where the run needs one."""
     if machine.gpu:
         return Check("gpu", Verdict.OK, f"{machine.gpu}, {_gb(machine.gpu_free_bytes)} GB free")
-    found = "not looked for" if machine.gpu is None else "none"
-    if needs.gpu and machine.gpu == "":
-        return Check("gpu", Verdict.FAILURE, found, f"{needs.recipe} trains with adamw8bit, on NVIDIA GPUs only")
-    return Check("gpu", Verdict.OK, found)
+    if machine.gpu is None:
+        return Check("gpu", Verdict.SKIPPED, "not looked for")
+    if needs.gpu:
+        return Check("gpu", Verdict.FAILURE, "none", f"{needs.recipe} trains with adamw8bit, on NVIDIA GPUs only")
+    return Check("gpu", Verdict.OK, "none")
 
 
 def ports(wanted: Iterable[Port]) -> Check:
@@ -244,7 +253,7 @@ def clock(facts: NetworkFacts) -> Check:
     """Whether this machine's clock is right; the run corrects it anyway."""
     error_s = facts.clock_error_s
     if error_s is None:
-        return Check("clock", Verdict.OK, "not compared: nobody answered")
+        return Check("clock", Verdict.SKIPPED, "not compared: nobody answered")
     peers = "1 peer" if facts.clock_peers == 1 else f"{facts.clock_peers} peers"
     if abs(error_s) < NEGLIGIBLE_S:
         return Check("clock", Verdict.OK, f"right, by {peers}")
@@ -265,7 +274,7 @@ def nat(facts: NetworkFacts) -> Check:
     """What kind of router stands before us."""
     match facts.reach:
         case None | Reach.UNKNOWN:
-            return Check("nat", Verdict.OK, "not measured")
+            return Check("nat", Verdict.SKIPPED, "not measured")
         case Reach.OPEN:
             return Check("nat", Verdict.OK, "none in the way: others can connect to this machine")
         case Reach.CONE:
@@ -277,7 +286,7 @@ def nat(facts: NetworkFacts) -> Check:
 def inbound(facts: NetworkFacts) -> Check:
     """Whether others can connect to us."""
     if facts.inbound is None:
-        return Check("inbound", Verdict.OK, "not measured")
+        return Check("inbound", Verdict.SKIPPED, "not measured")
     if facts.inbound:
         some = "" if facts.reach is Reach.OPEN else "; your router may keep others out (if not, say --announce)"
         return Check("inbound", Verdict.OK, f"a member connected to this machine{some}")
@@ -290,7 +299,7 @@ def inbound(facts: NetworkFacts) -> Check:
 def path(facts: NetworkFacts) -> Check:
     """How we reach the members."""
     if facts.path is None:
-        return Check("path", Verdict.OK, "not measured")
+        return Check("path", Verdict.SKIPPED, "not measured")
     rtt = "" if facts.rtt_s is None else f", {facts.rtt_s * 1000:.0f} ms there and back"
     return Check("path", Verdict.OK, f"{facts.path} to a member{rtt}")
 
@@ -298,7 +307,7 @@ def path(facts: NetworkFacts) -> Check:
 def rates(facts: NetworkFacts) -> Check:
     """How fast bytes go up and down."""
     if facts.up_mbit is None and facts.down_mbit is None:
-        return Check("rates", Verdict.OK, "not measured")
+        return Check("rates", Verdict.SKIPPED, "not measured")
     up, down = (
         "?" if rate is None else f"{rate:.{1 if rate < 10 else 0}f}" for rate in (facts.up_mbit, facts.down_mbit)
     )

@@ -70,7 +70,7 @@ class Role(msgspec.Struct, frozen=True):
             return False
 
 
-_ANOTHER = "Choose another folder with --dir."
+ANOTHER = "Choose another folder with --dir."
 
 
 class Folder:
@@ -85,16 +85,21 @@ class Folder:
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
-            raise FolderError(f"{self.path}: can't be made: {error.strerror}. {_ANOTHER}") from error
+            raise FolderError(f"{self.path}: can't be made: {error.strerror}. {ANOTHER}") from error
 
     def check(self) -> None:
         """Raises FolderError where the folder can't be made or written in; nothing is left behind."""
+        if fault := self.fault():
+            raise FolderError(f"{self.path}: {fault}. {ANOTHER}")
+
+    def fault(self) -> str:
+        """Why the folder can't be made or written in, "" if it can."""
         there = nearest(self.path)
         try:
             Path(tempfile.mkdtemp(prefix=".dugnad-", dir=there)).rmdir()
         except OSError as error:
-            what = "written in" if there == self.path.absolute() else "made"
-            raise FolderError(f"{self.path}: can't be {what}: {error.strerror}. {_ANOTHER}") from error
+            return f"can't be {'written in' if there == self.path.absolute() else 'made'}: {error.strerror}"
+        return ""
 
     @property
     def chain(self) -> Path:

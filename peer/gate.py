@@ -22,6 +22,9 @@ def check_machine(folder: Folder, host: str, ports: Iterable[tuple[str, int]], *
     """Whether any run could work here; tells what all should know. Raises CheckFailed."""
     machine = measure.machine(folder.path, threads=threads, look_for_gpu=False)
     told(_passed(doctor.software(measure.software())))
+    cores = doctor.processor(machine)
+    if cores.verdict is Verdict.WARNING:
+        told(cores)
     check_ports(host, ports)
     for check in (doctor.memory(machine, Needs()), doctor.disk(machine, Needs())):
         _passed(check)  # told once the recipe is known: then it says more

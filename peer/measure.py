@@ -30,6 +30,7 @@ from dugnad.dht.rendezvous import Rendezvous
 from dugnad.dht.transport import BootstrapError, Direction, TransportError
 from dugnad.dht.wire import WireError
 from dugnad.peer.doctor import Facts, Machine, NetworkFacts, Port, Software
+from dugnad.peer.folder import Folder, nearest
 from dugnad.peer.needs import Needs, needs_of
 from dugnad.peer.network import Network
 from dugnad.peer.probe import Reached, probe
@@ -54,12 +55,12 @@ def software(*, daemon_fault: str | None = None) -> Software:
 
 def machine(folder: Path, *, threads: int, look_for_gpu: bool) -> Machine:
     """What is free now; folder: where a role would keep its things, there or not. A GPU is looked for with torch."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     name, gpu_free_bytes = _gpu() if look_for_gpu else (None, 0)
     return Machine(
         memory_free_bytes=memory_free_bytes(),
-        disk_free_bytes=shutil.disk_usage(there).free,
+        disk_free_bytes=shutil.disk_usage(nearest(folder)).free,
         folder=str(folder),
+        folder_fault=Folder(folder).fault(),
         cores=os.cpu_count() or 1,
         threads=threads,
         gpu=name,
@@ -145,7 +146,7 @@ def _host(
         meter=_not_counted,
         state_dir=directory,
         owner_of=owner_of,
-        ways=Ways(extra_ports=ports),
+        ways=Ways(announce=where.announce, extra_ports=ports),
     )
 
 
