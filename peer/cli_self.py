@@ -1,6 +1,7 @@
 """Commands with which people look at their own peer: what is wrong, why it is slow, who else is there, its key."""
 
 import asyncio
+import contextlib
 import ipaddress
 import json
 import os
@@ -197,6 +198,9 @@ def bring(
 ) -> None:
     """Make the key in FILE this peer's own."""
     with told_errors():
+        from dugnad.dht.identity import Identity
         from dugnad.peer import keys
 
+        with contextlib.suppress(FileNotFoundError):  # which is told as what it is
+            Identity.load(file, otherwise="Name a file that dugnad identity export wrote.")
         print(keys.bring(keys.folder_of(directory), file, force=force))

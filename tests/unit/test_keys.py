@@ -4,9 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from dugnad.dht.identity import IdentityError
-from dugnad.peer import keys
+from dugnad.peer import cli, keys
 from dugnad.peer.folder import Folder, FolderError
 
 
@@ -66,6 +67,19 @@ def test_what_is_no_key_replaces_none(folder: Folder, tmp_path: Path) -> None:
     assert folder.key.read_bytes() == old
     assert kept(folder) == []
     assert not (tmp_path / "missing").exists()
+
+
+def test_what_no_export_wrote_is_not_told_to_be_moved_away(folder: Folder, tmp_path: Path) -> None:
+    (tmp_path / "nonsense").write_text("nonsense")
+    run = CliRunner().invoke
+    done = run(cli.app, ["identity", "import", str(tmp_path / "nonsense"), "--dir", str(folder.path)])
+    assert done.exit_code == 1
+    assert done.output == (
+        f"dugnad: {tmp_path / 'nonsense'}: this is not an identity (expected 64 hex digits). Name a file that dugnad "
+        "identity export wrote.\n"
+    )
+    done = run(cli.app, ["identity", "import", str(tmp_path / "missing"), "--dir", str(folder.path)])
+    assert "there is no such file" in done.output
 
 
 def renewed(folder: Folder, file: Path) -> str:
