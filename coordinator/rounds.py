@@ -494,7 +494,8 @@ class Leader:
     def _why_left_out(self, work: Round, peer: PeerId) -> tuple[str, str]:
         refusal = self.follower.refuses(peer, self._claim(peer))
         if refusal is not None:
-            return "not admitted", f"it may not take part: {refusal}"
+            said = f" ({refusal.why})" if refusal.why else ""
+            return "not admitted", f"it may not take part: {refusal.code} {refusal.reason}{said}"
         if peer in work.barred:
             return "barred", "it is proven to lie"
         return "late", f"not all of its bytes were there when round {work.plan.round} was frozen"
