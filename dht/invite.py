@@ -123,6 +123,10 @@ def check(invite: Invite, peer: PeerId, *, now: float) -> None:
         return
     if ends(given.expires) <= now:
         raise InviteError("E102", f"invite expired on {ticket.day_of(given.expires)}. Ask the organizer for a new one.")
+    if given.bound not in ("", peer):
+        raise InviteError(
+            "E401", f"this invite is for another key, {given.bound}. Ask the organizer for one for yours: {peer}"
+        )
     try:
         ticket.parse_claim(invite.claim(peer), invite.run, organizer, verify)
     except WireError as error:

@@ -129,9 +129,11 @@ def launch(
             raise UsageError("--invite belongs to --resume: a new run needs nobody to start from")
         if resume is not None and rounds is not None:
             raise UsageError("--rounds belongs to a new run: the recipe of a run never changes")
+        from dugnad.configs.recipe import RecipeError
         from dugnad.dht.invite import parse_invite
         from dugnad.peer import ended, gate, roles
         from dugnad.peer import folder as folders
+        from dugnad.peer.data import TooShort
 
         if resume is not None:
             where = folders.Folder(resume)
@@ -151,7 +153,10 @@ def launch(
             network = network_of(host, port, bulk_port, announce, metrics_port, give_mbit)
             gate.check_ports(network.host, ports_of(network, port))
             told, life = _tell_invite(where), ended.kept(where, "coordinator", chosen.name)
-            _run(lambda: roles.launch(chosen, where, network, told=told), where, life, exit_with_stdin)
+            try:
+                _run(lambda: roles.launch(chosen, where, network, told=told), where, life, exit_with_stdin)
+            except (RecipeError, TooShort) as error:  # what shows only beside the model and the corpus
+                raise UsageError(f"{recipe}: {error}") from error
 
 
 @app.command()
@@ -225,8 +230,9 @@ def audit(
 ) -> None:
     """Prove from the chain in DIR that nothing was lost or counted twice; status 1 if it does not hold."""
     with told_errors():
-        from dugnad.peer import ask
+        from dugnad.peer import ask, folder
 
+        folder.check_role(directory)
         found = ask.audit(directory)
         print(json.dumps(found) if as_json else ask.audit_text(found))
         raise typer.Exit(0 if found["clean"] else 1)

@@ -208,6 +208,14 @@ def nearest(path: Path) -> Path:
     return next(one for one in (path.absolute(), *path.absolute().parents) if os.path.exists(one))
 
 
+def check_role(path: Path) -> None:
+    """Raises FolderError where no role ever lived."""
+    if not path.is_dir():
+        raise FolderError(f"{path}: there is no such folder.")
+    if not Folder(path).chain.exists():
+        raise FolderError(f"{path}: there is no chain.sqlite here. Name the folder of a coordinator or volunteer.")
+
+
 def data_folder() -> Path:
     """Where roles live that were given no folder: the user's data directory."""
     return platformdirs.user_data_path("dugnad", appauthor=False)

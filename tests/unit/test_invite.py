@@ -97,7 +97,7 @@ def test_whoever_has_the_invite_claims_its_ticket_in_its_own_name() -> None:
 @pytest.mark.parametrize(
     ("ticket", "why"),
     [
-        (a_pass(bound=ORGANIZER.peer_id), "ticket bound to another key"),
+        (a_pass(bound=ORGANIZER.peer_id), "this invite is for another key, "),
         (a_pass(by=PEER), "altered ticket"),
         (msgspec.structs.replace(a_pass(uses=1), uses=0), "altered ticket"),
         (a_pass(b"s" * 32), "altered ticket"),
