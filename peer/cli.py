@@ -143,7 +143,8 @@ def launch(
                 )
             known = None if invite is None else parse_invite(invite)
             network = network_of(host or where.host, port, bulk_port, announce, metrics_port, give_mbit)
-            gate.check_ports(network.host, ports_of(network, network.port or where.port))
+            with where.occupied():  # who lives there has its ports
+                gate.check_ports(network.host, ports_of(network, port or where.port))
             told, life = _tell_invite(where), ended.kept(where, "coordinator", roles.run_name(where, known))
             _run(lambda: roles.resume(where, network, invite=known, told=told), where, life, exit_with_stdin)
         else:
@@ -156,7 +157,7 @@ def launch(
             try:
                 _run(lambda: roles.launch(chosen, where, network, told=told), where, life, exit_with_stdin)
             except (RecipeError, TooShort) as error:  # what shows only beside the model and the corpus
-                raise UsageError(f"{recipe}: {error}") from error
+                raise UsageError(f"{recipe}: {str(error).removeprefix(f'{chosen.name}: ')}") from error
 
 
 @app.command()
