@@ -110,7 +110,8 @@ class Coordinator(Shell):
             return
         measured = f"  validation {row.val_loss:.3f}" if row.val_loss is not None else ""
         # of what was committed without us, and of what followed next, this disk knows no time
-        took = f"  {row.duration_s:.1f} s" if not self._came_at_round or round_ > self._came_at_round + 1 else ""
+        without_us = max(self._came_at_round, self.sources.caught_up_round)
+        took = f"  {row.duration_s:.1f} s" if not without_us or round_ > without_us + 1 else ""
         log.info(
             "round %d  %d peers  %d tokens  loss %.3f%s%s",
             round_, len(row.roster), row.tokens, row.train_loss, measured, took,
