@@ -495,7 +495,8 @@ class Leader:
         # asked as `proofs` is: to a voter that an epoch made a stranger `Follower.refuses` is kinder
         refusal = self.follower.admission.refuses(peer, self._claim(peer))
         if refusal is not None:
-            return "not admitted", f"it may not take part: {refusal}"
+            said = f" ({refusal.why})" if refusal.why else ""
+            return "not admitted", f"it may not take part: {refusal.code} {refusal.reason}{said}"
         if peer in work.barred:
             return "barred", "it is proven to lie"
         if peer in work.whole:

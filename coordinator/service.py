@@ -118,10 +118,13 @@ class Coordinator(Shell):
         if not row.roster:
             log.info("round %d  the committee is %d strong", round_, len(self.follower.ledger.head.committee))
             return
-        measured = f"validation {row.val_loss:.3f}" if row.val_loss is not None else ""
+        measured = f"  validation {row.val_loss:.3f}" if row.val_loss is not None else ""
+        # of what was committed without us, and of what followed next, this disk knows no time
+        without_us = max(self._came_at_round, self.sources.caught_up_round)
+        took = f"  {row.duration_s:.1f} s" if not without_us or round_ > without_us + 1 else ""
         log.info(
-            "round %d  %d peers  %d tokens  loss %.3f  %s  %.1f s",
-            round_, len(row.roster), row.tokens, row.train_loss, measured, row.duration_s,
+            "round %d  %d peers  %d tokens  loss %.3f%s%s",
+            round_, len(row.roster), row.tokens, row.train_loss, measured, took,
         )  # fmt: skip
 
     async def farewell(self) -> None:

@@ -62,6 +62,8 @@ class Sources:
         self._signer = signer
         self._incoming = around.directory / "incoming"
         self._contacts = around.contacts
+        self.caught_up_round = 0
+        """The newest whose commit we took out of another's chain: when it was committed, we do not know."""
         self._take = take
         self._rng = random.Random()
 
@@ -87,6 +89,8 @@ class Sources:
 
     async def _take_commits(self, donor: PeerId, after: tuple[int, int]) -> None:
         def take(commit: Commit) -> tuple[int, int]:
+            if commit.block.round > self._follower.ledger.head.round:
+                self.caught_up_round = commit.block.round
             self._take(donor, commit)
             return self._follower.ledger.head.place
 

@@ -23,7 +23,7 @@ from dugnad.dht.certificate import Certificate
 from dugnad.dht.connection import Connection
 from dugnad.dht.endpoint import Endpoint
 from dugnad.dht.identity import Identity, PeerId, nickname, peer_id_of, public_key_of
-from dugnad.dht.listening import card_addresses, check_free
+from dugnad.dht.listening import card_addresses, check_free, why_not
 from dugnad.dht.multiaddrs import on_tcp
 from dugnad.dht.paths import Path
 from dugnad.dht.transport import ListenError, Meter, PortInUse, StreamHandler, TransportError
@@ -159,7 +159,7 @@ class Carrier:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             listener.bind((place.host, place.port))
         except OSError as error:
-            raise ListenError(str(place), f"can't listen there: {error.strerror}") from error
+            raise ListenError(on_tcp(host, port), why_not(error)) from error
         listener.listen(_PENDING)
         listener.setblocking(False)
         return listener

@@ -146,10 +146,10 @@ def decide(
 def check(record: Record, organizer: PeerId, verify: Verify = keys.verify) -> None:
     """Raise WireError unless this is a decision, and its owner may decide for the run of `organizer`."""
     if not isinstance(record.body, DecisionBody):
-        raise WireError("no decision", f"a {record.kind} record")
+        raise WireError("malformed", f"a {record.kind} record")
     verdict, seat = record.body.verdict, record.body.delegation
     if record.kind != _REGISTER_OF[verdict] or not _suits(verdict, record.key):
-        raise WireError("bad subject", f"{verdict} of {record.key} in a {record.kind} record")
+        raise WireError("malformed", f"{verdict} of {record.key} in a {record.kind} record")
     if seat is None:
         if record.owner != organizer:
             raise WireError("not the organizer", f"{record.owner} decides about {record.key}")

@@ -23,6 +23,11 @@ _PREFIX = bytes.fromhex("0024") + bytes.fromhex("08011220")  # identity multihas
 _ID_CHARACTERS = 52
 
 
+_RESTORE = (
+    "Restore it from a backup, or move it away: the next start makes a new identity, and you join as someone new."
+)
+
+
 class IdentityError(Exception):
     """An identity file that can't be read or written; says which, and what to do."""
 
@@ -55,28 +60,26 @@ class Identity:
         return cls._read(path) or cls._create(path)
 
     @classmethod
-    def load(cls, path: Path) -> Self:
-        """The identity kept in `path`. Raises IdentityError as `load_or_create` does, and if there is no such file."""
-        found = cls._read(path)
-        if found is None:
-            raise IdentityError(f"{path}: there is no such file.")
-        return found
-
-    @classmethod
     def _read(cls, path: Path) -> Self | None:
         try:
-            text = path.read_text(encoding="ascii")
+            return cls.load(path, otherwise=_RESTORE)
         except FileNotFoundError:
             return None
-        except (OSError, UnicodeDecodeError) as error:
-            raise IdentityError(f"{path}: can't read the identity: {error}") from error
+
+    @classmethod
+    def load(cls, path: Path, *, otherwise: str) -> Self:
+        """The identity in a file. Raises FileNotFoundError, or IdentityError for one that holds none or can't be read.
+
+        otherwise: what the user of a file that holds none is to do.
+        """
         try:
-            return cls.from_seed(bytes.fromhex(text))
+            return cls.from_seed(bytes.fromhex(path.read_text(encoding="ascii")))
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise IdentityError(f"{path}: can't read the identity: {error.strerror}") from error
         except (ValueError, CryptoError) as error:
-            raise IdentityError(
-                f"{path}: this is not an identity (expected 64 hex digits). Restore it from a backup, "
-                "or move it away: the next start makes a new identity, and you join as someone new."
-            ) from error
+            raise IdentityError(f"{path}: this is not an identity (expected 64 hex digits). {otherwise}") from error
 
     @classmethod
     def _create(cls, path: Path) -> Self:

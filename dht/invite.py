@@ -22,6 +22,8 @@ PREFIX = "dugnad1:"
 MAX_CHARACTERS = 8192
 _LENGTH_BYTES = 2
 _CHECKSUM_BYTES = 4
+_COMMAND = "dugnadjoin"
+"""What stands before an invite in the line that a launch prints, without its spaces."""
 _AGAIN = f"Copy it again; it starts with {PREFIX} and ends with a checksum."
 
 _Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -108,7 +110,7 @@ def encode_invite(invite: Invite) -> str:
 
 def parse_invite(text: str) -> Invite:
     """The invite in a line that someone pasted, expired or not. Raises InviteError E101 if it can't be read."""
-    text = "".join(text[: 2 * MAX_CHARACTERS].split()).lower()
+    text = "".join(text[: 2 * MAX_CHARACTERS].split()).lower().removeprefix(_COMMAND)
     if not text.startswith(PREFIX):
         raise _unreadable(f"it starts with {text[: len(PREFIX)]!r}" if text else "it is empty")
     return _checked(text)
@@ -121,6 +123,10 @@ def check(invite: Invite, peer: PeerId, *, now: float) -> None:
         return
     if ends(given.expires) <= now:
         raise InviteError("E102", f"invite expired on {ticket.day_of(given.expires)}. Ask the organizer for a new one.")
+    if given.bound not in ("", peer):
+        raise InviteError(
+            "E401", f"this invite is for another key, {given.bound}. Ask the organizer for one for yours: {peer}"
+        )
     try:
         ticket.parse_claim(invite.claim(peer), invite.run, organizer, verify)
     except WireError as error:

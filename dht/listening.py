@@ -60,4 +60,12 @@ def check_free(address: str) -> None:
         except (OSError, OverflowError) as error:
             if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
                 raise PortInUse(address) from error
-            raise ListenError(address, f"can't listen there: {error}") from error
+            raise ListenError(address, why_not(error)) from error
+
+
+def why_not(error: OSError | OverflowError) -> str:
+    """Why a port can't be listened on, other than that it is taken, and what to do."""
+    if isinstance(error, OSError) and error.errno == errno.EADDRNOTAVAIL:
+        return "not an address of this machine. Choose another --host; 0.0.0.0 is all of its addresses."
+    said = error.strerror if isinstance(error, OSError) else error
+    return f"can't be listened on: {said}. Choose another port, above 1023, or another --host."

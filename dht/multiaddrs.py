@@ -97,6 +97,15 @@ def on_tcp(ip: str, port: int) -> str:
     return f"/ip{6 if ':' in ip else 4}/{ip}/tcp/{port}"
 
 
+def in_short(address: str) -> str:
+    """HOST:PORT of a TCP port on this machine, HOST alone for port 0; anything else as it is."""
+    match address.split("/"):
+        case ["", "ip4" | "ip6" as kind, host, "tcp", port]:
+            bracketed = f"[{host}]" if kind == "ip6" else host
+            return f"{bracketed}:{port}" if port != "0" else host
+    return address
+
+
 def peer_of(address: str) -> PeerId:
     """Who is at the end of it: what follows the last /p2p/."""
     return PeerId(address.rpartition("/p2p/")[2])

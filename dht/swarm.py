@@ -372,7 +372,8 @@ class Swarm:
             raise KeyInUse(str(self._directory))
         log.error(
             "%s another running peer signs with this peer's key: a copy of its folder, or of identity.key? If both "
-            "vote, both are out of the run. Stop the other one, and give it a key of its own: dugnad identity new",
+            "vote, both are out of the run. Stop the other one, and give it a key of its own: dugnad identity new "
+            "--force --dir DIR",
             KeyInUse.code,
         )
 

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal, Protocol
 
 from dugnad.dht.identity import PeerId
+from dugnad.dht.multiaddrs import in_short
 
 Direction = Literal["sent", "received"]
 Meter = Callable[[Direction, str, int], None]
@@ -20,6 +21,9 @@ REQUEST_BYTES = 2 * 2**20 - 64 * 2**10
 """The largest payload of a request or of its reply; more belongs on a stream."""
 _WORDS = 200
 """How many characters of another's words are passed on."""
+
+
+ASK_FOR_AN_INVITE = "Ask for a new invite: any peer of the run prints one with dugnad invite."
 
 
 def printable(text: str) -> str:
@@ -56,7 +60,7 @@ class PortInUse(TransportError):
 
     def __init__(self, address: str) -> None:
         super().__init__(
-            f"{self.code} {address}: another program already listens on this port. "
+            f"{self.code} {in_short(address)}: another program already listens on this port. "
             "Stop it (is a dugnad still running?), or choose another port; port 0 takes any free one."
         )
         self.address = address
@@ -68,7 +72,7 @@ class ListenError(TransportError):
     code = "E202"
 
     def __init__(self, address: str, why: str) -> None:
-        super().__init__(f"{self.code} {address}: {why}")
+        super().__init__(f"{self.code} {in_short(address)}: {why}")
 
 
 class NetworkDown(TransportError):
@@ -76,15 +80,18 @@ class NetworkDown(TransportError):
 
 
 class BootstrapError(TransportError):
-    """No bootstrap address led to a peer; `failures` holds (address, reason) of each."""
+    """No address led to a peer; `failures` holds (address, reason) of each."""
 
     code = "E201"
 
     def __init__(self, failures: Sequence[tuple[str, str]]) -> None:
         self.failures = tuple(failures)
         width = max((len(address) for address, _ in self.failures), default=0)
-        lines = [f"{self.code} none of {len(self.failures)} bootstrap peers could be reached."]
+        tried = len(self.failures)
+        known = "the only known address" if tried == 1 else f"each of the {tried} known addresses"
+        lines = [f"{self.code} {known} of the run leads to nobody."]
         lines += [f"     {address:<{width}}  {reason}" for address, reason in self.failures]
+        lines.append(ASK_FOR_AN_INVITE)
         super().__init__("\n".join(lines))
 
 

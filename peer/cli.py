@@ -5,7 +5,8 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,12 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dugnad.peer import cli_organizer, cli_self
-from dugnad.peer.told import told_errors
+from dugnad.peer.cli_self import Announce, ports_of, said_of
+from dugnad.peer.told import UsageError, told_errors
 
 if TYPE_CHECKING:
     from dugnad.configs.recipe import Recipe
+    from dugnad.peer.ended import Words
     from dugnad.peer.folder import Folder
-    from dugnad.peer.network import Said
 
 app = typer.Typer(
     name="dugnad",
@@ -54,15 +56,6 @@ BulkPort = Annotated[
         help="Port for direct connections; if not given: the one after --port, or any.",
         min=0,
         max=65535,
-        show_default=False,
-    ),
-]
-Announce = Annotated[
-    str | None,
-    typer.Option(
-        metavar="HOST:PORT",
-        help="Where everyone reaches this peer, if you know: as with a router that was told to pass a port on. "
-        '"": nowhere in particular any more.',
         show_default=False,
     ),
 ]
@@ -140,24 +133,37 @@ def launch(
             raise UsageError("--invite belongs to --resume: a new run needs nobody to start from")
         if resume is not None and rounds is not None:
             raise UsageError("--rounds belongs to a new run: the recipe of a run never changes")
+        from dugnad.configs.recipe import RecipeError
         from dugnad.dht.invite import parse_invite
+        from dugnad.peer import ended, gate, roles
         from dugnad.peer import folder as folders
-        from dugnad.peer import roles
+        from dugnad.peer.data import TooShort
         from dugnad.peer.network import Network
 
-        said = _said(host, port, bulk_port, announce)
+        said = said_of(host, port, bulk_port, announce)
         last = None if resume is None else folders.Folder(resume).listened()
         network = Network.of(said, last, host="127.0.0.1", metrics_port=metrics_port, give_mbit=give_mbit)
         if resume is not None:
             where = folders.Folder(resume)
+            if not where.path.is_dir():
+                raise folders.FolderError(
+                    f"{resume}: there is no such folder. Name the one that the run was launched in."
+                )
             known = None if invite is None else parse_invite(invite)
-            work: Coroutine[Any, Any, None] = roles.resume(where, network, invite=known, told=_tell_invite(where))
+            with where.occupied():  # who lives there has its ports
+                gate.check_ports(network.host, ports_of(network, port, bulk_port))
+            told, life = _tell_invite(where), ended.kept(where, "coordinator", roles.run_name(where, known))
+            _run(lambda: roles.resume(where, network, invite=known, told=told), where, life, exit_with_stdin)
         else:
             assert recipe is not None
             chosen = _recipe(recipe, rounds)
             where = folders.Folder(directory or folders.data_folder() / f"{chosen.name}-organizer")
-            work = roles.launch(chosen, where, network, told=_tell_invite(where))
-        _run(work, where, exit_with_stdin)
+            gate.check_ports(network.host, ports_of(network, port, bulk_port))
+            told, life = _tell_invite(where), ended.kept(where, "coordinator", chosen.name)
+            try:
+                _run(lambda: roles.launch(chosen, where, network, told=told), where, life, exit_with_stdin)
+            except (RecipeError, TooShort) as error:  # what shows only beside the model and the corpus
+                raise UsageError(f"{recipe}: {str(error).removeprefix(f'{chosen.name}: ')}") from error
 
 
 @app.command()
@@ -183,28 +189,32 @@ def join(
         from dugnad.dht.invite import parse_invite
 
         known = parse_invite(invite)
+        from dugnad.peer import ended, gate
         from dugnad.peer import folder as folders
-        from dugnad.peer import gate
         from dugnad.peer.network import Network, host_for
         from dugnad.peer.terminal import say
 
         where = folders.Folder(directory) if directory else folders.volunteer_folder(known.name, known.run)
         network = Network.of(
-            _said(host, port, bulk_port, announce),
+            said_of(host, port, bulk_port, announce),
             where.listened(),
             host=host_for(known),
             metrics_port=metrics_port,
             give_mbit=give_mbit,
         )
+        where.check()
         cores = threads or cli_self.default_threads()
         say(f'dugnad {version("dugnad")}   run "{known.name}" ({known.run.hex()[:8]})')
-        bulk = network.bulk.port if port or bulk_port else 0
-        wanted = (("--port", port or 0), ("--bulk-port", bulk), ("--metrics-port", metrics_port))
+        wanted = ports_of(network, port, bulk_port)
         gate.check_machine(where, network.host, wanted, threads=cores, told=_tell_check)
         from dugnad.peer import roles  # not before: it takes seconds, with torch
 
-        work = roles.join(known, where, network, threads=cores, checked=_tell_check, told=_tell_run(where, cores))
-        _run(work, where, exit_with_stdin)
+        told = _tell_run(where, cores)
+
+        def begin() -> Coroutine[Any, Any, str]:
+            return roles.join(known, where, network, threads=cores, checked=_tell_check, told=told)
+
+        _run(begin, where, ended.kept(where, "volunteer", known.name), exit_with_stdin)
 
 
 @app.command()
@@ -216,6 +226,7 @@ def status(directory: Dir = None, as_json: AsJson = False) -> None:
     with told_errors():
         from dugnad.peer import ask
 
+        cli_self.check_lived_in(directory)
         said = ask.status(directory)
         if as_json:
             print(json.dumps(said))
@@ -235,8 +246,9 @@ def audit(
 ) -> None:
     """Prove from the chain in DIR that nothing was lost or counted twice; status 1 if it does not hold."""
     with told_errors():
-        from dugnad.peer import ask
+        from dugnad.peer import ask, folder
 
+        folder.check_role(directory)
         found = ask.audit(directory)
         print(json.dumps(found) if as_json else ask.audit_text(found))
         raise typer.Exit(0 if found["clean"] else 1)
@@ -325,10 +337,6 @@ def simulate(
         raise typer.Exit(simulation.simulate(_recipe(recipe, rounds), asked, json_file))
 
 
-class UsageError(Exception):
-    """Options that do not go together."""
-
-
 def _check_writable(json_file: Path | None) -> None:
     if json_file is not None and (json_file.is_dir() or not os.access(json_file.absolute().parent, os.W_OK)):
         raise UsageError(f"--json {json_file} can't be written: name a file in a folder that is there")
@@ -345,19 +353,10 @@ def _recipe(name: str, rounds: int | None) -> "Recipe":
     return chosen.cut(rounds)
 
 
-def _said(host: str | None, port: int | None, bulk_port: int | None, announce: str | None) -> "Said":
-    from dugnad.dht.multiaddrs import place_of
-    from dugnad.peer.network import Said
-
-    try:
-        outside = place_of(announce) if announce else announce
-    except ValueError as error:
-        raise UsageError(f"--announce {error}") from error
-    return Said(host=host, port=port, bulk_port=bulk_port, announce=outside)
-
-
 def _tell_invite(where: "Folder") -> Any:
     def tell(invite: str, url: str) -> None:
+        from dugnad.dht.invite import parse_invite
+        from dugnad.dht.multiaddrs import is_local
         from dugnad.peer.terminal import say
 
         if where.has_run_key:
@@ -365,6 +364,8 @@ def _tell_invite(where: "Folder") -> Any:
             say("            once it is up you may move that key to a place offline: it goes on for 30 days without")
         say(f"metrics     {url}/metrics      status: dugnad status --dir {where.path}")
         say("coordinator up. Volunteers join with:")
+        if all(is_local(address) for address in parse_invite(invite).addresses):
+            say("(only from this machine; --host 0.0.0.0 lets others in)")
         say("")
         say(f"dugnad join {invite}")
         say("")
@@ -390,19 +391,23 @@ def _tell_run(where: "Folder", cores: int) -> Any:
     return tell
 
 
-def _run(work: Coroutine[Any, Any, Any], where: "Folder", exit_with_stdin: bool) -> None:
-    from dugnad.peer.terminal import log_to
+def _run(
+    begin: Callable[[], Coroutine[Any, Any, str]],
+    where: "Folder",
+    life: "AbstractContextManager[Words]",
+    exit_with_stdin: bool,
+) -> None:
+    """Let a role live in a folder; life: keeps how that ends."""
+    from dugnad.peer.terminal import log_to, say
 
     where.create()
     log_to(where.path)
     _allow_many_files()
     if exit_with_stdin:
         threading.Thread(target=_exit_with_stdin, daemon=True).start()
-    ended = asyncio.run(work)
-    if isinstance(ended, str):
-        from dugnad.peer.terminal import say
-
-        say(ended)
+    with life as words:
+        words.said = asyncio.run(begin())
+    say(words.said)
 
 
 def _allow_many_files() -> None:

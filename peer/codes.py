@@ -79,7 +79,8 @@ CODES: dict[str, Code] = {
         "identity in use",
         "Another running peer signs with the same key: a copied `identity.key`, or a copied folder. Two peers with "
         "one key contradict each other, and once both vote, both are out of the run.",
-        "Give this peer a key of its own: `dugnad identity new`. If the other one should not be running, stop it.",
+        "Give this peer a key of its own: `dugnad identity new --force --dir DIR`. If the other one should not be "
+        "running, stop it.",
     ),
     "E403": Code(
         "banned",
@@ -90,9 +91,13 @@ CODES: dict[str, Code] = {
 _HEAD = """\
 # Errors
 
-Every error that a user can do something about has a code; the message says what happened this time, and what to do.
-Exit status 2 means that what was typed can't be used as it is (invite, folder, options), 1 that something else is
-wrong, 130 that you left at once. `dugnad doctor INVITE` looks for these before you join, and `dugnad why` afterwards.
+What keeps a peer out of a run, or makes it slow, has a code, so that people can look it up and tell each other; what is
+wrong with a recipe, a folder, a file or a disk is told without one. Either way the message says what happened this
+time, and what to do. Exit status 2 means that what was typed can't be used as it is (invite, folder, options, recipe),
+1 that something else is wrong, 130 that you left at once.
+
+`dugnad doctor INVITE` looks for these before you join; what it did not measure it marks with `-`. `dugnad why` says
+them afterwards, also once the role has ended.
 
 | code | | why | what to do |
 |---|---|---|---|

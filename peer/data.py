@@ -22,6 +22,10 @@ class CorpusError(Exception):
     """A corpus that is damaged, or too short for what the recipe wants of it; the message says what to do."""
 
 
+class TooShort(CorpusError):
+    """A corpus that is too short for what the recipe wants of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Source:
     file: str
@@ -51,7 +55,7 @@ class Corpus:
         text = np.frombuffer(_read(_SOURCES[settings.corpus]), np.uint8)
         held_back = settings.validation_bytes
         if held_back >= text.size:
-            raise CorpusError(
+            raise TooShort(
                 f"data.validation_bytes is {held_back}, but corpus {settings.corpus!r} has {text.size} bytes in all; "
                 "hold less back"
             )
@@ -60,7 +64,7 @@ class Corpus:
     def sample(self, k: int, *, context: int) -> NDArray[np.uint8]:
         """Return sample `k`, any integer from 0: uint8 (context + 1,) from a place in the training text.
 
-        Raises ValueError for a negative k, CorpusError if the training text is shorter than a sample.
+        Raises ValueError for a negative k, TooShort if the training text is shorter than a sample.
         """
         sample_S: NDArray[np.uint8] = self.batch([k], context=context)[0]
         return sample_S
@@ -71,7 +75,7 @@ class Corpus:
             raise ValueError(f"there is no sample {min(samples)}: they are counted from 0")
         places = self.train.size - context
         if places < 1:
-            raise CorpusError(
+            raise TooShort(
                 f"model.context is {context}, but only {self.train.size} bytes are there to train on; make it smaller"
             )
         starts_B = _mixed(self.seed, samples) % np.uint64(places)
@@ -80,11 +84,11 @@ class Corpus:
     def validation_batch(self, sequences: int, *, context: int) -> NDArray[np.uint8]:
         """Return evenly spaced sequences of the validation text that do not overlap: uint8 (sequences, context + 1).
 
-        Raises CorpusError if it is too short for so many.
+        Raises TooShort if it is too short for so many.
         """
         stride = self.validation.size // sequences
         if stride <= context:
-            raise CorpusError(
+            raise TooShort(
                 f"evaluation.sequences is {sequences}, each of {context + 1} bytes, but only {self.validation.size} "
                 "bytes are held back; raise data.validation_bytes or lower evaluation.sequences"
             )

@@ -12,6 +12,8 @@ from typing import Any
 from dugnad.dht.clock import NEGLIGIBLE_S, WARN_S, in_words
 from dugnad.dht.paths import Path as Way
 from dugnad.dht.paths import Reach
+from dugnad.dht.transport import ASK_FOR_AN_INVITE
+from dugnad.peer.folder import ANOTHER
 from dugnad.peer.needs import Needs
 
 SLOW_MBIT = 1.0
@@ -23,6 +25,8 @@ class Verdict(StrEnum):
     """How a check came out."""
 
     OK = "ok"
+    SKIPPED = "skipped"
+    """Not looked at, or not measured: it says nothing of how things are."""
     WARNING = "warning"
     FAILURE = "failure"
 
@@ -44,7 +48,8 @@ class Check:
         """One line, as people see it before a run."""
         found = f"check  {self.name:<9} {self.found} "
         note = "    (" + (f"{self.code} " if self.code else "") + f"{self.advice})" if self.advice else ""
-        return f"{found:.<72} {self.verdict}{note}"
+        verdict = "-" if self.verdict is Verdict.SKIPPED else self.verdict
+        return f"{found:.<72} {verdict}{note}"
 
 
 class CheckFailed(Exception):
@@ -74,6 +79,8 @@ class Machine:
     memory_free_bytes: int
     disk_free_bytes: int
     folder: str
+    folder_fault: str = ""
+    """Why it can't be made or written in, "" if it can."""
     cores: int
     threads: int
     """Cores that torch would use."""
@@ -145,7 +152,7 @@ def checks(facts: Facts) -> list[Check]:
     ]
     if facts.network is None:
         given = "not looked at: give an invite"
-        return [*found, *(Check(name, Verdict.OK, given) for name in ("network", "clock"))]
+        return [*found, *(Check(name, Verdict.SKIPPED, given) for name in ("network", "clock"))]
     return [*found, invite(facts.network), network(facts.network), clock(facts.network), *_ways(facts.network)]
 
 
@@ -186,7 +193,9 @@ def memory(machine: Machine, needs: Needs) -> Check:
 
 
 def disk(machine: Machine, needs: Needs) -> Check:
-    """Whether checkpoints and recent rounds fit."""
+    """Whether the role's folder can be used, and checkpoints and recent rounds fit."""
+    if machine.folder_fault:
+        return Check("disk", Verdict.FAILURE, f"{machine.folder} {machine.folder_fault}", ANOTHER)
     found = f"{_gb(machine.disk_free_bytes)} GB free, needs {_gb_up(needs.disk_bytes)}"
     if machine.disk_free_bytes < needs.disk_bytes:
         advice = f"Make room in {machine.folder}, or choose a folder on another disk with --dir."
@@ -206,21 +215,23 @@ def gpu(machine: Machine, needs: Needs) -> Check:
     """Whether there is one where the run needs one."""
     if machine.gpu:
         return Check("gpu", Verdict.OK, f"{machine.gpu}, {_gb(machine.gpu_free_bytes)} GB free")
-    found = "not looked for" if machine.gpu is None else "none"
-    if needs.gpu and machine.gpu == "":
-        return Check("gpu", Verdict.FAILURE, found, f"{needs.recipe} trains with adamw8bit, on NVIDIA GPUs only")
-    return Check("gpu", Verdict.OK, found)
+    if machine.gpu is None:
+        return Check("gpu", Verdict.SKIPPED, "not looked for")
+    if needs.gpu:
+        return Check("gpu", Verdict.FAILURE, "none", f"{needs.recipe} trains with adamw8bit, on NVIDIA GPUs only")
+    return Check("gpu", Verdict.OK, "none")
 
 
 def ports(wanted: Iterable[Port]) -> Check:
     """Whether the ports that were asked for are free."""
-    asked = [one for one in wanted if one.port]
-    faults = [one for one in asked if one.fault]
-    found = ", ".join(f"{one.option} {one.port}" for one in asked) or "any free ones"
-    if faults:
-        fault = faults[0].fault.removeprefix("E202 ")
-        return Check("ports", Verdict.FAILURE, found, fault, "E202")
-    return Check("ports", Verdict.OK, found)
+    asked = list(wanted)
+    for one in asked:
+        if one.fault:  # where any port would do, it is the address
+            found = f"{one.option} {one.port}" if one.port else "--host"
+            return Check("ports", Verdict.FAILURE, found, one.fault.removeprefix("E202 "), "E202")
+    return Check(
+        "ports", Verdict.OK, ", ".join(f"{one.option} {one.port}" for one in asked if one.port) or "any free ones"
+    )
 
 
 def invite(facts: NetworkFacts) -> Check:
@@ -237,7 +248,7 @@ def network(facts: NetworkFacts) -> Check:
     found = f"{facts.reached} of {facts.asked} known addresses answer"
     each = "; ".join(f"{address} {reason}" for address, reason in facts.failures)
     if not facts.reached:
-        return Check("network", Verdict.FAILURE, found, each or "nobody is there", "E201")
+        return Check("network", Verdict.FAILURE, found, f"{each or 'nobody is there'}. {ASK_FOR_AN_INVITE}", "E201")
     code, _, why = facts.refused.partition(" ")
     if code in ("E401", "E403") and facts.stranger:  # of a key that was made a moment ago
         return Check("network", Verdict.OK, f"{found}; whether you are admitted shows in joining")
@@ -253,7 +264,7 @@ def clock(facts: NetworkFacts) -> Check:
     """Whether this machine's clock is right; the run corrects it anyway."""
     error_s = facts.clock_error_s
     if error_s is None:
-        return Check("clock", Verdict.OK, "not compared: nobody answered")
+        return Check("clock", Verdict.SKIPPED, "not compared: nobody answered")
     peers = "1 peer" if facts.clock_peers == 1 else f"{facts.clock_peers} peers"
     if abs(error_s) < NEGLIGIBLE_S:
         return Check("clock", Verdict.OK, f"right, by {peers}")
@@ -274,7 +285,7 @@ def nat(facts: NetworkFacts) -> Check:
     """What kind of router stands before us."""
     match facts.reach:
         case None | Reach.UNKNOWN:
-            return Check("nat", Verdict.OK, "not measured")
+            return Check("nat", Verdict.SKIPPED, "not measured")
         case Reach.OPEN:
             return Check("nat", Verdict.OK, "none in the way: others can connect to this machine")
         case Reach.CONE:
@@ -286,7 +297,7 @@ def nat(facts: NetworkFacts) -> Check:
 def inbound(facts: NetworkFacts) -> Check:
     """Whether others can connect to us."""
     if facts.inbound is None:
-        return Check("inbound", Verdict.OK, "not measured")
+        return Check("inbound", Verdict.SKIPPED, "not measured")
     if facts.inbound:
         some = "" if facts.reach is Reach.OPEN else "; your router may keep others out (if not, say --announce)"
         return Check("inbound", Verdict.OK, f"a member connected to this machine{some}")
@@ -299,7 +310,7 @@ def inbound(facts: NetworkFacts) -> Check:
 def path(facts: NetworkFacts) -> Check:
     """How we reach the members."""
     if facts.path is None:
-        return Check("path", Verdict.OK, "not measured")
+        return Check("path", Verdict.SKIPPED, "not measured")
     rtt = "" if facts.rtt_s is None else f", {facts.rtt_s * 1000:.0f} ms there and back"
     return Check("path", Verdict.OK, f"{facts.path} to a member{rtt}")
 
@@ -307,7 +318,7 @@ def path(facts: NetworkFacts) -> Check:
 def rates(facts: NetworkFacts) -> Check:
     """How fast bytes go up and down."""
     if facts.up_mbit is None and facts.down_mbit is None:
-        return Check("rates", Verdict.OK, "not measured")
+        return Check("rates", Verdict.SKIPPED, "not measured")
     up, down = (
         "?" if rate is None else f"{rate:.{1 if rate < 10 else 0}f}" for rate in (facts.up_mbit, facts.down_mbit)
     )

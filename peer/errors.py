@@ -7,7 +7,7 @@ BAD_INPUT, FAILED = 2, 1
 
 # by name: importing all of them to look at one error would take seconds
 _KNOWN = {
-    "dugnad.peer.cli.UsageError": BAD_INPUT,
+    "dugnad.peer.told.UsageError": BAD_INPUT,
     "dugnad.configs.recipe.RecipeError": BAD_INPUT,
     "dugnad.dht.invite.InviteError": BAD_INPUT,
     "dugnad.dht.hello.TurnedAway": FAILED,

@@ -6,6 +6,7 @@ checkpoints/   the model now and then   incoming/     chunks of a model that is 
 peers.json     where others were        network.json  where this role listened, and how invites led to it
 evidence       who is proven to lie     decisions     what the organizer has decided
 role.json      while a process lives here: its pid, and where to ask it
+ended.json     once it is gone: what it said at its end
 lock           held while a process lives here
 log.txt        everything that was said
 """
@@ -15,6 +16,7 @@ import fcntl
 import logging
 import os
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -47,6 +49,7 @@ class OtherRun(FolderError):
         super().__init__(f"{self.code} {path}: {what}")
 
 
+ENDED = "ended.json"
 MAX_REMEMBERED = 64
 """Addresses of peers that are remembered."""
 
@@ -74,6 +77,9 @@ class Role(msgspec.Struct, frozen=True):
             return False
 
 
+ANOTHER = "Choose another folder with --dir."
+
+
 class Folder:
     """The folder of one role."""
 
@@ -82,11 +88,26 @@ class Folder:
 
     def create(self) -> None:
         """Make the folder if it is not there, and the user's alone if it is the user's. Raises FolderError."""
+        self.check()
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             _close_to_others(self.path)
         except OSError as error:
-            raise FolderError(f"{self.path}: can't be made: {error.strerror}. Choose another with --dir.") from error
+            raise FolderError(f"{self.path}: can't be made: {error.strerror}. {ANOTHER}") from error
+
+    def check(self) -> None:
+        """Raises FolderError where the folder can't be made or written in; nothing is left behind."""
+        if fault := self.fault():
+            raise FolderError(f"{self.path}: {fault}. {ANOTHER}")
+
+    def fault(self) -> str:
+        """Why the folder can't be made or written in, "" if it can."""
+        there = nearest(self.path)
+        try:
+            Path(tempfile.mkdtemp(prefix=".dugnad-", dir=there)).rmdir()
+        except OSError as error:
+            return f"can't be {'written in' if there == self.path.absolute() else 'made'}: {error.strerror}"
+        return ""
 
     @property
     def chain(self) -> Path:
@@ -187,6 +208,7 @@ class Folder:
         """Live here for a while."""
         started_s = psutil.Process().create_time()
         said = Role(role, run.hex(), name, os.getpid(), started_s, url)
+        (self.path / ENDED).unlink(missing_ok=True)
         write_private(self.path / "role.json", msgspec.json.encode(said))
         try:
             yield
@@ -211,6 +233,19 @@ def _close_to_others(path: Path) -> bool:
         return False
     path.chmod(stat.S_IMODE(found.st_mode) & 0o700)
     return True
+
+
+def nearest(path: Path) -> Path:
+    """What is there already of a path: itself, or the nearest folder above it."""
+    return next(one for one in (path.absolute(), *path.absolute().parents) if os.path.exists(one))
+
+
+def check_role(path: Path) -> None:
+    """Raises FolderError where no role ever lived."""
+    if not path.is_dir():
+        raise FolderError(f"{path}: there is no such folder.")
+    if not Folder(path).chain.exists():
+        raise FolderError(f"{path}: there is no chain.sqlite here. Name the folder of a coordinator or volunteer.")
 
 
 def data_folder() -> Path:

@@ -22,12 +22,17 @@ def check_machine(folder: Folder, host: str, ports: Iterable[tuple[str, int]], *
     """Whether any run could work here; tells what all should know. Raises CheckFailed."""
     machine = measure.machine(folder.path, threads=threads, look_for_gpu=False)
     told(_passed(doctor.software(measure.software())))
-    for check in (
-        doctor.ports(measure.ports(host, ports)),
-        doctor.memory(machine, Needs()),
-        doctor.disk(machine, Needs()),
-    ):
+    cores = doctor.processor(machine)
+    if cores.verdict is Verdict.WARNING:
+        told(cores)
+    check_ports(host, ports)
+    for check in (doctor.memory(machine, Needs()), doctor.disk(machine, Needs())):
         _passed(check)  # told once the recipe is known: then it says more
+
+
+def check_ports(host: str, ports: Iterable[tuple[str, int]]) -> None:
+    """Whether these can be listened on; (option, port) of each, 0 for any. Raises CheckFailed."""
+    _passed(doctor.ports(measure.ports(host, ports)))
 
 
 def check_recipe(recipe: Recipe, folder: Folder, *, threads: int, told: Told) -> None:

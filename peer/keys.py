@@ -4,7 +4,7 @@ import itertools
 import time
 from pathlib import Path
 
-from dugnad.dht.identity import Identity, nickname, write_private
+from dugnad.dht.identity import Identity, IdentityError, nickname, write_private
 from dugnad.peer.folder import Folder, FolderError, data_folder
 
 
@@ -51,7 +51,11 @@ def renew(folder: Folder, *, force: bool) -> str:
 
 def bring(folder: Folder, source: Path, *, force: bool) -> str:
     """Give the folder the key in `source`; says what was done. Raises FolderError, IdentityError, OSError."""
-    return _replace(folder, Identity.load(source), force)
+    try:
+        key = Identity.load(source, otherwise="Name a file that dugnad identity export wrote.")
+    except FileNotFoundError:
+        raise IdentityError(f"{source}: there is no such file.") from None
+    return _replace(folder, key, force)
 
 
 def _kept(folder: Folder) -> Identity:

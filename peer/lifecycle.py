@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
 
+from msgspec import structs
+
 from dugnad.coordinator import follower as following
 from dugnad.coordinator import ranges
 from dugnad.coordinator.admission import Refusal
@@ -150,7 +152,7 @@ class Volunteer:
                 return [Refused(sender, "not leader", f"{type(message).__name__} from one who does not lead")]
             return self._handlers[type(message)](sender, message, now)
         if isinstance(message, Standing) and sender == follower.leader and message.phase != following.FOLLOWING:
-            self.standing = message
+            self.standing = _with_validation(message, self.standing)
         head = follower.ledger.head
         out: list[Effect] = list(self.leader.receive(sender, message, now=now))
         if follower.ledger.head is not head and follower.ledger.head.coordinator is not None:
@@ -522,3 +524,10 @@ class Volunteer:
 def ordered(peers: Sequence[PeerId]) -> bool:
     """Whether `peers` stand in peer-id order, each once."""
     return all(one < other for one, other in pairwise(peers))
+
+
+def _with_validation(said: Standing, before: Standing | None) -> Standing:
+    """With the loss that was measured last: a volunteer that leads measures none."""
+    if said.val_loss is not None or before is None:
+        return said
+    return structs.replace(said, val_round=before.val_round, val_loss=before.val_loss)

@@ -30,7 +30,7 @@ from dugnad.dht.rendezvous import Rendezvous
 from dugnad.dht.transport import BootstrapError, Direction, TransportError
 from dugnad.dht.wire import WireError
 from dugnad.peer.doctor import Facts, Machine, NetworkFacts, Port, Software
-from dugnad.peer.folder import Folder
+from dugnad.peer.folder import Folder, nearest
 from dugnad.peer.needs import Needs, needs_of
 from dugnad.peer.network import Network
 from dugnad.peer.probe import Reached, probe
@@ -55,12 +55,12 @@ def software(*, daemon_fault: str | None = None) -> Software:
 
 def machine(folder: Path, *, threads: int, look_for_gpu: bool) -> Machine:
     """What is free now; folder: where a role would keep its things, there or not. A GPU is looked for with torch."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     name, gpu_free_bytes = _gpu() if look_for_gpu else (None, 0)
     return Machine(
         memory_free_bytes=memory_free_bytes(),
-        disk_free_bytes=shutil.disk_usage(there).free,
+        disk_free_bytes=shutil.disk_usage(nearest(folder)).free,
         folder=str(folder),
+        folder_fault=Folder(folder).fault(),
         cores=os.cpu_count() or 1,
         threads=threads,
         gpu=name,
@@ -151,7 +151,7 @@ def invite_fault(invite: Invite, folder: Folder, *, now: float) -> str:
     bound = invite.ticket.bound if invite.ticket is not None else PeerId("")
     stranger = bound or Identity.generate().peer_id  # its key may be in another folder
     try:
-        check(invite, Identity.load(folder.key).peer_id if folder.key.exists() else stranger, now=now)
+        check(invite, folder.identity().peer_id if folder.key.exists() else stranger, now=now)
     except InviteError as error:
         return str(error)
     return ""
@@ -167,7 +167,7 @@ def _host(
         meter=_not_counted,
         state_dir=directory,
         owner_of=owner_of,
-        ways=Ways(extra_ports=ports),
+        ways=Ways(announce=where.announce, extra_ports=ports),
     )
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 Row = dict[str, Any]
-_COLUMNS = ("nickname", "state", "round", "path", "rtt ms", "up", "down", "key")
+_COLUMNS = ("nickname", "state", "round", "path", "rtt ms", "up Mbit/s", "down Mbit/s", "key")
 
 
 def rows(status: dict[str, Any]) -> list[Row]:
@@ -11,9 +11,23 @@ def rows(status: dict[str, Any]) -> list[Row]:
 
     rtt_s in seconds; up_mbit and down_mbit: what this side sent to it and took from it, in Mbit/s.
     """
-    paths = {one["peer"]: one for one in status.get("paths", [])}
-    found = {one["peer"]: one for one in (*status.get("paths", []), *status.get("peers", []))}
+    left = gone(status)
+    paths = {one["peer"]: one for one in status.get("paths", []) if one["peer"] not in left}
+    found = paths | {one["peer"]: one for one in status.get("peers", [])}
     return sorted((_row(one, paths.get(peer, {})) for peer, one in found.items()), key=lambda row: row["nickname"])
+
+
+def gone(status: dict[str, Any]) -> frozenset[str]:
+    """Peers to which there was a path, and who are there no more as far as the status tells."""
+    reached = {one["peer"] for one in status.get("paths", [])}
+    if not reached:
+        return frozenset()
+    coordinator = status.get("coordinator", {})
+    dead = set() if coordinator.get("alive", True) else {coordinator.get("peer")}
+    states = {one["peer"]: one["state"] for one in status.get("peers", [])}
+    here = {peer for peer, state in states.items() if state != "lost"} | {coordinator.get("peer")}
+    # where none is named nobody says who is here, as while a coordinator follows
+    return frozenset(reached & dead | (reached - here if states else set()))
 
 
 def _row(peer: Row, way: Row) -> Row:

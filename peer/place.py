@@ -130,7 +130,8 @@ async def placed(role: RoleName, folder: Folder, way: Way, network: Network, *, 
     except BootstrapError as error:
         if not may_wait:
             raise
-        log.info("nobody is there yet: %s", error)
+        tried = ", ".join(f"{address} {reason}" for address, reason in error.failures)
+        log.info("nobody is there yet, and we wait for them: %s", tried)
     else:
         return
     async with _connected(role, folder, way, network, (), peers) as place:

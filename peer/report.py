@@ -4,7 +4,6 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from dugnad.coordinator.membership import Stage
-from dugnad.coordinator.rounds import Leader
 from dugnad.coordinator.service import Coordinator
 from dugnad.coordinator.shell import Shell
 from dugnad.dht.identity import PeerId, nickname
@@ -28,7 +27,7 @@ def of_coordinator(role: Coordinator) -> Report:
         "reason": _taking(role) or role.machine.reason,
         "val_loss": val_loss,
         "val_round": val_round,
-        "peers": _reported(role.leader),
+        "peers": _reported(role),
         "coordinator": {"peer": role.identity.peer_id, "alive": True, "gone_s": 0.0},
     }
 
@@ -39,7 +38,10 @@ def of_volunteer(role: "Session", swarm: Swarm) -> Report:
     standing = volunteer.standing
     seats = plan.seats if plan else ()
     gone_s = volunteer.coordinator_gone_s(now=role.now())
-    others = [_of_other(peer, swarm.progress_of(peer)) for peer, what in swarm.roles().items() if what == "volunteer"]
+    heard = {peer: swarm.progress_of(peer) for peer, what in swarm.roles().items() if what == "volunteer"}
+    barred = role.follower.barred()
+    # who says nothing of itself has left, or was never let in: for minutes its record still tells where it was
+    others = [_of_other(peer, said) for peer, said in heard.items() if said is not None and peer not in barred]
     delegated = role.follower.delegation
     return {
         **_of_any(role, "volunteer"),
@@ -51,7 +53,7 @@ def of_volunteer(role: "Session", swarm: Swarm) -> Report:
         "tokens_per_s": role.tokens_per_s,
         "step": volunteer.step,
         "of_steps": next((seat.steps for seat in seats if seat.peer == role.identity.peer_id), 0),
-        "peers": _reported(role.leader) if role.follower.leads else others,
+        "peers": _reported(role) if role.follower.leads else others,
         "coordinator": {
             "peer": delegated.coordinator if delegated is not None else role.genesis.founder,
             "alive": gone_s is None,
@@ -60,13 +62,16 @@ def of_volunteer(role: "Session", swarm: Swarm) -> Report:
     }
 
 
-def _reported(leader: Leader) -> list[Report]:
-    """Everyone who reports to us while we lead."""
+def _reported(role: Shell) -> list[Report]:
+    """Everyone who reports to us while we lead, and may take part; who left in order is not there any more."""
     peers: list[Report] = []
+    leader = role.leader
     seated = {seat.peer for seat in leader.plan.seats} if leader.plan else set()
     for peer in sorted({*leader.membership.live(), *seated}):
         said = leader.membership.report(peer)
-        if said is not None and not said.trains:
+        if said is not None and (not said.trains or role.follower.refuses(peer, said.claim) is not None):
+            continue
+        if said is not None and said.leaving and not leader.membership.is_live(peer):
             continue
         peers.append(
             {
@@ -117,12 +122,15 @@ def _of_any(role: Shell, name: str) -> Report:
     }
 
 
-def _of_other(peer: PeerId, progress: ProgressBody | None) -> Report:
-    said: Report = {"peer": peer, "nickname": nickname(peer), "state": "unknown", "reason": "it has not said"}
-    if progress is not None:
-        state = _stage(progress.state)
-        said |= {"state": state, "reason": progress.reason, "round": progress.round, "step": progress.step}
-    return said
+def _of_other(peer: PeerId, said: ProgressBody) -> Report:
+    return {
+        "peer": peer,
+        "nickname": nickname(peer),
+        "state": _stage(said.state),
+        "reason": said.reason,
+        "round": said.round,
+        "step": said.step,
+    }
 
 
 def _stage(said: str) -> str:

@@ -53,8 +53,11 @@ class Dismissed(Exception):
     """The run wants us no more, or never did; the message is for the user."""
 
 
-async def launch(recipe: Recipe, folder: Folder, network: Network, *, told: Callable[[str, str], None]) -> None:
-    """Begin a run as its organizer and coordinator; `told` hears the invite and the exporter's URL."""
+async def launch(recipe: Recipe, folder: Folder, network: Network, *, told: Callable[[str, str], None]) -> str:
+    """Begin a run as its organizer and coordinator; returns why it ended.
+
+    told: hears the invite and the exporter's URL.
+    """
     with folder.occupied():
         if folder.genesis() is not None:
             raise FolderError(
@@ -72,13 +75,14 @@ async def launch(recipe: Recipe, folder: Folder, network: Network, *, told: Call
         genesis = Genesis(encode(recipe), organizer, founder, incarnation, first.digest())
         way = Way(genesis.run, recipe.name, organizer)
         async with placed("coordinator", folder, way, network, may_wait=True) as place:
-            await _coordinate(genesis, numerics, place, folder, folder.organizer(), told)
+            return await _coordinate(genesis, numerics, place, folder, folder.organizer(), told)
 
 
-async def resume(folder: Folder, network: Network, *, invite: Invite | None, told: Callable[[str, str], None]) -> None:
+async def resume(folder: Folder, network: Network, *, invite: Invite | None, told: Callable[[str, str], None]) -> str:
     """Go on as the coordinator of the run in `folder`; in a folder with nothing but run.key, of the run of `invite`.
 
-    Where run.key has been taken offline, by the delegation that the chain holds, for as long as that lasts.
+    Where run.key has been taken offline, by the delegation that the chain holds, for as long as that lasts. Returns why
+    it ended.
     """
     with folder.occupied():
         genesis = folder.genesis()
@@ -106,7 +110,7 @@ async def resume(folder: Folder, network: Network, *, invite: Invite | None, tol
 
             numerics = Numerics(decode(genesis.recipe))
             await asyncio.to_thread(numerics.prepare, to_train=False)
-            await _coordinate(genesis, numerics, place, folder, mandate, told)
+            return await _coordinate(genesis, numerics, place, folder, mandate, told)
 
 
 async def join(
@@ -195,6 +199,12 @@ def _left_delegation(folder: Folder) -> Delegation:
     raise FolderError(f"{folder.path}: there is no run.key here: only who has the run's key can coordinate it.")
 
 
+def run_name(folder: Folder, invite: Invite | None) -> str:
+    """The name of the run that `resume` would go on with; "" if there is none."""
+    genesis = folder.genesis()
+    return decode(genesis.recipe).name if genesis is not None else invite.name if invite is not None else ""
+
+
 def _other_run(folder: Folder, kept: Genesis, invite: Invite) -> OtherRun:
     return OtherRun(
         folder.path,
@@ -210,7 +220,7 @@ async def _coordinate(
     folder: Folder,
     mandate: Identity | Delegation,
     told: Callable[[str, str], None],
-) -> None:
+) -> str:
     around = place.surroundings(genesis, folder)
     role = Coordinator(around, mandate, numerics)
     name = numerics.recipe.name
@@ -231,6 +241,12 @@ async def _coordinate(
         told(place.face.invite(), place.url)
         promise = "finishing the round, then leaving it to the others; Ctrl+C again: now"
         await _until_done(role, place, folder, role.stop, promise)
+    if role.machine.dismissed is not None:
+        raise Dismissed(role.machine.dismissed)
+    if role.leader.finished:
+        where = folder.path
+        return f"the run is finished. See what is left of it: dugnad checkpoints {where}, dugnad sample {where}"
+    return f"left in order. Go on with: dugnad launch --resume {folder.path}"
 
 
 async def _welcome(place: Place, invite: Invite) -> Welcome:

@@ -5,18 +5,21 @@ from typing import Any
 
 from dugnad.coordinator.checkpoint import MANIFEST, Checkpoint, Head, inspect, read_head, round_of
 from dugnad.coordinator.checkpoints import Checkpoints
-from dugnad.coordinator.damage import CheckpointError, Damage
+from dugnad.coordinator.damage import Damage
 from dugnad.dht.identity import nickname
+from dugnad.peer.folder import FolderError
 
 
 def rows(source: Path) -> list[dict[str, Any]]:
     """One row for each checkpoint, newest first, as JSON can hold it.
 
-    source: a role's folder, a folder of checkpoints, or one checkpoint. Raises CheckpointError if there is none.
+    source: a role's folder, a folder of checkpoints, or one checkpoint. Raises FolderError if there is none.
     """
+    if not source.is_dir():
+        raise FolderError(f"{source}: there is no such folder.")
     found = [row for path in _checkpoints_in(source) if (row := _row(path)) is not None]
     if not found:
-        raise CheckpointError(f"{source}: there is no checkpoint here. Name a role's folder, or one with checkpoints.")
+        raise FolderError(f"{source}: there is no checkpoint here. Name a role's folder, or one with checkpoints.")
     return found
 
 

@@ -216,7 +216,7 @@ class Session(Shell):
         try:
             await self._exchange.upload(owner, root, parts)
         except TransportError as error:
-            self._complain((owner, root), "upload to %s: %s", nickname(owner), error)
+            self._complain((owner, root), "upload to %s: %s", nickname(owner), _without(owner, error))
             self.perform(self.machine.upload_failed(owner, root, parts, now=self.now()))
         else:
             self.perform(self.machine.uploaded(owner, root, parts, now=self.now()))
@@ -236,5 +236,10 @@ class Session(Shell):
             await bulk.push(self.transport, to, RESULTS_CHANNEL, header, payloads, kind=kind, timeout_s=SILENCE_S)
         except TransportError as failed:
             error = str(failed)
-            self._complain((to, plan.order), "averages for %s: %s", nickname(to), error)
+            self._complain((to, plan.order), "averages for %s: %s", nickname(to), _without(to, failed))
         self.perform(self.machine.delivered(plan, to, error=error, now=self.now()))
+
+
+def _without(peer: PeerId, error: TransportError) -> str:
+    """What went wrong with `peer`, for a line that names it already."""
+    return str(error).removeprefix(peer).removeprefix(":").strip()

@@ -7,6 +7,10 @@ from collections.abc import Iterator
 import typer
 
 
+class UsageError(Exception):
+    """Options that can't be used, or do not go together."""
+
+
 @contextlib.contextmanager
 def told_errors() -> Iterator[None]:
     """Turn what a user can do something about into a sentence and status 1 (2 for bad input)."""

@@ -10,10 +10,12 @@ from typing import Any
 from dugnad.coordinator.membership import Stage
 from dugnad.dht.clock import in_words
 from dugnad.dht.paths import Path, Reach
+from dugnad.peer.members import gone
 
 _NAMED = 3
 """How many others are named at most."""
 _SLOW_MBIT = 1.0
+_NEW_KEY = "dugnad identity new --force --dir DIR"
 _BEFORE = {
     Stage.CONTRIBUTED: (Stage.TRAINING,),
     Stage.REDUCING: (Stage.TRAINING, Stage.CONTRIBUTED),
@@ -39,12 +41,12 @@ def _refused(status: dict[str, Any]) -> Iterable[str]:
     if status.get("out"):
         yield (
             "Refused: this peer's key is proven to have said two things, so nobody in the run counts it any more. Was "
-            "its folder copied? Stop both, and join as someone new:  dugnad identity new"
+            f"its folder copied? Stop both, and join as someone new:  {_NEW_KEY}"
         )
     if status.get("key_in_use"):
         yield (
             "E402 another running peer signs with this peer's key. If both vote, both are out: stop one of them, and "
-            "give it a key of its own:  dugnad identity new"
+            f"give it a key of its own:  {_NEW_KEY}"
         )
     if status.get("refused"):
         yield str(status["refused"])
@@ -90,7 +92,7 @@ def _led(status: dict[str, Any]) -> Iterable[str]:
     if not there["alive"]:
         leader = "This peer leads" if status.get("leads") else "Another volunteer leads"
         gone = in_words(there["gone_s"])
-        yield f"The coordinator is gone for {gone}. {leader} the rounds meanwhile; nothing is lost."
+        yield f"The coordinator has been gone for {gone}. {leader} the rounds meanwhile; nothing is lost."
 
 
 def _clock(status: dict[str, Any]) -> Iterable[str]:
@@ -100,7 +102,8 @@ def _clock(status: dict[str, Any]) -> Iterable[str]:
 
 
 def _paths(status: dict[str, Any]) -> Iterable[str]:
-    paths: list[dict[str, Any]] = status.get("paths", [])
+    left = gone(status)
+    paths: list[dict[str, Any]] = [one for one in status.get("paths", []) if one["peer"] not in left]
     relayed = [one for one in paths if one["path"] == Path.RELAYED]
     if paths:
         counts = Counter(str(one["path"]) for one in paths)

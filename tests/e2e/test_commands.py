@@ -145,11 +145,15 @@ def test_a_volunteer_that_comes_back_takes_part_again(start: Start) -> None:
         (["join", "hello"], 2, "E101"),
         (["launch", "tiny-bokos"], 2, "did you mean tiny-books"),
         (["launch"], 2, "--resume"),
-        (["launch", "--resume", "nowhere"], 2, "no run.key here"),
+        (["launch", "--resume", "nowhere"], 2, "there is no such folder"),
         (["status", "--dir", "nowhere"], 1, "no role is running here"),
-        (["audit", "nowhere"], 1, "no chain.sqlite"),
-        (["sample", "nowhere"], 1, "no checkpoint here"),
-        (["checkpoints", "nowhere"], 1, "no checkpoint here"),
+        (["audit", "nowhere"], 2, "there is no such folder"),
+        (["audit", "."], 2, "no chain.sqlite"),
+        (["sample", "nowhere"], 2, "there is no such folder"),
+        (["sample", "."], 2, "no checkpoint here"),
+        (["checkpoints", "nowhere"], 2, "there is no such folder"),
+        (["checkpoints", "."], 2, "no checkpoint here"),
+        (["launch", "tiny-books", "--host", "banana"], 2, "--host banana"),
         (["launch", "tiny-books", "--rounds", "9999"], 2, "39 rounds"),
         (["demo", "--json", "missing/x.json"], 2, "missing/x.json can't be written"),
         (["demo", "--json", "."], 2, "can't be written"),
@@ -198,8 +202,8 @@ def test_a_recipe_that_does_not_go_with_its_model_or_corpus_begins_no_run(
     text = QUICK.read_text().replace("width = 64", "width = 256").replace("block_elements = 256", "block_elements = 64")
     recipe.write_text(text.replace(line, instead))
     tried = dugnad("launch", recipe, "--dir", tmp_path / "run")
-    assert tried.returncode in (1, 2)
-    assert words in tried.stderr
+    assert tried.returncode == 2
+    assert f"{recipe}: {words}" in tried.stderr
     assert "Traceback" not in tried.stderr
     assert not (tmp_path / "run" / "chain.sqlite").exists()
 

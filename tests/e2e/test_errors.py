@@ -198,7 +198,7 @@ def texts(stage: Stage) -> dict[str, str]:
         "E101": f"2 E101 invite not readable: it ends early (137 of {total} characters). Copy it again; it starts with "
         "dugnad1: and ends with a checksum.",
         "E102": "2 E102 invite expired on 2025-11-20. Ask the organizer for a new one.",
-        "E201": "1 E201 none of 3 bootstrap peers could be reached.\n"
+        "E201": "1 E201 each of the 3 known addresses of the run leads to nobody.\n"
         + "\n".join(
             f"     {'127.0.0.1:' + str(ports[name]):<15}  {why}"
             for name, why in {
@@ -206,8 +206,9 @@ def texts(stage: Stage) -> dict[str, str]:
                 "DEAF": "no answer in 5 s (firewall, or host down)",
                 "STALE": f"answered as {peer}, the invite says {nobody} (re-installed? the invite is stale)",
             }.items()
-        ),
-        "E202": f"1 E202 ports: --port {ports['TAKEN']}. /ip4/127.0.0.1/tcp/{ports['TAKEN']}: another program already "
+        )
+        + "\nAsk for a new invite: any peer of the run prints one with dugnad invite.",
+        "E202": f"1 E202 ports: --port {ports['TAKEN']}. 127.0.0.1:{ports['TAKEN']}: another program already "
         "listens on this port. Stop it (is a dugnad still running?), or choose another port; port 0 takes any free "
         "one.",
         "E301": f"1 E301 this run speaks protocol {PROTOCOL + 1}, you have {PROTOCOL}:  pip install -U dugnad",

@@ -45,6 +45,17 @@ class Eve:
 
         await asyncio.to_thread(send)
 
+    async def takes(self, num_bytes: int) -> None:
+        """Read so much."""
+
+        def receive() -> None:
+            self._sock.settimeout(10.0)
+            left = num_bytes
+            while left:
+                left -= len(self._sock.recv(left))
+
+        await asyncio.to_thread(receive)
+
     async def is_cut_off(self, *, within_s: float = 10.0) -> bool:
         """Whether Bob ends it."""
         with contextlib.suppress(TimeoutError):
@@ -69,7 +80,9 @@ async def met(folder: Path) -> AsyncIterator[Eve]:
     )  # fmt: skip
 
     def dial() -> ssl.SSLSocket:
-        plain = socket.create_connection(("127.0.0.1", carrier.port))
+        plain = socket.socket()
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+        plain.connect(("127.0.0.1", carrier.port))
         plain.sendall(_MAGIC + EVE.public_key)
         waiting = len(_MAGIC) + 32
         while waiting:
@@ -135,3 +148,18 @@ async def test_who_tells_how_it_sees_us_and_hangs_up_at_once_leaves_nothing_behi
         assert await eve.is_cut_off()
         with pytest.raises(EOFError):
             await eve.bob.taken()
+
+
+async def test_bytes_are_seen_to_move_long_before_a_frame_has_left(tmp_path: Path) -> None:
+    async with met(tmp_path) as eve:
+        stream = eve.bob.open(CHANNEL, kind="upload")
+        writing = asyncio.create_task(stream.write(bytes(mux.WINDOW_BYTES)))
+        seen = {stream.moved_bytes}
+        for _ in range(8):
+            await eve.takes(64 * 1024)
+            await asyncio.sleep(0.05)
+            seen.add(stream.moved_bytes)
+        assert not writing.done()
+        assert len(seen) > 6, "on a slow line nobody takes that for a stall"
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)

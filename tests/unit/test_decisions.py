@@ -103,16 +103,16 @@ def test_what_is_said_of_the_wrong_sort_of_subject_is_neither_signed_nor_taken_i
         decide(ORGANIZER, RUN, subject, verdict, "", now=NOW)
     register = "ban" if verdict == "unban" else verdict
     body = DecisionBody(verdict, "", None)
-    assert refused(issue(ORGANIZER, RUN, register, subject, 1, body, now=NOW, lifetime_s=9.0)) == "bad subject"
+    assert refused(issue(ORGANIZER, RUN, register, subject, 1, body, now=NOW, lifetime_s=9.0)) == "malformed"
 
 
 def test_a_verdict_in_the_wrong_register_and_what_is_no_decision_are_refused() -> None:
     for register, verdict in (("allow", "ban"), ("ban", "allow"), ("allow", "unban"), ("ban", "revoke")):
         body = DecisionBody(verdict, "", None)  # type: ignore[arg-type]
         said = issue(ORGANIZER, RUN, register, ANN.peer_id, 1, body, now=NOW, lifetime_s=9.0)
-        assert refused(said) == "bad subject"
+        assert refused(said) == "malformed"
     member = records.MemberBody((), "coordinator", "", "")
-    assert refused(issue(ORGANIZER, RUN, "member", "", 1, member, now=NOW, lifetime_s=9.0)) == "no decision"
+    assert refused(issue(ORGANIZER, RUN, "member", "", 1, member, now=NOW, lifetime_s=9.0)) == "malformed"
 
 
 @given(st.permutations(range(3)))

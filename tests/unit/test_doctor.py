@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from dugnad.configs.recipe import load
 from dugnad.coordinator.chain import Chain
@@ -17,14 +18,14 @@ from dugnad.dht.invite import Invite, Pass
 from dugnad.dht.paths import Path as Way
 from dugnad.dht.paths import Reach
 from dugnad.dht.ticket import Terms
-from dugnad.peer import doctor, measure
+from dugnad.peer import cli, doctor, gate, measure
 from dugnad.peer.doctor import Check, CheckFailed, Facts, Machine, NetworkFacts, Port, Software, Verdict
 from dugnad.peer.errors import sentence_of
 from dugnad.peer.folder import Folder
 from dugnad.peer.needs import FOLDER_BYTES, PROCESS_BYTES, Needs, needs_of
-from dugnad.peer.network import Network as Where
+from dugnad.peer.network import Network
 
-OK, WARNING, FAILURE = Verdict.OK, Verdict.WARNING, Verdict.FAILURE
+OK, SKIPPED, WARNING, FAILURE = Verdict.OK, Verdict.SKIPPED, Verdict.WARNING, Verdict.FAILURE
 SOFTWARE = Software(dugnad="0.1.0", python="3.11.7", torch="2.13.0", hivemind="1.1.12", daemon_fault="")
 MACHINE = Machine(
     memory_free_bytes=8_050_000_000, disk_free_bytes=41 * 10**9, folder="/data", cores=4, threads=2, gpu=""
@@ -84,6 +85,14 @@ CASES: list[tuple[str, Facts, Verdict, str, str, str]] = [
         "Make room in /data, or choose a folder on another disk with --dir.",
         "E303",
     ),
+    (
+        "disk",
+        facts(machine=replace(MACHINE, folder_fault="can't be made: Permission denied")),
+        FAILURE,
+        "/data can't be made: Permission denied",
+        "Choose another folder with --dir.",
+        "",
+    ),
     ("cpu", facts(), OK, "2 of 4 cores to train with", "", ""),
     (
         "cpu",
@@ -94,7 +103,7 @@ CASES: list[tuple[str, Facts, Verdict, str, str, str]] = [
         "",
     ),
     ("gpu", facts(), OK, "none", "", ""),
-    ("gpu", facts(machine=replace(MACHINE, gpu=None)), OK, "not looked for", "", ""),
+    ("gpu", facts(machine=replace(MACHINE, gpu=None)), SKIPPED, "not looked for", "", ""),
     (
         "gpu",
         facts(machine=replace(MACHINE, gpu="NVIDIA H100", gpu_free_bytes=79 * 10**9)),
@@ -115,10 +124,10 @@ CASES: list[tuple[str, Facts, Verdict, str, str, str]] = [
     ("ports", facts(ports=(Port("--port", 4001, ""), Port("--metrics-port", 0, ""))), OK, "--port 4001", "", ""),
     (
         "ports",
-        facts(ports=(Port("--port", 4001, "E202 /ip4/0.0.0.0/tcp/4001: another program listens there"),)),
+        facts(ports=(Port("--port", 4001, ""), Port("--bulk-port", 4002, "E202 0.0.0.0:4002: it is taken"))),
         FAILURE,
-        "--port 4001",
-        "/ip4/0.0.0.0/tcp/4001: another program listens there",
+        "--bulk-port 4002",
+        "0.0.0.0:4002: it is taken",
         "E202",
     ),
     ("invite", facts(), OK, "readable and not expired", "", ""),
@@ -130,7 +139,15 @@ CASES: list[tuple[str, Facts, Verdict, str, str, str]] = [
         "Ask the organizer for a new one.",
         "E102",
     ),
-    ("network", facts(network=None), OK, "not looked at: give an invite", "", ""),
+    (
+        "ports",
+        facts(ports=(Port("--port", 0, "E202 192.0.2.1: not an address of this machine"),)),
+        FAILURE,
+        "--host",
+        "192.0.2.1: not an address of this machine",
+        "E202",
+    ),
+    ("network", facts(network=None), SKIPPED, "not looked at: give an invite", "", ""),
     ("network", facts(), OK, '3 of 3 known addresses answer: "tiny"', "", ""),
     (
         "network",
@@ -145,7 +162,8 @@ CASES: list[tuple[str, Facts, Verdict, str, str, str]] = [
         with_network(reached=0, failures=(STALE, ("198.51.100.9:4001", "no answer in 5 s (firewall, or host down)"))),
         FAILURE,
         "0 of 3 known addresses answer",
-        f"{STALE[0]} {STALE[1]}; 198.51.100.9:4001 no answer in 5 s (firewall, or host down)",
+        f"{STALE[0]} {STALE[1]}; 198.51.100.9:4001 no answer in 5 s (firewall, or host down). Ask for a new invite: "
+        "any peer of the run prints one with dugnad invite.",
         "E201",
     ),
     (
@@ -180,8 +198,8 @@ CASES: list[tuple[str, Facts, Verdict, str, str, str]] = [
         "none of them says what the run is: it may be starting",
         "",
     ),
-    ("clock", facts(network=None), OK, "not looked at: give an invite", "", ""),
-    ("clock", with_network(clock_error_s=None), OK, "not compared: nobody answered", "", ""),
+    ("clock", facts(network=None), SKIPPED, "not looked at: give an invite", "", ""),
+    ("clock", with_network(clock_error_s=None), SKIPPED, "not compared: nobody answered", "", ""),
     ("clock", facts(), OK, "right, by 3 peers", "", ""),
     ("clock", with_network(clock_error_s=-2.0, clock_peers=1), OK, "2 s slow, corrected against 1 peer", "", ""),
     (
@@ -192,8 +210,8 @@ CASES: list[tuple[str, Facts, Verdict, str, str, str]] = [
         "set it: what else runs here goes by it",
         "",
     ),
-    ("nat", facts(), OK, "not measured", "", ""),
-    ("nat", with_network(reach=Reach.UNKNOWN), OK, "not measured", "", ""),
+    ("nat", facts(), SKIPPED, "not measured", "", ""),
+    ("nat", with_network(reach=Reach.UNKNOWN), SKIPPED, "not measured", "", ""),
     ("nat", with_network(reach=Reach.OPEN), OK, "none in the way: others can connect to this machine", "", ""),
     ("nat", with_network(reach=Reach.CONE), OK, "cone: through your router direct paths can be opened", "", ""),
     (
@@ -204,7 +222,7 @@ CASES: list[tuple[str, Facts, Verdict, str, str, str]] = [
         doctor.SYMMETRIC_ADVICE,
         "",
     ),
-    ("inbound", facts(), OK, "not measured", "", ""),
+    ("inbound", facts(), SKIPPED, "not measured", "", ""),
     (
         "inbound",
         with_network(inbound=False, reach=Reach.CONE),
@@ -230,9 +248,9 @@ CASES: list[tuple[str, Facts, Verdict, str, str, str]] = [
         "inbound blocked: it works through others, slower. Switch on UPnP, or forward two ports and say --announce",
         "E203",
     ),
-    ("path", facts(), OK, "not measured", "", ""),
+    ("path", facts(), SKIPPED, "not measured", "", ""),
     ("path", with_network(path=Way.RELAYED, rtt_s=0.0421), OK, "relayed to a member, 42 ms there and back", "", ""),
-    ("rates", facts(), OK, "not measured", "", ""),
+    ("rates", facts(), SKIPPED, "not measured", "", ""),
     ("rates", with_network(up_mbit=18.2, down_mbit=92.0), OK, "up 18 / down 92 Mbit/s to a member", "", ""),
     ("rates", with_network(down_mbit=92.0), OK, "up ? / down 92 Mbit/s to a member", "", ""),
     (
@@ -263,7 +281,7 @@ def test_only_a_failure_makes_it_not_ok_and_every_failure_says_what_to_do() -> N
         said = doctor.as_json([found(name, given)])
         assert said["ok"] == (verdict is not FAILURE)
         assert said["checks"][0].keys() == {"name", "verdict", "found", "advice", "code"}
-        assert bool(advice) == (verdict is not OK), f"{name}: {advice}"
+        assert bool(advice) == (verdict in (WARNING, FAILURE)), f"{name}: {advice}"
 
 
 def test_programs_get_what_was_measured_as_numbers() -> None:
@@ -275,6 +293,7 @@ def test_programs_get_what_was_measured_as_numbers() -> None:
 
 def test_lines_are_what_people_were_promised() -> None:
     assert str(found("memory", facts())) == "check  memory    8.0 GB free, needs 3.2 " + "." * 32 + " ok"
+    assert str(found("nat", facts())) == "check  nat       not measured " + "." * 42 + " -"
     assert str(found("memory", facts(needs=Needs(11_200_000_000)))) == (
         "check  memory    8.0 GB free, needs 11.2 " + "." * 31 + " failure    "
         "(E302 Close other programs, or join a smaller run.)"
@@ -356,7 +375,7 @@ def someone(folder: Folder) -> None:
         (invite_by(expires=EXPIRES), member, EXPIRES, ""),
         (invite_by(ANN), stranger, 0, "E401 altered ticket"),
         (invite_by(bound=ANN.peer_id), stranger, 0, ""),
-        (invite_by(bound=ANN.peer_id), someone, 0, "E401 ticket bound to another key"),
+        (invite_by(bound=ANN.peer_id), someone, 0, "E401 this invite is for another key, "),
     ],
 )
 def test_the_doctor_tells_an_invite_that_lets_us_in_no_more_as_joining_would(
@@ -380,7 +399,7 @@ async def test_an_invite_is_expired_by_the_clock_of_the_run(
     monkeypatch.setattr(measure, "_look", look)
     monkeypatch.setattr("dugnad.peer.measure.time.time", lambda: EXPIRES + 60.0)
     invite = invite_by(expires=EXPIRES)
-    looked = await measure.everything(invite, MACHINE, (), Where(), Folder(tmp_path / "role"))
+    looked = await measure.everything(invite, MACHINE, (), Network(), Folder(tmp_path / "role"))
     assert found("invite", looked).verdict is verdict
 
 
@@ -388,6 +407,28 @@ def test_this_machine_can_be_measured(tmp_path: Path) -> None:
     here = measure.machine(tmp_path / "not" / "there" / "yet", threads=1, look_for_gpu=False)
     assert here.memory_free_bytes > 0
     assert here.disk_free_bytes > 0
-    assert here.gpu is None
+    assert (here.gpu, here.folder_fault) == (None, "")
     assert measure.software().torch
     assert measure._version("no-such-package") == ""
+
+
+def test_more_threads_than_cores_are_told_before_joining(tmp_path: Path) -> None:
+    told: list[Check] = []
+    for threads in (1, 900):
+        gate.check_machine(Folder(tmp_path), "127.0.0.1", (), threads=threads, told=told.append)
+    assert [check.name for check in told] == ["software", "software", "cpu"]
+    assert told[-1].verdict is WARNING
+
+
+def test_a_port_that_a_router_passes_on_can_be_tried_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[Network] = []
+
+    async def everything(invite: object, machine: object, ports: object, where: Network, folder: object) -> Facts:
+        looked.append(where)
+        return facts()
+
+    monkeypatch.setattr(measure, "everything", everything)
+    run = CliRunner().invoke
+    assert run(cli.app, ["doctor", "--port", "4001", "--announce", "203.0.113.7:4001"]).exit_code == 0
+    assert looked[0].announce == "/ip4/203.0.113.7/tcp/4001"
+    assert run(cli.app, ["doctor", "--announce", "203.0.113.7"]).exit_code == 2

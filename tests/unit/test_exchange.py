@@ -416,6 +416,7 @@ async def test_an_upload_that_stands_still_ends_at_both_ends(at: int, monkeypatc
                 impatient.setattr(where, "SILENCE_S", SHORT_S)
             with pytest.raises(TransportError):
                 await ann.exchange.upload(ME, root(a_vector(1)), PARTS)
+            await asyncio.sleep(SHORT_S)  # the owner may notice a little later
         assert me.heard == []
         net.faults.clear()
         await ann.exchange.upload(ME, root(a_vector(1)), PARTS)

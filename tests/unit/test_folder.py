@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from dugnad.configs.recipe import load
-from dugnad.dht.invite import Invite
-from dugnad.peer import roles
+from dugnad.dht.identity import Identity
+from dugnad.dht.invite import Invite, encode_invite
+from dugnad.peer import cli, roles
 from dugnad.peer.folder import MAX_REMEMBERED, Folder, FolderError
 from dugnad.peer.network import Network
 
@@ -125,3 +127,45 @@ BEGIN: dict[str, Callable[[Folder], Coroutine[Any, Any, object]]] = {
 async def test_no_role_begins_in_an_occupied_folder(folder: Folder, command: str) -> None:
     with folder.occupied(), pytest.raises(FolderError, match="is just starting here"):
         await BEGIN[command](folder)
+
+
+def file_in_the_way(path: Path) -> str:
+    path.write_text("")
+    return "can't be written in: Not a directory"
+
+
+def below_a_file(path: Path) -> str:
+    path.parent.rmdir()
+    path.parent.write_text("")
+    return "can't be made: Not a directory"
+
+
+@pytest.mark.parametrize("spoil", [file_in_the_way, below_a_file])
+def test_a_folder_that_can_not_be_used_is_told_before_anything_begins(
+    folder: Folder, spoil: Callable[[Path], str]
+) -> None:
+    folder = Folder(folder.path / "sub")
+    folder.path.parent.mkdir()
+    why = spoil(folder.path)
+    invite = Invite(
+        b"r" * 32, b"o" * 32, (f"/ip4/127.0.0.1/tcp/1/p2p/{Identity.from_seed(bytes(32)).peer_id}",), "quick"
+    )
+    for command in (["launch", "tiny-books"], ["join", encode_invite(invite)]):
+        done = CliRunner().invoke(cli.app, [*command, "--dir", str(folder.path)])  # warnings are errors
+        assert done.exit_code == 2
+        assert done.output == f"dugnad: {folder.path}: {why}. Choose another folder with --dir.\n"
+
+
+def test_looking_whether_a_folder_can_be_used_leaves_nothing_behind(folder: Folder) -> None:
+    folder.check()
+    assert not folder.path.exists()
+    folder.create()
+    folder.check()
+    assert list(folder.path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_there_is_not_resumed_from_and_not_made(folder: Folder) -> None:
+    done = CliRunner().invoke(cli.app, ["launch", "--resume", str(folder.path)])
+    assert done.exit_code == 2
+    assert "there is no such folder" in done.output
+    assert not folder.path.exists()

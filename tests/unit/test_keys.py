@@ -5,10 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from dugnad.dht import identity
 from dugnad.dht.identity import IdentityError, write_private
-from dugnad.peer import keys
+from dugnad.peer import cli, keys
 from dugnad.peer.folder import Folder, FolderError
 
 
@@ -110,6 +111,19 @@ def test_a_key_goes_to_no_folder_that_is_not_there(folder: Folder, tmp_path: Pat
     keys.renew(folder, force=False)
     with pytest.raises(FolderError, match=r"can't be written: No such file or directory\. Name a file"):
         keys.export(folder, tmp_path / "nowhere" / "key")
+
+
+def test_what_no_export_wrote_is_not_told_to_be_moved_away(folder: Folder, tmp_path: Path) -> None:
+    (tmp_path / "nonsense").write_text("nonsense")
+    run = CliRunner().invoke
+    done = run(cli.app, ["identity", "import", str(tmp_path / "nonsense"), "--dir", str(folder.path)])
+    assert done.exit_code == 1
+    assert done.output == (
+        f"dugnad: {tmp_path / 'nonsense'}: this is not an identity (expected 64 hex digits). Name a file that dugnad "
+        "identity export wrote.\n"
+    )
+    done = run(cli.app, ["identity", "import", str(tmp_path / "missing"), "--dir", str(folder.path)])
+    assert "there is no such file" in done.output
 
 
 def renewed(folder: Folder, file: Path) -> str:

@@ -430,6 +430,15 @@ def test_who_does_not_lead_is_not_believed_that_the_run_is_finished(volunteer: V
     assert volunteer.standing == leader.standing()
 
 
+def test_the_loss_that_was_measured_last_is_known_while_a_leader_measures_none(
+    volunteer: Volunteer, leader: FakeLeader
+) -> None:
+    measured = msgspec.structs.replace(leader.standing(), val_round=3, val_loss=2.5)
+    for said in (measured, leader.standing("gather")):
+        volunteer.receive(FOUNDER, said, now=1.0)
+    assert volunteer.standing == msgspec.structs.replace(leader.standing("gather"), val_round=3, val_loss=2.5)
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [

@@ -17,6 +17,20 @@ LOOPBACK = "/ip4/127.0.0.1/tcp/4001"
 
 
 @pytest.mark.parametrize(
+    ("address", "short"),
+    [
+        (LOOPBACK, "127.0.0.1:4001"),
+        ("/ip6/::1/tcp/1", "[::1]:1"),
+        ("/ip4/0.0.0.0/tcp/0", "0.0.0.0"),
+        (CIRCUIT, CIRCUIT),
+        ("junk", "junk"),
+    ],
+)
+def test_a_port_is_named_as_people_write_it(address: str, short: str) -> None:
+    assert ma.in_short(address) == short
+
+
+@pytest.mark.parametrize(
     ("address", "nearness"),
     [
         (OUTSIDE, 0),

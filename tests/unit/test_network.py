@@ -104,7 +104,7 @@ def test_who_goes_on_listens_as_the_last_time(
 
     monkeypatch.setattr(roles, "resume", begin)
     monkeypatch.setattr(roles, "join", begin)
-    monkeypatch.setattr(cli, "_run", lambda *_: None)
+    monkeypatch.setattr(cli, "_run", lambda begin, *_: begin())
     folder.keep_listened(listened(CHOSEN, 4731, 4732))
     run = CliRunner().invoke
     assert run(cli.app, [*command, str(folder.path)]).exit_code == 0

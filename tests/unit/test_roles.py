@@ -87,7 +87,7 @@ def test_what_a_volunteer_will_give_reaches_its_network(monkeypatch: pytest.Monk
         given.append(network)
 
     monkeypatch.setattr(roles, command[0], begin)
-    monkeypatch.setattr(cli, "_run", lambda *_: None)
+    monkeypatch.setattr(cli, "_run", lambda begin, *_: begin())
     run = CliRunner().invoke
     assert run(cli.app, [*command, "--give-mbit", "7.5"]).exit_code == 0
     assert run(cli.app, command).exit_code == 0

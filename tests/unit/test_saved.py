@@ -8,10 +8,10 @@ import pytest
 
 from dugnad.coordinator.checkpoint import MANIFEST
 from dugnad.coordinator.checkpoints import Checkpoints
-from dugnad.coordinator.damage import CheckpointError
 from dugnad.coordinator.tensorfile import WEIGHTS
 from dugnad.dht.identity import nickname
 from dugnad.peer import saved
+from dugnad.peer.folder import FolderError
 from tests.unit.keepers import ANN, model, save
 
 
@@ -73,8 +73,8 @@ def test_of_a_checkpoint_without_a_manifest_is_told_what_is_known(role: Path, re
 
 
 def test_where_there_is_none_a_sentence_says_so(tmp_path: Path) -> None:
-    for source in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(CheckpointError, match=r"there is no checkpoint here\. Name a role's folder"):
+    for source, words in ((tmp_path, "checkpoint here. Name a role's folder"), (tmp_path / "nowhere", "such folder")):
+        with pytest.raises(FolderError, match=f"there is no {words}"):
             saved.rows(source)
 
 

@@ -35,12 +35,12 @@ from dugnad.dht.decisions import Decision
 from dugnad.dht.delegation import Delegation
 from dugnad.dht.identity import Identity, PeerId
 from dugnad.dht.paths import Reach
-from dugnad.dht.transport import Transport
+from dugnad.dht.transport import Transport, TransportError, Unreachable
 from dugnad.dht.wire import Message, open_sealed, seal
 from dugnad.monitoring.metrics import Metrics
 from dugnad.peer.errors import sentence_of
 from dugnad.peer.lifecycle import Work
-from dugnad.peer.session import Session
+from dugnad.peer.session import Session, _without
 from tests.unit.memory_transport import MemoryTransport, network
 from tests.unit.shells import ANN, BOB, EVE, LAYOUT, ORGANIZER, RECIPE, Role, Run, SmallNumerics, serving
 from tests.unit.still import Still
@@ -862,3 +862,8 @@ async def test_a_coordinator_that_could_not_have_the_model_asks_again_until_it_h
             while not role.follower.at_head:
                 await asyncio.sleep(0.001)
             assert "no model" not in role.machine.reason
+
+
+@pytest.mark.parametrize("error", [Unreachable(PeerId("12D3ann"), "gone"), bulk.PushRefused(PeerId("12D3ann"), "gone")])
+def test_a_line_names_a_peer_once(error: TransportError) -> None:
+    assert _without(PeerId("12D3ann"), error) in ("gone", "refused: gone")

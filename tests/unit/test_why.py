@@ -71,12 +71,15 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
     (
         "no coordinator",
         training | {"coordinator": {"alive": False, "gone_s": 14.0}},
-        [TRAINING, "The coordinator is gone for 14 s. Another volunteer leads the rounds meanwhile; nothing is lost."],
+        [
+            TRAINING,
+            "The coordinator has been gone for 14 s. Another volunteer leads the rounds meanwhile; nothing is lost.",
+        ],
     ),
     (
         "no coordinator, and we lead",
         training | {"coordinator": {"alive": False, "gone_s": 14.0}, "leads": True},
-        [TRAINING, "The coordinator is gone for 14 s. This peer leads the rounds meanwhile; nothing is lost."],
+        [TRAINING, "The coordinator has been gone for 14 s. This peer leads the rounds meanwhile; nothing is lost."],
     ),
     (
         "a wrong clock",
@@ -91,7 +94,7 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
         training | {"out": True},
         [
             "Refused: this peer's key is proven to have said two things, so nobody in the run counts it any more. Was "
-            "its folder copied? Stop both, and join as someone new:  dugnad identity new",
+            "its folder copied? Stop both, and join as someone new:  dugnad identity new --force --dir DIR",
             TRAINING,
         ],
     ),
@@ -100,7 +103,7 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
         training | {"key_in_use": True},
         [
             "E402 another running peer signs with this peer's key. If both vote, both are out: stop one of them, and "
-            "give it a key of its own:  dugnad identity new",
+            "give it a key of its own:  dugnad identity new --force --dir DIR",
             TRAINING,
         ],
     ),
@@ -172,6 +175,20 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
         ],
     ),
     (
+        "some who were reached are gone",
+        training
+        | {
+            "peers": [peer("ann", "training"), peer("bob", "lost")],
+            "coordinator": {"peer": "12D3amber", "alive": False, "gone_s": 12.0},
+            "paths": [path(name, "direct") for name in ("amber", "ann", "bob", "eve")],
+        },
+        [
+            TRAINING,
+            "The coordinator has been gone for 12 s. Another volunteer leads the rounds meanwhile; nothing is lost.",
+            "Paths to 1 peer: 1 direct.",
+        ],
+    ),
+    (
         "slow",
         training | {"paths": [path("ann", "direct", 0.2, 0.44), path("bob", "direct", 0.0, 0.0)]},
         [
@@ -195,14 +212,15 @@ def test_the_members_are_listed_with_what_is_known_of_each_and_nothing_is_made_u
             peer("ann", "waiting"),
             {"peer": "12D3cid", "nickname": "cid", "state": "unknown"},
         ],
-        paths=[path("bob", "punched", 18.24, 0.0), path("amber", "direct")],
-    )  # amber, the coordinator, is on no list of volunteers
+        paths=[path("bob", "punched", 18.24, 0.0), path("amber", "direct"), path("eve", "direct")],
+        coordinator={"peer": "12D3amber", "alive": True, "gone_s": 0.0},
+    )  # amber, the coordinator, is on no list of volunteers; eve was there some minutes ago
     assert text(rows(said)) == (
-        "nickname  state     round  path     rtt ms  up    down  key\n"
-        "amber     -         -      direct   42      9.0   9.0   12D3amber\n"
-        "ann       waiting   7      -        -       -     -     12D3ann\n"
-        "bob       training  7      punched  42      18.2  -     12D3bob\n"
-        "cid       unknown   -      -        -       -     -     12D3cid"
+        "nickname  state     round  path     rtt ms  up Mbit/s  down Mbit/s  key\n"
+        "amber     -         -      direct   42      9.0        9.0          12D3amber\n"
+        "ann       waiting   7      -        -       -          -            12D3ann\n"
+        "bob       training  7      punched  42      18.2       -            12D3bob\n"
+        "cid       unknown   -      -        -       -          -            12D3cid"
     )
     assert rows(said)[2] == {
         "peer": "12D3bob", "nickname": "bob", "state": "training", "round": 7, "path": "punched", "rtt_s": 0.0421,
