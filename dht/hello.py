@@ -174,8 +174,9 @@ def banned(why: str) -> str:
 
 
 def _other_protocol(answer: Answer) -> str:
-    fix = f"'dugnad=={answer.software}'" if answer.protocol < PROTOCOL and answer.software else "-U dugnad"
-    return f"this run speaks protocol {answer.protocol}, you have {PROTOCOL}:  pip install {fix}"
+    older = answer.protocol < PROTOCOL and answer.software
+    fix = f"it needs dugnad {answer.software}" if older else "update your clone: git pull && make setup"
+    return f"this run speaks protocol {answer.protocol}, you have {PROTOCOL}; {fix}"
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -51,7 +51,7 @@ CODES: dict[str, Code] = {
     "E301": Code(
         "another protocol version",
         "The run and this software speak different versions of the protocol.",
-        "Install the version that the message names.",
+        "Update as the message says, or use the version that it names.",
     ),
     "E302": Code(
         "not enough memory",

@@ -177,7 +177,7 @@ def software(facts: Software) -> Check:
     found = f"dugnad {facts.dugnad}, python {facts.python}, torch {facts.torch or 'missing'}"
     for name, version in (("torch", facts.torch), ("hivemind", facts.hivemind)):
         if not version:
-            return Check("software", Verdict.FAILURE, found, f"{name} is not installed:  pip install -U dugnad")
+            return Check("software", Verdict.FAILURE, found, f"{name} is not installed:  make setup, in your clone")
     if facts.daemon_fault:
         advice = f"the network daemon does not start: {facts.daemon_fault}"
         return Check("software", Verdict.FAILURE, found, advice)

@@ -211,7 +211,8 @@ def texts(stage: Stage) -> dict[str, str]:
         "E202": f"1 E202 ports: --port {ports['TAKEN']}. 127.0.0.1:{ports['TAKEN']}: another program already "
         "listens on this port. Stop it (is a dugnad still running?), or choose another port; port 0 takes any free "
         "one.",
-        "E301": f"1 E301 this run speaks protocol {PROTOCOL + 1}, you have {PROTOCOL}:  pip install -U dugnad",
+        "E301": f"1 E301 this run speaks protocol {PROTOCOL + 1}, you have {PROTOCOL}; update your clone: git pull "
+        "&& make setup",
         "E304": f'1 E304 {peer} takes part in another run, "quick", and not in the one of this invite. Ask the '
         "organizer for a new invite.",
         "E304 folder": f"2 E304 {folder / 'foreign'}: this folder belongs to run {huge().run.hex()[:8]}, the invite "

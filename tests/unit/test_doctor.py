@@ -56,7 +56,7 @@ CASES: list[tuple[str, Facts, Verdict, str, str, str]] = [
         facts(software=replace(SOFTWARE, torch="")),
         FAILURE,
         "dugnad 0.1.0, python 3.11.7, torch missing",
-        "torch is not installed:  pip install -U dugnad",
+        "torch is not installed:  make setup, in your clone",
         "",
     ),
     (
@@ -168,10 +168,10 @@ CASES: list[tuple[str, Facts, Verdict, str, str, str]] = [
     ),
     (
         "network",
-        with_network(refused="E301 this run speaks protocol 3, you have 1:  pip install -U dugnad"),
+        with_network(refused="E301 this run speaks protocol 3, you have 1; update your clone: git pull && make setup"),
         FAILURE,
         "3 of 3 known addresses answer",
-        "this run speaks protocol 3, you have 1:  pip install -U dugnad",
+        "this run speaks protocol 3, you have 1; update your clone: git pull && make setup",
         "E301",
     ),
     (

@@ -50,10 +50,13 @@ NEWER, OLDER = PROTOCOL + 2, PROTOCOL - 1
     [
         (answer(), None),
         (answer(code="W999", words="slow"), None),
-        (answer(NEWER, "3.1"), f"E301 this run speaks protocol {NEWER}, you have {PROTOCOL}:  pip install -U dugnad"),
+        (
+            answer(NEWER, "3.1"),
+            f"E301 this run speaks protocol {NEWER}, you have {PROTOCOL}; update your clone: git pull && make setup",
+        ),
         (
             answer(OLDER, "0.0.9"),
-            f"E301 this run speaks protocol {OLDER}, you have {PROTOCOL}:  pip install 'dugnad==0.0.9'",
+            f"E301 this run speaks protocol {OLDER}, you have {PROTOCOL}; it needs dugnad 0.0.9",
         ),
         (
             answer(code="E304", words="x"),
