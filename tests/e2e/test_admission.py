@@ -160,8 +160,9 @@ def test_in_an_allow_list_run_whoever_is_on_the_list_takes_part_and_a_new_coordi
     ran("ban", key, "--dir", run)
     assert refused(stranger).startswith("dugnad: E403 the organizer has banned your key.")
     assert ran("unban", key, "--dir", run) == f"unbanned {name}: it can join again\n"
-    start("stranger", "join", coordinator.invite())
-    coordinator.until(lambda said: counts(said) == 3, "both again")
+    stranger = start("stranger", "join", coordinator.invite())
+    for one in (stranger, other):  # who are the quorum without the coordinator only once they know that they are
+        one.until(lambda said: counts(said) == 3, "both again")
     coordinator.kill()
     elsewhere.mkdir()
     (run / "run.key").rename(elsewhere / "run.key")
