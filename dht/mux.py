@@ -21,7 +21,7 @@ from dugnad.dht.endpoint import Endpoint
 from dugnad.dht.wire import WireError
 
 HEADER = struct.Struct(">BII")
-FRAME_BYTES = 256 * 1024
+FRAME_BYTES = 1024 * 1024
 WINDOW_BYTES = 4 * 2**20
 """320 Mbit/s at a round trip of 100 ms."""
 MAX_STREAMS = 32

@@ -35,7 +35,7 @@ CLOSE_S = 5.0
 
 POOL = 64
 """Buffers that are kept to be used again: fresh memory for each frame would cost more than its decryption."""
-_AT_ONCE_BYTES = 32 * 1024
+_AT_ONCE_BYTES = 64 * 1024
 """What is handed to OpenSSL in one piece: it tells of no byte before all of them are gone."""
 _ENOUGH_BYTES = 192 * 1024
 _ENOUGH_S = 0.02

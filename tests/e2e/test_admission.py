@@ -117,6 +117,7 @@ def test_who_is_banned_by_its_nickname_is_out_within_a_round_and_unbanned_is_bac
     resumed.until(lambda said: bool(said["leads"]), "leading again by the delegation that it was left with")
 
 
+@pytest.mark.soak  # a minute; who is banned otherwise is tried above
 def test_a_banned_coordinator_tells_the_others_and_stays_out_until_it_is_unbanned(start: Start, tmp_path: Path) -> None:
     coordinator = start("coordinator", "launch", alone(tmp_path))
     volunteers = [start(f"volunteer-{k}", "join", coordinator.invite()) for k in range(2)]

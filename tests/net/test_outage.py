@@ -11,6 +11,7 @@ from tests.net.lab import Lab, lab, why_not
 
 pytestmark = [
     pytest.mark.net,
+    pytest.mark.soak,
     pytest.mark.timeout(240),
     pytest.mark.skipif(why_not() is not None, reason=why_not() or ""),
 ]
