@@ -30,7 +30,7 @@ BEHIND_ROUNDS = 4
 
 
 class Dismissed(Exception):
-    """The organizer has put this coordinator out; the message is for the user."""
+    """The run wants this peer no more, or never did; the message is for the user."""
 
 
 class Coordinator(Shell):

@@ -14,7 +14,6 @@ import errno
 import logging
 import socket
 import ssl
-import struct
 from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, Self
@@ -27,7 +26,7 @@ from dugnad.dht.listening import card_addresses, check_free, why_not
 from dugnad.dht.multiaddrs import on_tcp
 from dugnad.dht.paths import Path
 from dugnad.dht.transport import ListenError, Meter, PortInUse, StreamHandler, TransportError
-from dugnad.dht.wires import Wires
+from dugnad.dht.wires import Wires, leave_nothing_behind
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +173,7 @@ class Carrier:
                 sock.bind(("::" if ":" in place.host else "0.0.0.0", from_port))
                 # closed, it leaves no state behind in which the pair of ports could not be used again for a minute, or
                 # for many after an outage; what was not delivered then is lost, and nobody closes before it has been
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                leave_nothing_behind(sock)
             await asyncio.get_running_loop().sock_connect(sock, (place.host, place.port))
         except BaseException:
             sock.close()

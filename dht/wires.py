@@ -144,7 +144,7 @@ class Wire:
         if not self._over:
             # else what can't be delivered any more keeps the socket, and with it our port, for minutes
             with contextlib.suppress(OSError):
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                leave_nothing_behind(self._sock)
             self._end("")
 
     def _turn(self, *, read: bool = True) -> None:
@@ -383,6 +383,11 @@ class Wires:
     def _tell(self, listener: Callable[[Any], None], what: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(listener, what)
+
+
+def leave_nothing_behind(sock: socket.socket) -> None:
+    """Have `sock` end at once when it is closed: what was not delivered then is lost, and its port is free."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 def _resolve(futures: list[Sent | None]) -> None:

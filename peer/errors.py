@@ -25,7 +25,6 @@ _KNOWN = {
     "dugnad.coordinator.sync.SyncError": FAILED,
     "dugnad.coordinator.ledger.LedgerError": FAILED,
     "dugnad.peer.ask.AskError": FAILED,
-    "dugnad.peer.roles.Dismissed": FAILED,
     "dugnad.peer.data.CorpusError": FAILED,
     "dugnad.peer.demo.DemoError": FAILED,
     "dugnad.peer.trainer.OptimizerError": FAILED,

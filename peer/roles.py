@@ -19,7 +19,7 @@ from dugnad.configs.recipe import Recipe, decode, encode
 from dugnad.coordinator.chain import Chain
 from dugnad.coordinator.messages import Genesis, Welcome
 from dugnad.coordinator.roll import ALLOW_LIST, INVITED
-from dugnad.coordinator.service import Coordinator
+from dugnad.coordinator.service import Coordinator, Dismissed
 from dugnad.coordinator.sync import Asker, SyncError
 from dugnad.dht.delegation import Delegation
 from dugnad.dht.host import Host
@@ -47,10 +47,6 @@ _NO_TICKET = (
     "expired. Ask the organizer for one (dugnad invite, where run.key is)."
 )
 _ON_THE_LIST = "Who joins by it needs to be on the organizer's allow-list."
-
-
-class Dismissed(Exception):
-    """The run wants us no more, or never did; the message is for the user."""
 
 
 async def launch(recipe: Recipe, folder: Folder, network: Network, *, told: Callable[[str, str], None]) -> str:
@@ -241,8 +237,6 @@ async def _coordinate(
         told(place.face.invite(), place.url)
         promise = "finishing the round, then leaving it to the others; Ctrl+C again: now"
         await _until_done(role, place, folder, role.stop, promise)
-    if role.machine.dismissed is not None:
-        raise Dismissed(role.machine.dismissed)
     if role.leader.finished:
         where = folder.path
         return f"the run is finished. See what is left of it: dugnad checkpoints {where}, dugnad sample {where}"

@@ -91,8 +91,8 @@ def _led(status: dict[str, Any]) -> Iterable[str]:
     there = status.get("coordinator", {"alive": True})
     if not there["alive"]:
         leader = "This peer leads" if status.get("leads") else "Another volunteer leads"
-        gone = in_words(there["gone_s"])
-        yield f"The coordinator has been gone for {gone}. {leader} the rounds meanwhile; nothing is lost."
+        away = in_words(there["gone_s"])
+        yield f"The coordinator has been gone for {away}. {leader} the rounds meanwhile; nothing is lost."
 
 
 def _clock(status: dict[str, Any]) -> Iterable[str]:
